@@ -12,7 +12,7 @@ cfg = ini['DEFAULT']
 def lines(key): return [o.strip() for o in cfg[key].splitlines() if o.strip()]
 
 pkg = cfg['lib_name']
-extras = {k: lines(f'{k}_requirements') for k in ('kernel', 'gssapi', 'test', 'dev')}
+extras = {k: lines(f'{k}_requirements') for k in ('kernel', 'gssapi', 'spark', 'test', 'dev')}
 extras['test'] += extras['kernel']
 extras['dev'] += extras['test']
 
