@@ -1,0 +1,40 @@
+"Fixtures: real SSH hosts, and a home of the tests' own for the host application."
+import os
+import pytest
+from hosts import Client, LoopbackLab, NetLab
+from spark import cluster_network, spark_standalone, yarn
+
+def need(reason):
+    "Skip for `reason`, if there is one; under CI a missing piece is a failure"
+    if reason: (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+
+@pytest.fixture(scope='session', autouse=True)
+def client(tmp_path_factory):
+    "The client's side of SSH; its home is HOME for all tests, and no gateway, Jupyter or agent setting of the caller's reaches them"
+    client = Client(tmp_path_factory.mktemp('client'))
+    old, env = dict(os.environ), client.environ()
+    os.environ.clear(); os.environ.update(env)
+    yield client
+    os.environ.clear(); os.environ.update(old)
+
+@pytest.fixture(scope='session')
+def _loopback(client):
+    need(LoopbackLab.missing())
+    with LoopbackLab(4, client) as lab: yield lab
+
+@pytest.fixture(scope='session')
+def _net(client, tmp_path_factory):
+    need(NetLab.missing())
+    with NetLab(4, client, keep=[tmp_path_factory.getbasetemp()]) as lab: yield lab
+
+@pytest.fixture
+def hosts(_loopback):
+    "Four hosts on loopback addresses, host1 to host4, made whole after every test"
+    yield _loopback
+    _loopback.repair()
+
+@pytest.fixture
+def net(_net):
+    "Four hosts in network namespaces, node1 to node4, made whole after every test"
+    yield _net
+    _net.repair()
