@@ -99,7 +99,7 @@ class SSHHost:
         self.lab, self.name = lab, f'{lab.prefix}{i}'
         self.dir = lab.base/self.name
         self.home, self.tmp, self.keys = (self.dir/o for o in ('home', 'tmp', 'keys'))
-        for d in (self.dir, self.home, self.tmp, self.keys): d.mkdir(); d.chmod(0o755)
+        for d in (self.dir, self.home, self.tmp, self.keys): d.mkdir()
         self.env, self.options, self.proc, self._old = {}, {}, None, []
         self.user = pwd.getpwuid(os.getuid()).pw_name
         self.conf, self.logfile = self.dir/'sshd_config', self.dir/'sshd.log'
@@ -164,8 +164,8 @@ class SSHHost:
 
     def refuse_keys(self): (self.keys/self.user).write_text('')
     def accept_keys(self, user=None):
-        (self.keys/(user or self.user)).write_text(self.lab.client.key.with_suffix('.pub').read_text())
-        (self.keys/(user or self.user)).chmod(0o644)
+        (f := self.keys/(user or self.user)).write_text(self.lab.client.key.with_suffix('.pub').read_text())
+        f.chmod(0o644)
 
     def change_host_key(self, name='other_host_key'):
         "Restart sshd with another host key than the client knows"
@@ -433,12 +433,16 @@ class Lab:
         self.sshd = shutil.which('sshd', path=SBIN)
         if os.getuid() == 0: Path('/run/sshd').mkdir(mode=0o755, exist_ok=True)
         self.keep = [REPO, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), *map(Path, keep)]
-        self._claim()
+        mask = os.umask(0o022)   # users of the hosts are not always this one
         try:
+            self._claim()
             self.client = client or Client(self.base/'client')
             self.setup(n)
             for h in self.hosts: h.start(); h.publish()
-        except BaseException: self.close(); raise
+        except BaseException:
+            if hasattr(self, '_reaper'): self.close()
+            raise
+        finally: os.umask(mask)
 
     @classmethod
     def missing(cls):
@@ -447,14 +451,14 @@ class Lab:
         if tools: return f"not installed: {', '.join(tools)} (Debian packages openssh-server, openssh-client, iproute2, nftables)"
 
     def _claim(self):
-        BASE.mkdir(exist_ok=True); BASE.chmod(0o755)
+        BASE.mkdir(exist_ok=True)
         with open(BASE/'lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for o in BASE.glob('*-*'):
                 if not _owned(o): destroy(o)
             self.num = next(i for i in range(1, 250) if not (BASE/f'{self.kind}-{i}').exists())
             self.base = BASE/f'{self.kind}-{self.num}'
-            self.base.mkdir(); self.base.chmod(0o755)
+            self.base.mkdir()
             (self.base/'owner').write_text(f'{os.getpid()} {_stat(os.getpid())[19].decode()}')
         self.keep.append(self.base)
         self._reaper = subprocess.Popen([sys.executable, __file__, 'reap', self.base], stdin=subprocess.PIPE, start_new_session=True)
