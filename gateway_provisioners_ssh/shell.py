@@ -192,12 +192,12 @@ s=$?
 printf '%s\n' $s >"$dir/s" && mv "$dir/s" "$dir/status"
 '''
 
-# %% ../nbs/03_shell.ipynb #d3431b5a
+# %% ../nbs/03_shell.ipynb #77ec3f09
 _orphan = r'''( exec 9>&-
 while timeout {orphan_timeout} /bin/sh -c ': <"$0"' "$dir/watched"; do
   exec 5<>"$dir/watched" 6<"$dir/watched" 5>&-; cat <&6 >/dev/null; exec 6<&-
 done
-read -r p <"$dir/pid" && {{ {become} /bin/sh -c "kill -TERM -$p; sleep 5; kill -KILL -$p"; rm -rf "$dir"; }} ) &'''
+read -r p <"$dir/pid" && {{ {become} /bin/sh -c "kill -TERM -$p; n=0; while kill -0 -$p && [ \$n -lt 5 ]; do sleep 1; n=\$((n+1)); done; kill -KILL -$p"; rm -rf "$dir"; }} ) &'''
 
 _watch = r'''cd {dir} 2>/dev/null || {{ echo gone; exit; }}
 exec 6<>watched
