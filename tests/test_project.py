@@ -1,0 +1,183 @@
+"The repository itself: generated files are what their sources give, the distribution is complete and lean, the docs hold together."
+import ast, email, json, os, re, shutil, subprocess, sys, zipfile
+from configparser import ConfigParser
+from importlib import metadata
+from pathlib import Path
+import pytest, yaml
+from packaging.requirements import Requirement
+from hosts import REPO
+
+PKG = 'gateway_provisioners_ssh'
+CFG = ConfigParser(delimiters=['='], interpolation=None)
+CFG.read(REPO/'settings.ini')
+CFG = CFG['DEFAULT']
+NOTEBOOKS = sorted(p for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+ids = lambda p: str(p.relative_to(REPO))
+
+def lines(key): return [o.strip() for o in CFG[key].splitlines() if o.strip()]
+def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
+def source(c): return ''.join(c['source'])
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the work tree without what is not in a checkout"
+    ignore = shutil.ignore_patterns('.git', '.venv*', 'build', 'dist', '*.egg-info', '__pycache__', '.pytest_cache', '.hypothesis', '.ipynb_checkpoints')
+    return shutil.copytree(REPO, tmp_path_factory.mktemp('copy')/'repo', ignore=ignore, symlinks=True)
+
+def texts(root): return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+# Generated files
+
+def test_export_changes_nothing(copy):
+    before = texts(copy)
+    r = subprocess.run([Path(sys.prefix)/'bin'/'nbdev-export'], cwd=copy, capture_output=True, text=True)
+    assert not r.returncode, r.stderr
+    after = texts(copy)
+    assert sorted(k for k in before | after if before.get(k) != after.get(k)) == [], 'run nbdev-export'
+
+def test_readme_is_made_from_the_index():
+    subprocess.run([sys.executable, REPO/'scripts'/'readme.py', '--check'], check=True)
+
+# Notebooks
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=ids)
+def test_notebook(nb):
+    cs = cells(nb)
+    assert re.match(r'# \S.*\n\n> \S', '\n\n'.join(source(c) for c in cs[:2])), 'begins with a title and a `>` subtitle'
+    assert not [source(c) for c in cs for o in c.get('outputs', []) if o['output_type'] == 'error'], 'no error is saved'
+    assert not [c['id'] for c in cs if 'execution' in c['metadata'] or c.get('execution_count')], 'no times or counts are saved: run nbdev-clean'
+    exports = [source(c) for c in cs if re.search(r'^#\|\s*default_exp', source(c), re.M)]
+    if exports: assert 'nbdev_export()' in source(cs[-1]) and '#| hide' in source(cs[-1]), 'ends with a hidden nbdev_export()'
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=ids)
+def test_saved_outputs_are_of_no_particular_machine(nb):
+    mine = re.compile(r'/(?!usr/)[\w.-]+/(?:[\w.-]+/)*(?:site-packages|bin/python)')
+    texts = [''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for c in cells(nb) for o in c.get('outputs', [])]
+    assert [m[0] for t in texts if (m := mine.search(t))] == []
+
+def test_site():
+    conf = {f: yaml.safe_load((REPO/f).read_text()) for f in ('_quarto.yml', 'nbs/_quarto.yml', 'nbs/nbdev.yml', 'nbs/sidebar.yml')}
+    assert not (REPO/'_quarto.yml').is_symlink() and (REPO/'nbs/_quarto.yml').resolve() == (REPO/'_quarto.yml').resolve()
+    assert all((REPO/'nbs'/f).exists() for f in [*conf['_quarto.yml']['metadata-files'], conf['_quarto.yml']['format']['html']['css']])
+    def listed(o):
+        if isinstance(o, str): yield o
+        elif isinstance(o, list): yield from (x for p in o for x in listed(p))
+        else: yield from listed([o[k] for k in ('href', 'contents') if k in o])
+    pages = list(listed(conf['nbs/sidebar.yml']['website']['sidebar']['contents']))
+    assert sorted(pages) == sorted(str(p.relative_to(REPO/'nbs')) for p in NOTEBOOKS), 'nbs/sidebar.yml lists every notebook once'
+
+def links(md):
+    md = re.sub(r'```.*?```|`[^`\n]*`', '', md, flags=re.S)
+    return [o for o in re.findall(r'\]\(([^)\s]+)\)', md) if not re.match('[a-z]+:', o)]
+
+def anchor(title): return re.sub(r'[^\w\- ]', '', title.lower()).strip().replace(' ', '-')
+
+def test_links_lead_somewhere():
+    pages = [(REPO/'README.md', (REPO/'README.md').read_text())]
+    pages += [(nb, '\n\n'.join(source(c) for c in cells(nb) if c['cell_type'] == 'markdown')) for nb in NOTEBOOKS]
+    bad = []
+    for page, md in pages:
+        for link in links(md):
+            path, _, part = link.partition('#')
+            to = page.parent/path if path else page
+            text = md if not path else '' if not to.exists() or to.is_dir() else to.read_text() if to.suffix != '.ipynb' \
+                else '\n'.join(source(c) for c in cells(to) if c['cell_type'] == 'markdown')
+            if not to.exists() or part and part not in [anchor(t) for t in re.findall(r'^#+ (.*)$', text, re.M)]: bad.append(f'{ids(page)}: {link}')
+    assert bad == []
+
+# README
+
+README = (REPO/'README.md').read_text()
+
+def test_two_commands_stand_first():
+    commands = [o.strip().splitlines() for o in re.findall(r'```bash\n(.*?)```', README, re.S)]
+    assert commands[:2] == [['bash scripts/demo.sh'], ['bash scripts/test.sh']]
+    assert (REPO/'.ci/run').read_text().splitlines()[-1] == 'exec bash scripts/test.sh'
+    for o in (REPO/'scripts').glob('*.sh'): subprocess.run(['bash', '-n', o], check=True)
+
+def test_options_are_all_in_readme():
+    from gateway_provisioners_ssh.provisioner import DistributedProvisioner
+    row = {n: line for line in README.splitlines() if line.startswith('| `') for n in re.findall(r'`(\w+)`', line.split('|')[1])}
+    own = [n for n, t in DistributedProvisioner.class_own_traits(config=True).items()]
+    assert sorted(n for n in own if n not in row) == []
+    assert sorted(n for n in row if not DistributedProvisioner.class_traits().get(n)) == []
+
+# The distribution
+
+@pytest.fixture(scope='module')
+def wheel(copy, tmp_path_factory):
+    out = tmp_path_factory.mktemp('wheel')
+    r = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w', out, copy], capture_output=True, text=True)
+    assert not r.returncode, r.stderr
+    return zipfile.ZipFile(next(out.glob('*.whl')))
+
+def test_wheel_is_complete(wheel, copy):
+    names = {o for o in wheel.namelist() if '.dist-info/' not in o}
+    assert names == {str(p.relative_to(copy)) for p in (copy/PKG).rglob('*') if p.is_file() and p.suffix != '.pyc'}
+
+def test_wheel_metadata(wheel):
+    read = lambda what: wheel.read(next(o for o in wheel.namelist() if o.endswith('.dist-info/' + what))).decode()
+    meta = email.message_from_string(read('METADATA'))
+    needs = [Requirement(o) for o in meta.get_all('Requires-Dist')]
+    norm = lambda rs: sorted(re.sub('[-_.]+', '-', Requirement(r).name) for r in rs)
+    assert norm(str(r) for r in needs if not r.marker) == norm(lines('requirements'))
+    assert meta['Requires-Python'] == f">={CFG['min_python']}" and 'BSD-3-Clause' in (meta['License-Expression'] or meta['License'])
+    assert any(o.endswith('/LICENSE') for o in wheel.namelist())
+    eps = read('entry_points.txt')
+    for o in ('[console_scripts]', 'jupyter-ssh-spec = ', '[jupyter_client.kernel_provisioners]', 'distributed-provisioner = ',
+              '[gateway_provisioners_ssh.load_balancers]', 'round-robin = ', 'least-connection = '): assert o in eps
+
+def test_plain_install_brings_no_tools():
+    "Whatever the requirements lead to, as installed here, is no test, docs or notebook-building tool"
+    todo, seen = [Requirement(o) for o in lines('requirements')], set()
+    while todo:
+        r = todo.pop()
+        if r.name.lower() in seen or r.marker and not r.marker.evaluate({'extra': ''}): continue
+        seen.add(r.name.lower())
+        todo += [Requirement(o) for o in metadata.distribution(r.name).requires or []]
+    tools = 'nbdev execnb pytest hypothesis matplotlib nbconvert nbclient jupyter-server ipykernel ipython sphinx quarto pyspark'.split()
+    assert sorted(seen & set(tools)) == []
+
+@pytest.mark.parametrize('group', ['console_scripts', 'kernel_provisioners', 'load_balancers'])
+def test_entry_points_load(group):
+    name = {'console_scripts': group, 'kernel_provisioners': 'jupyter_client.kernel_provisioners', 'load_balancers': f'{PKG}.load_balancers'}[group]
+    for line in lines(group):
+        ep = next(o for o in metadata.entry_points(group=name) if o.name == line.split('=')[0].strip())
+        assert callable(ep.load())
+
+# The code
+
+PYTHON = sorted(p for p in REPO.rglob('*.py') if p.is_relative_to(REPO/PKG) or p.is_relative_to(REPO/'tests') or p.parent in (REPO, REPO/'scripts'))
+
+@pytest.mark.parametrize('py', PYTHON, ids=ids)
+def test_oldest_python_can_read_it(py): ast.parse(py.read_text(encoding='utf-8'), feature_version=tuple(map(int, CFG['min_python'].split('.'))))
+
+ROOMS = ['background', 'hosts', 'handshake', 'response', 'shell', 'channels', 'ssh', 'balance', 'launch', 'provisioner', 'specs', 'cli', 'mock_ssh']
+
+def imports(py):
+    for o in ast.walk(ast.parse(py.read_text(encoding='utf-8'))):
+        if isinstance(o, ast.ImportFrom) and o.level: yield (o.module or o.names[0].name).split('.')[0]
+        elif isinstance(o, ast.ImportFrom) and (o.module or '').startswith(PKG + '.'): yield o.module.split('.')[1]
+        elif isinstance(o, ast.Import): yield from (n.name.split('.')[1] for n in o.names if n.name.startswith(PKG + '.'))
+
+def test_imports_point_downwards():
+    for py in (REPO/PKG).glob('[!_]*.py'):
+        up = [o for o in imports(py) if o in ROOMS and ROOMS.index(o) >= ROOMS.index(py.stem)]
+        assert up == [] or py.stem in ('cli',), f'{py.name} imports {up}'
+        if py.stem in ('mock_ssh', 'specs'): assert not {'provisioner', 'cli'} & set(imports(py))
+
+def test_launchers_stand_alone():
+    for py in [*(REPO/PKG/'launchers').glob('*.py')]:
+        assert list(imports(py)) == [] and f'import {PKG}' not in py.read_text(), py.name
+
+def test_nothing_of_this_machine():
+    "No file names a directory of the machine it was made on, or a package index"
+    index = subprocess.run([sys.executable, '-m', 'pip', 'config', 'list'], capture_output=True, text=True).stdout + \
+        ' '.join(v for k, v in os.environ.items() if k.startswith('PIP_'))
+    hosts = set(re.findall(r'https?://(?:[^@/\s]*@)?([\w.-]+\.[a-z]\w+)', index))
+    dirs = {str(o) for o in (REPO, *([Path(sys.prefix)] if sys.prefix != sys.base_prefix else [])) if len(o.parts) > 2}
+    words = [re.compile(rf'(?<![\w.-]){re.escape(o)}(?![\w-])'.encode()) for o in hosts | dirs]
+    r = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=REPO, capture_output=True)
+    files = [REPO/o for o in os.fsdecode(r.stdout).split('\0') if o] if not r.returncode else [p for d in ('nbs', PKG, 'tests', 'scripts') for p in (REPO/d).rglob('*')]
+    bad = [(ids(f), w.pattern) for f in files if f.is_file() for w in words if w.search(f.read_bytes())]
+    assert bad == []
