@@ -154,7 +154,7 @@ async def detach(self:Shell,
 
 Shell.detach = detach
 
-# %% ../nbs/03_shell.ipynb #f3ae1c4b
+# %% ../nbs/03_shell.ipynb #c794fb15
 _pump = r'''
 n=$(($2/8192)); [ $n -gt 0 ] || n=1
 while :; do
@@ -190,6 +190,7 @@ k
 {end}
 s=$?
 printf '%s\n' $s >"$dir/s" && mv "$dir/s" "$dir/status"
+exec 8<>"$dir/out"; printf '[ended with status %s]\n' $s >&8
 '''
 
 # %% ../nbs/03_shell.ipynb #77ec3f09
@@ -255,7 +256,7 @@ class RemoteProcess:
         "Stop watching; the process goes on"
         self._watcher.cancel()
 
-# %% ../nbs/03_shell.ipynb #19c844d5
+# %% ../nbs/03_shell.ipynb #890ee0fb
 async def signal(self:RemoteProcess,
     signum:int, # The signal's number; 0 only asks whether the process is there
     pgid:int=None, # The process group that gets it (default: every group of the process)
@@ -266,13 +267,17 @@ async def signal(self:RemoteProcess,
     script = shlex.quote(f'{kills}; [ -n "$ok" ]')
     return (await (await self.shells()).run(f'{self.become} /bin/sh -c {script} 2>/dev/null')).status == 0
 
+_tail = '''n=$2
+while [ $n -gt 0 ]; do case $(tail -n 1 "$1") in "[ended with"*) break;; esac; n=$((n-1)); sleep .05; done
+cat "$1.1" "$1" 2>/dev/null | tail -n {lines}'''
+
 async def tail(self:RemoteProcess,
     lines:int=20, # How many of the last lines
 ) -> str:
     "The end of the log"
-    log = shlex.quote(self.log)
-    cmd = f'{self.become} /bin/sh -c \'cat "$1.1" "$1" 2>/dev/null | tail -n {int(lines)}\' sh {log}'
-    return (await (await self.shells()).run(cmd)).output
+    read = shlex.quote(_tail.format(lines=int(lines)))
+    ended = f'[ -s {shlex.quote(self.dir)}/status ] && echo 20 || echo 0'
+    return (await (await self.shells()).run(f'{self.become} /bin/sh -c {read} sh {shlex.quote(self.log)} $({ended})')).output
 
 async def release(self:RemoteProcess,
     keep_log:bool=True, # Whether the log stays on the host
