@@ -1,0 +1,179 @@
+# Launches IRkernel, the R kernel of Jupyter, on the host of a kernel.
+#
+#   Rscript launch_IRkernel.R --kernel-id ID --response-address IP:PORT --public-key KEY [--port-range LOW..HIGH]
+#       [--spark-context-initialization-mode lazy|eager|none]
+#
+# Every option may also be spelled --RemoteProcessProxy.NAME. The one-time ticket of the launch is in the environment
+# (KERNEL_LAUNCH_SECRET). server_listener.py beside this file takes it, chooses the ports, reports to the host application
+# and receives its requests; R runs the kernel and nothing else. Needed here: base R and the package IRkernel; for
+# server_listener.py a Python with pycryptodomex; for Spark the package SparkR, which is in Spark's own download.
+
+local({
+
+fail <- function(...) {
+  message("launch_IRkernel.R: ", ...)
+  quit("no", 1L, runLast = FALSE)
+}
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+known <- c("kernel-id", "port-range", "response-address", "public-key", "spark-context-initialization-mode",
+           "kernel-class-name", "cluster-type", "customAppName", "connection-file")  # the last four: accepted, like GP's and EG's
+
+parse_args <- function(argv) {
+  opts <- list("port-range" = "0..0", "spark-context-initialization-mode" = "none")
+  while (length(argv)) {
+    arg <- argv[1]; argv <- argv[-1]
+    if (!startsWith(arg, "--")) next               # a connection file's name, in old specifications; there is none
+    name <- sub("=.*", "", sub("^--(RemoteProcessProxy[.])?", "", arg))
+    if (!name %in% known) fail("unknown argument ", sub("=.*", "", arg))
+    if (grepl("=", arg, fixed = TRUE)) opts[[name]] <- sub("^[^=]*=", "", arg)
+    else {
+      if (!length(argv)) fail("argument ", arg, " needs a value")
+      opts[[name]] <- argv[1]; argv <- argv[-1]
+    }
+  }
+  for (name in c("kernel-id", "response-address", "public-key"))
+    if (is.null(opts[[name]])) fail("argument --", name, " is missing")
+  mode <- opts[["spark-context-initialization-mode"]]
+  if (!mode %in% c("lazy", "eager", "none")) fail("--spark-context-initialization-mode is lazy, eager or none, not ", mode)
+  opts
+}
+
+here <- sub("^--file=", "", grep("^--file=", commandArgs(FALSE), value = TRUE)[1])
+here <- dirname(normalizePath(gsub("~+~", " ", here, fixed = TRUE)))   # Rscript writes blanks like that
+
+# The listener ---------------------------------------------------------------------------------------------------------
+# It runs beside R, in a session of its own, until R ends; if the launch cannot go on it says why and ends R. The shell
+# that waits for it also removes R's temporary directory, with which R itself cannot bother when it is killed.
+
+listener_script <- '
+for p in "${PYSPARK_PYTHON:-python3}" "${PYSPARK_PYTHON:-python}"; do
+  "$p" -c "import Cryptodome.Protocol.HPKE" 2>/dev/null || continue
+  "$p" "$@"
+  [ -e /proc/$R_PID/exe ] || rm -rf "$R_TMP"
+  exit
+done
+echo "launch_IRkernel.R: server_listener.py needs a Python with pycryptodomex 3.22 or later, which is neither of ${PYSPARK_PYTHON:-python3, python}:" \
+     "set PYSPARK_PYTHON to one, or: pip install pycryptodomex" >&2
+kill -TERM $R_PID'
+
+start_listener <- function(opts, file) {
+  vars <- c(R_PID = Sys.getpid(), R_TMP = tempdir())
+  argv <- c("setsid", "sh", "-c", listener_script, "sh", file.path(here, "server_listener.py"), "--parent-pid", Sys.getpid(),
+            "--connection-file", file, "--curve", rbind(paste0("--", known[1:4]), unlist(opts[known[1:4]])))
+  system(paste(c(paste0(names(vars), "=", shQuote(vars)), shQuote(argv), "</dev/null"), collapse = " "), wait = FALSE)
+}
+
+# A process group of its own -------------------------------------------------------------------------------------------
+# Interrupts go to the kernel's process group. Under spark-submit that group is the JVM's, which an interrupt would end,
+# so R leaves it (after the listener has seen whose it was). R has no function for that; the C library, which is loaded
+# already, has.
+
+lead_group <- function() {
+  group <- function() strsplit(sub(".*[)] ", "", readLines("/proc/self/stat", 1)), " ")[[1]][3]
+  if (!file.exists("/proc/self/stat") || group() == Sys.getpid()) return()
+  libc <- sub(".* ", "", grep("/(libc[.-]|ld-musl)[^ ]*$", readLines("/proc/self/maps"), value = TRUE)[1])
+  .C(getNativeSymbolInfo("setsid", dyn.load(libc)))
+}
+
+# Spark ----------------------------------------------------------------------------------------------------------------
+
+app_name <- function(opts) if (is.null(opts$customAppName)) opts[["kernel-id"]] else opts$customAppName
+
+attach_sparkr <- function() {
+  home <- Sys.getenv("SPARK_HOME")
+  lib <- file.path(home, "R", "lib")
+  if (nzchar(home) && dir.exists(lib)) .libPaths(c(lib, .libPaths()))
+  if (!requireNamespace("SparkR", quietly = TRUE))
+    stop("the R package SparkR is not in ", if (nzchar(home)) lib else "SPARK_HOME/R/lib (SPARK_HOME is not set)",
+         ", nor in another R library (", paste(.libPaths(), collapse = ", "), "). It is part of Spark's download; ",
+         "pip's pyspark leaves it out. Point SPARK_HOME at a Spark that has R/lib/SparkR", call. = FALSE)
+  suppressPackageStartupMessages(library(SparkR))
+}
+
+spark_session <- function(name) {
+  session <- SparkR::sparkR.session(appName = name, enableHiveSupport = FALSE)
+  list(spark = session, sc = SparkR::sparkR.callJStatic("org.apache.spark.sql.api.r.SQLUtils", "getJavaSparkContext", session))
+}
+
+# `spark` and `sc`, and the two names under which SparkR's own functions look for them, make the context when first
+# used. A context that cannot be made is an error of the cell that asked for it; the next use tries again.
+
+lazily <- function(init) {
+  places <- list(spark = globalenv(), sc = globalenv())
+  if (isNamespaceLoaded("SparkR")) places[c(".sparkRsession", ".sparkRjsc")] <- list(get(".sparkREnv", asNamespace("SparkR")))
+  bound <- function(name) exists(name, places[[name]], inherits = FALSE)
+  unbind <- function() for (name in Filter(bound, names(places)))
+    if (bindingIsActive(name, places[[name]])) rm(list = name, envir = places[[name]])
+  make <- function() {
+    unbind()
+    on.exit(bind())       # whatever went wrong, an interrupt too: what is not there yet stays to be made
+    made <- tryCatch(init(), error = function(e) stop("the Spark context could not be made: ", conditionMessage(e), call. = FALSE))
+    for (name in c("spark", "sc")) if (!bound(name)) assign(name, made[[name]], envir = globalenv())
+    on.exit()
+    made
+  }
+  bind <- function() for (name in Filter(Negate(bound), names(places))) local({
+    name <- name
+    makeActiveBinding(name, function(value) {
+      if (missing(value)) return(make()[[if (name %in% c("sc", ".sparkRjsc")) "sc" else "spark"]])
+      rm(list = name, envir = places[[name]])     # the user's own `sc <- 1`
+      assign(name, value, envir = places[[name]])
+    }, places[[name]])
+  })
+  bind()
+}
+
+init_spark <- function(opts) {
+  mode <- opts[["spark-context-initialization-mode"]]
+  if (mode == "none") return()
+  init <- function() spark_session(app_name(opts))
+  missing <- tryCatch({ attach_sparkr(); NULL }, error = conditionMessage)
+  if (!is.null(missing)) {
+    if (mode == "eager") fail(missing)
+    message("launch_IRkernel.R: ", missing)
+    init <- function() stop(missing)
+  }
+  if (mode == "lazy") return(lazily(init))
+  made <- tryCatch(init(), error = function(e) fail("the Spark context could not be made: ", conditionMessage(e)))
+  for (n in names(made)) assign(n, made[[n]], envir = globalenv())
+}
+
+# The kernel -----------------------------------------------------------------------------------------------------------
+
+# IRkernel knows nothing of encryption. Its sockets can: what it calls to bind them is made to give them the key first.
+encrypt <- function(secretkey) {
+  so <- pbdZMQ::ZMQ.SO()
+  imports <- parent.env(asNamespace("IRkernel"))
+  bind <- get("zmq.bind", imports)
+  unlockBinding("zmq.bind", imports)
+  assign("zmq.bind", function(socket, ...) {
+    pbdZMQ::zmq.setsockopt(socket, so$CURVE_SERVER, 1L)
+    pbdZMQ::zmq.setsockopt(socket, so$CURVE_SECRETKEY, secretkey)
+    bind(socket, ...)
+  }, envir = imports)
+}
+
+make_kernel <- function(file) {
+  secretkey <- jsonlite::fromJSON(file)$curve_secretkey
+  if (!is.null(secretkey)) encrypt(secretkey)
+  get("Kernel", asNamespace("IRkernel"))$new(connection_file = file)
+}
+
+# An interrupt that comes while no cell runs must not end R, which it would: this R is not interactive.
+run <- function(kernel) repeat tryCatch(kernel$run(), interrupt = function(e) NULL)
+
+opts <- parse_args(commandArgs(TRUE))
+file <- file.path(tempdir(), paste0("kernel-", opts[["kernel-id"]], ".json"))
+start_listener(opts, file)
+Sys.unsetenv("KERNEL_LAUNCH_SECRET")
+if (!requireNamespace("IRkernel", quietly = TRUE))
+  fail("the R package IRkernel is not in an R library of this host (", paste(.libPaths(), collapse = ", "),
+       "): apt-get install r-cran-irkernel, or in R: install.packages('IRkernel')")
+init_spark(opts)
+while (!file.exists(file)) Sys.sleep(.01)
+lead_group()
+run(tryCatch(make_kernel(file), error = function(e) fail("IRkernel could not be started: ", conditionMessage(e))))
+
+})

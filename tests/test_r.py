@@ -1,0 +1,267 @@
+"""R kernels: IRkernel under launch_IRkernel.R and server_listener.py, both as a kernelspec has them, started by a test that plays the host
+application. R, IRkernel and (for Spark) Java must be there: what is missing fails the test that needs it, by name."""
+import asyncio, os, re, shutil, signal, subprocess, sys, time, uuid
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+import psutil, pytest
+from jupyter_client.asynchronous import AsyncKernelClient
+import gateway_provisioners_ssh
+from gateway_provisioners_ssh.handshake import ControlKey, Launch, connection_info, control_nonce
+from gateway_provisioners_ssh.response import ResponseServer
+from spark import spark_home, until
+
+PKG = Path(gateway_provisioners_ssh.__file__).parent
+LAUNCHER, LISTENER = PKG/'kernelspecs'/'r'/'launch_IRkernel.R', PKG/'launchers'/'server_listener.py'
+
+@pytest.fixture(scope='session', autouse=True)
+def irkernel():
+    "R with IRkernel, or a failure that names what is missing."
+    if not shutil.which('Rscript'): pytest.fail('Rscript is not on PATH: apt-get install r-cran-irkernel')
+    got = subprocess.run(['Rscript', '-e', 'loadNamespace("IRkernel")'], capture_output=True, text=True)
+    if got.returncode: pytest.fail(f'R cannot load IRkernel: apt-get install r-cran-irkernel\n{got.stderr}')
+
+@pytest.fixture(scope='session')
+def scripts(tmp_path_factory):
+    "The scripts directory of a kernelspec, in a directory with a blank in its name."
+    d = tmp_path_factory.mktemp('spec r')/'scripts'
+    d.mkdir()
+    for f in (LAUNCHER, LISTENER): shutil.copy(f, d)
+    return d
+
+@pytest.fixture
+async def server():
+    s = ResponseServer()
+    yield s
+    await s.close()
+
+class LaunchFailed(Exception): pass
+
+def argv(scripts, launch, response, *extra, spell='--{}', command=('Rscript',)):
+    "The command line that the expanded argv of a kernelspec gives."
+    opts = {'kernel-id': launch.kernel_id, 'port-range': '0..0', 'response-address': response, 'public-key': launch.public_key}
+    return [*command, str(scripts/LAUNCHER.name), *(o for k,v in opts.items() for o in (spell.format(k), v)), *extra]
+
+@asynccontextmanager
+async def r_kernel(server, scripts, *extra, env={}, connection=None, encrypt=False, timeout=60, **kw):
+    "A launched kernel: its process, what it reported, a client; at the end nothing of it is left."
+    launch = Launch(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
+    response = await server.address('127.0.0.1')
+    tmp = scripts.parent.parent/f'tmp-{launch.kernel_id}'
+    tmp.mkdir()
+    env = dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', HOME=os.environ['HOME'], LANG='C.UTF-8', TMPDIR=str(tmp),
+               KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=launch.ticket()) | env
+    with server.expect(launch) as told:
+        start = time.monotonic()
+        proc = await asyncio.create_subprocess_exec(*argv(scripts, launch, response, *extra, **kw), env=env, start_new_session=True,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+        log, exited = bytearray(), asyncio.ensure_future(proc.wait())
+        async def read():
+            while chunk := await proc.stdout.read(4096): log.extend(chunk)
+        reading = asyncio.ensure_future(read())
+        try:
+            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not told.future.done():
+                if exited.done(): await asyncio.wait([reading], timeout=5)
+                raise LaunchFailed(f'status {proc.returncode} after {time.monotonic()-start:.1f} s: {log.decode()}')
+            fields = told.future.result()
+            k = SimpleNamespace(proc=proc, fields=fields, exited=exited, log=log, launch=launch, tmp=tmp, took=time.monotonic()-start)
+            k.client = AsyncKernelClient()
+            k.client.load_connection_info(connection_info(fields))
+            k.client.start_channels()
+            try:
+                await k.client.wait_for_ready(timeout=30)
+                yield k
+            finally: k.client.stop_channels()
+        finally:
+            for pgid in {proc.pid, fields['pgid']} if told.future.done() and not told.future.cancelled() else {proc.pid}:
+                try: os.killpg(pgid, signal.SIGKILL)
+                except ProcessLookupError: pass
+            await exited
+            await asyncio.wait([reading], timeout=5)
+            until('all processes of the kernel gone', lambda: not left_of(launch.kernel_id), 5)
+
+def left_of(kernel_id):
+    "Processes with that kernel's id in their environment or command line."
+    def has(p):
+        try: return p.environ().get('KERNEL_ID')==kernel_id or kernel_id in p.cmdline()
+        except psutil.Error: return False
+    return [p for p in psutil.process_iter() if p.pid!=os.getpid() and has(p)]
+
+async def run(k, code, timeout=60):
+    "Run a cell; its reply's status, streamed text, errors and displayed data."
+    got = SimpleNamespace(text='', error='', data=[])
+    def hook(msg):
+        c = msg['content']
+        if msg['msg_type']=='stream': got.text += c['text']
+        elif msg['msg_type']=='error': got.error += '\n'.join([c['evalue'], *c['traceback']])
+        elif 'data' in c: got.data.append(c['data'])
+    reply = await k.client.execute_interactive(code, timeout=timeout, output_hook=hook, allow_stdin=False)
+    got.status = reply['content']['status']
+    return got
+
+async def control(k, request):
+    "One signed request to the listener; its reply."
+    r, w = await asyncio.open_connection(k.fields['ip'], k.fields['comm_port'])
+    key = ControlKey(k.fields['control_key'])
+    nonce = control_nonce(await r.readline())
+    w.write(key.request(nonce, request))
+    reply = key.open_reply(nonce, await r.readline())
+    w.close()
+    return reply
+
+async def test_compute_and_plot(server, scripts):
+    async with r_kernel(server, scripts) as k:
+        got = await run(k, 'x <- 6 * 7; cat(x); sum(1:10)')
+        assert (got.status, got.text, got.data[0]['text/plain'])==('ok', '42', '[1] 55')
+        got = await run(k, 'plot(1:10)')
+        assert got.status=='ok' and 'image/png' in got.data[0]
+        got = await run(k, 'stop("on purpose")')
+        assert got.status=='error' and 'on purpose' in got.error
+        got = await run(k, 'cat(Sys.getenv("KERNEL_LAUNCH_SECRET"), ls(), Sys.getenv("KERNEL_ID"), "grüezi")')
+        assert got.text.split()==['x', k.launch.kernel_id, 'grüezi'], 'the ticket is gone, and nothing of ours is in the workspace'
+
+async def test_interrupts(server, scripts):
+    async with r_kernel(server, scripts) as k:
+        assert k.fields['pid']==k.fields['pgid']==k.proc.pid
+        await run(k, 'x <- 0')
+        for code in ('repeat x <- x + 1', 'Sys.sleep(1000)', 'system("sleep 1000")'):
+            cell = asyncio.ensure_future(run(k, code))
+            await asyncio.sleep(.5)
+            start = time.monotonic()
+            os.killpg(k.fields['pgid'], signal.SIGINT)
+            await cell
+            assert time.monotonic()-start < 1, code
+        for _ in range(50):   # where no cell runs, and while one begins and ends
+            os.killpg(k.fields['pgid'], signal.SIGINT)
+            await asyncio.sleep(.005)
+        cell = asyncio.ensure_future(run(k, 'Sys.sleep(1000)'))
+        await asyncio.sleep(.5)
+        await control(k, {'signum': 2})
+        await cell
+        assert (await run(k, 'cat(x > 0)')).text=='TRUE', 'same R, same variables'
+        assert await control(k, {'signum': 0})=={'alive': True}
+
+async def test_shutdown_leaves_nothing(server, scripts):
+    async with r_kernel(server, scripts) as k:
+        await k.client.shutdown(reply=True, timeout=10)
+        assert await asyncio.wait_for(k.exited, 5)==0
+        until('listener gone', lambda: not left_of(k.launch.kernel_id), 3)
+        assert not any(k.tmp.iterdir())
+
+async def test_killed(server, scripts):
+    async with r_kernel(server, scripts) as k:
+        os.kill(k.fields['pid'], signal.SIGKILL)
+        assert await asyncio.wait_for(k.exited, 5)==-9
+        until('listener gone', lambda: not left_of(k.launch.kernel_id), 3)
+        assert not any(k.tmp.iterdir()), 'not even the temporary directory of an R that was killed'
+
+async def test_restart_keeps_ports_and_key(server, scripts):
+    async with r_kernel(server, scripts) as k: first = connection_info(k.fields)
+    async with r_kernel(server, scripts, connection=first) as k:
+        assert connection_info(k.fields)==first
+        assert (await run(k, 'cat(exists("x"))')).text=='FALSE'
+
+async def test_encrypted(server, scripts):
+    async with r_kernel(server, scripts, encrypt=True) as k:
+        assert k.fields['curve_publickey'] and (await run(k, 'cat(1 + 1)')).text=='2'
+        plain = AsyncKernelClient()
+        plain.load_connection_info({n: v for n,v in connection_info(k.fields).items() if not n.startswith('curve_')})
+        plain.start_channels()
+        with pytest.raises(RuntimeError): await plain.wait_for_ready(timeout=2)
+        plain.stop_channels()
+
+async def test_spellings(server, scripts):
+    async with r_kernel(server, scripts, '--RemoteProcessProxy.spark-context-initialization-mode', 'none', '--cluster-type=spark',
+                        spell='--RemoteProcessProxy.{}') as k:
+        assert (await run(k, 'cat(exists("spark"), exists("sc"))')).text=='FALSE FALSE'
+
+@pytest.mark.parametrize('extra, env, said', [
+    (['--spark-context-initialization-mode', 'soon'], {}, 'lazy, eager or none, not soon'),
+    (['--no-such-thing', '1'], {}, 'unknown argument --no-such-thing'),
+    (['--port-range'], {}, '--port-range needs a value'),
+    ([], {'R_LIBS_SITE': '/nowhere', 'R_LIBS_USER': '/nowhere'}, 'the R package IRkernel is not in an R library'),
+    ([], {'PYSPARK_PYTHON': '/no/python'}, 'needs a Python with pycryptodomex 3.22 or later, which is neither of /no/python:'),
+    ([], {'KERNEL_LAUNCH_SECRET': ''}, 'KERNEL_LAUNCH_SECRET is not set'),
+    (['--spark-context-initialization-mode', 'eager'], {'SPARK_HOME': '/opt/none'}, 'the R package SparkR is not in /opt/none/R/lib'),
+])
+async def test_refusals(server, scripts, extra, env, said):
+    start = time.monotonic()
+    with pytest.raises(LaunchFailed) as e:
+        async with r_kernel(server, scripts, *extra, env=env): pass
+    assert re.match('status (1|-15) ', str(e.value)) and said in str(e.value)
+    assert time.monotonic()-start < 10
+
+async def test_lazy_without_sparkr(server, scripts):
+    async with r_kernel(server, scripts, '--spark-context-initialization-mode', 'lazy', env=dict(SPARK_HOME='/opt/none')) as k:
+        for name in ('spark', 'sc'):
+            got = await run(k, name)
+            assert got.status=='error' and 'the R package SparkR is not in /opt/none/R/lib' in got.error
+        assert (await run(k, 'sc <- 3; cat(sc + 1)')).text=='4', 'the names are the user\'s to take'
+
+# Spark ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def sparkr_home(tmp_path_factory):
+    "pip's Spark with the R library that it lacks: a stand-in of ours (tests/sparkr), for Spark's own is in no package registry."
+    home, lib = tmp_path_factory.mktemp('spark with r'), 'R/lib'
+    for o in Path(spark_home()).iterdir(): (home/o.name).symlink_to(o)
+    (home/lib).mkdir(parents=True)
+    got = subprocess.run(['R', 'CMD', 'INSTALL', '--no-docs', '--no-test-load', '-l', home/lib, Path(__file__).parent/'sparkr'], capture_output=True, text=True)
+    if got.returncode: pytest.fail(got.stderr)
+    shutil.make_archive(home/lib/'sparkr', 'zip', home/lib, 'SparkR')
+    return home
+
+def submit(cluster, home, mode, master=None, name='R kernel'):
+    "Arguments of `r_kernel` for a launch by spark-submit, as bin/run.sh does it."
+    return dict(command=(f'{home}/bin/spark-submit', '--master', master or cluster.master, '--deploy-mode', 'client', '--name', name),
+                env={**cluster.env, 'SPARK_HOME': str(home)}), ('--spark-context-initialization-mode', mode)
+
+@pytest.mark.parametrize('kind, mode', [('spark_standalone', 'lazy'), ('spark_standalone', 'eager'), ('yarn', 'lazy')])
+async def test_spark(kind, mode, request, server, scripts, sparkr_home):
+    cluster = request.getfixturevalue(kind)
+    how, args = submit(cluster, sparkr_home, mode)
+    async with r_kernel(server, scripts, *args, **how) as k:
+        app = k.launch.kernel_id
+        assert len(cluster.applications(app))==(mode=='eager'), 'lazy: not before first use'
+        if mode=='lazy': await run(k, 'setLogLevel("ERROR")')   # one of the functions that want no session, only a context
+        got = await run(k, 'cat(count(sql("select id from range(1000) where id % 7 = 0")))')
+        assert got.text=='143', got.error
+        assert (await run(k, 'cat(sparkR.callJMethod(sc, "master"))')).text==cluster.master
+        cluster.wait_state(app, 'RUNNING')
+        assert k.fields['pgid']==k.fields['pid']!=k.proc.pid, 'a group apart from the JVM'
+        cell = asyncio.ensure_future(run(k, 'Sys.sleep(1000)'))
+        await asyncio.sleep(.5)
+        os.killpg(k.fields['pgid'], signal.SIGINT)
+        await cell
+        assert (await run(k, 'cat(count(sql("select 1")))')).text=='1', 'R, JVM and context are still there'
+        await k.client.shutdown(reply=True, timeout=10)
+        assert await asyncio.wait_for(k.exited, 20)==0
+        cluster.wait_state(app, 'FINISHED')
+
+async def test_context_that_cannot_start(server, scripts, spark_standalone, sparkr_home):
+    how, args = submit(spark_standalone, sparkr_home, 'lazy', master='spark://nowhere')
+    async with r_kernel(server, scripts, *args, **how) as k:
+        for _ in range(2):
+            got = await run(k, 'sql("select 1")')
+            assert got.status=='error' and 'the Spark context could not be made' in got.error and 'spark://nowhere' in got.error
+        assert (await run(k, 'cat(1 + 1)')).text=='2'
+    how, args = submit(spark_standalone, sparkr_home, 'eager', master='spark://nowhere')
+    with pytest.raises(LaunchFailed, match='(?s)the Spark context could not be made.*spark://nowhere'):
+        async with r_kernel(server, scripts, *args, **how): pass
+
+async def test_no_context(server, scripts, spark_standalone, sparkr_home):
+    how, args = submit(spark_standalone, sparkr_home, 'none')
+    async with r_kernel(server, scripts, *args, **how) as k:
+        assert (await run(k, 'cat(ls(), "SparkR" %in% loadedNamespaces())')).text.split()==['FALSE']
+        os.kill(k.proc.pid, signal.SIGKILL)
+        until('R ends with the JVM that led its launch', lambda: not left_of(k.launch.kernel_id), 10)
+
+async def test_spark_without_its_r_library(server, scripts, spark_standalone, yarn):
+    how, args = submit(spark_standalone, spark_home(), 'lazy')
+    async with r_kernel(server, scripts, *args, **how) as k:
+        got = await run(k, 'spark')
+        assert got.status=='error' and f'the R package SparkR is not in {spark_home()}/R/lib' in got.error
+    how, args = submit(yarn, spark_home(), 'lazy')
+    with pytest.raises(LaunchFailed, match='sparkr.zip does not exist for R application in YARN mode'):
+        async with r_kernel(server, scripts, *args, **how): pass
