@@ -289,7 +289,14 @@ async def release(self:RemoteProcess,
 
 RemoteProcess.signal,RemoteProcess.tail,RemoteProcess.release = signal,tail,release
 
-# %% ../nbs/03_shell.ipynb #f4e33d59
+# %% ../nbs/03_shell.ipynb #d6ff5910
+async def _sweep(shells, dir, log, become):
+    script = '''cd {dir} 2>/dev/null || exit
+read -r p <pid && {become} /bin/sh -c "kill -KILL -$p"
+cd /; rm -rf {dir}; {become} rm -f {log} {log}.1'''
+    with suppress(ShellClosed): await (await shells()).run(script.format(dir=shlex.quote(dir), become=become, log=shlex.quote(log)))
+
+# %% ../nbs/03_shell.ipynb #e66d1c0d
 async def spawn(
     shells, # Coroutine function: a live `Shell` of the host
     script:str, # POSIX shell commands that set up the environment and end with `launch WORD...`
@@ -305,8 +312,11 @@ async def spawn(
     wait = ' -w' if become else '' # sudo may make its command a group leader, and then setsid forks
     launch = f"launch() {{ exec setsid{wait} /bin/sh -c 'printf \"%s %s\\n\" \"$0\" $$; exec \"$@\" </dev/null' {mark} \"$@\"; }}\n"
     orphan = _orphan.format(orphan_timeout=int(orphan_timeout), become=become) if orphan_timeout else ''
-    done = await sh.detach(_supervise.format(dir=shlex.quote(dir), log=shlex.quote(log), become=become, create=shlex.quote(_create),
+    try: done = await sh.detach(_supervise.format(dir=shlex.quote(dir), log=shlex.quote(log), become=become, create=shlex.quote(_create),
         title=shlex.quote(title), mark=mark, pump=shlex.quote(_pump), max_bytes=int(max_bytes), orphan=orphan, end=f'end_{tok}',
         script=launch+script))
+    except ShellClosed:
+        asyncio.ensure_future(_sweep(shells, dir, log, become))
+        raise
     if done.status: raise StartFailed(done.output.strip() or 'the process could not be started')
     return RemoteProcess(shells, dir, log, int(done.output), become)

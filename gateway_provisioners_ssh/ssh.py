@@ -277,13 +277,13 @@ async def close(self:SSHConnection):
 
 for _f in (shell, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
-# %% ../nbs/04_ssh.ipynb #3339488b
+# %% ../nbs/04_ssh.ipynb #4bf1d495
 class Forward:
     "A listening loopback port here that leads to a port of a host"
     def __init__(self, conn:SSHConnection, port:int): self.conn,self.target = conn,port
 
-    async def start(self):
-        self.server = await asyncio.get_running_loop().create_server(lambda: Relay(self._opening), '127.0.0.1', 0)
+    async def start(self, port=0):
+        self.server = await asyncio.get_running_loop().create_server(lambda: Relay(self._opening), '127.0.0.1', port)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 
