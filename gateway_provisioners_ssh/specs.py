@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'LANGUAGES', 'CLUSTERS', 'MODES', 'KERNEL_CLASS', 'NEEDS', 'BUILDS', 'Language', 'Cluster', 'cluster',
-           'spark_opts', 'port_bounds', 'Spec', 'need_ipykernel', 'need_listener', 'need_irkernel', 'need_spark',
-           'need_java', 'need_toree', 'toree_jars', 'scala_version', 'build_toree', 'place']
+           'spark_opts', 'Spec', 'need_ipykernel', 'need_listener', 'need_irkernel', 'need_spark', 'need_java',
+           'need_toree', 'toree_jars', 'scala_version', 'build_toree', 'place']
 
-# %% ../nbs/10_specs.ipynb #8690c983
+# %% ../nbs/10_specs.ipynb #65e3b187
 import json, os, re, shlex, shutil, stat, subprocess, sys, tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from fastcore.basics import patch
 from .hosts import parse_hosts
+from .settings import parse_port_range, variable
 
 PACKAGE = Path(str(files('gateway_provisioners_ssh'))) # launchers and templates are its data
 
@@ -88,21 +89,6 @@ def spark_opts(
     where = [f'--master {master}', cluster(master).options] if master else []
     return ' '.join(filter(None, [*where, '--name ${KERNEL_ID:-ERROR__NO__KERNEL_ID}', extra.strip(), '${KERNEL_EXTRA_SPARK_OPTS}']))
 
-# %% ../nbs/10_specs.ipynb #8da83bb2
-def port_bounds(
-    text: str, # LOWER..UPPER
-    size: int = 1000 # the least distance between the bounds
-) -> tuple[int,int]:
-    "The bounds of a port range, both 0 for none; ValueError says what is wrong."
-    m = re.fullmatch(r'\s*(\d{1,5})\s*\.\.\s*(\d{1,5})\s*', text, re.ASCII)
-    if not m: raise ValueError(f'port range {text!r} is not LOWER..UPPER, such as 40000..42000')
-    low, high = map(int, m.groups())
-    if low==high: return 0, 0
-    if low>high: raise ValueError(f'port range {text!r} ends before it begins')
-    if low<1024 or high>65535: raise ValueError(f'port range {text!r} leaves the ports 1024 to 65535')
-    if high-low<size: raise ValueError(f'port range {text!r} is too narrow: it must span {size} ports (GP_MIN_PORT_RANGE_SIZE)')
-    return low, high
-
 # %% ../nbs/10_specs.ipynb #407da848
 MODES = ('lazy', 'eager', 'none')
 KERNEL_CLASS = 'ipykernel.ipkernel.IPythonKernel'
@@ -133,7 +119,7 @@ class Spec:
         self.python = self.python or (sys.executable if self.spark else 'python')
         self.check()
 
-# %% ../nbs/10_specs.ipynb #fe068f03
+# %% ../nbs/10_specs.ipynb #576fe1e4
 def _line(what, value):
     if not value.strip() or any(ord(c)<32 or ord(c)==127 for c in value): raise ValueError(f'{what} {value!r} must be one line of text')
 
@@ -148,7 +134,7 @@ def check(self:Spec):
     cluster(self.spark_master)
     try: shlex.split(self.extra_spark_opts)
     except ValueError as e: raise ValueError(f'Spark options {self.extra_spark_opts!r}: {str(e).lower()}') from None
-    if 'port_range' in self.config: port_bounds(self.config['port_range'], int(os.environ.get('GP_MIN_PORT_RANGE_SIZE') or os.environ.get('EG_MIN_PORT_RANGE_SIZE') or 1000))
+    if 'port_range' in self.config: parse_port_range(self.config['port_range'], int(variable('MIN_PORT_RANGE_SIZE', 1000)))
     if 'remote_hosts' in self.config: parse_hosts(self.config['remote_hosts'])
     for who in ('authorized_users', 'unauthorized_users'):
         for name in self.config.get(who, ()): _line(f'{who}: user', name)
