@@ -29,7 +29,7 @@ def java_home() -> str:
     return os.environ.get('JAVA_HOME') or str(Path(need('java', 'default-jdk-headless')).resolve().parent.parent)
 
 def spark_home() -> str:
-    "The Spark that pip's pyspark carries: all of Spark but the R library."
+    "The Spark that pip's pyspark carries: all of Spark but the R library, and without any configuration."
     spec = find_spec('pyspark')
     if not spec: raise Missing("pyspark is not installed: pip install 'gateway_provisioners_ssh[spark]'")
     return str(Path(spec.origin).parent)
@@ -101,8 +101,9 @@ class Daemon:
         self.proc.wait()
 
 class Cluster:
-    "What both kinds share: a directory, daemons, the environment of a kernel that is to use them, and an end that leaves nothing."
-    master: str  # for `--spark-master`
+    """What both kinds share: a directory, daemons, and an end that leaves nothing. `master` is for `--spark-master`, `spark_home` for `--spark-home`:
+    a Spark that is configured for this cluster, as an administrator would have it on the hosts of kernels."""
+    master: str
     defaults = {'spark.ui.enabled': 'false', 'spark.driver.memory': '512m', 'spark.executor.memory': '512m', 'spark.executor.cores': '1',
                 'spark.sql.shuffle.partitions': '4', 'spark.log.level': 'WARN', **{f'spark.{o}.extraJavaOptions': ' '.join(JVM) for o in ('driver', 'executor', 'yarn.am')}}
 
@@ -111,7 +112,7 @@ class Cluster:
         directory:str|os.PathLike|None=None,    # for logs, work and configuration; default: a new one, removed at the end
         hosts_file:str|os.PathLike|None=None):  # more for the daemons' /etc/hosts: the names of the drivers' hosts; needs root
         self.address, self.java, self.hosts_file = address, java_home(), hosts_file
-        self._given, self.spark_home, self.daemons = directory, spark_home(), []
+        self._given, self.pip_spark, self.daemons = directory, spark_home(), []
 
     def __enter__(self):
         self.dir = Path(self._given or tempfile.mkdtemp(prefix='gpssh-spark-'))
@@ -119,6 +120,7 @@ class Cluster:
         self.dir.chmod(0o755)  # kernels of other users read the configuration
         self.conf = self.dir/'conf'
         self.conf.mkdir()
+        self.spark_home = self.make_home('spark')
         if self.hosts_file: (self.dir/'hosts').write_text(Path('/etc/hosts').read_text() + '\n' + Path(self.hosts_file).read_text())
         try: self.start()
         except BaseException:
@@ -128,14 +130,28 @@ class Cluster:
 
     def __exit__(self, *_): self.stop()
 
-    def write_defaults(self, **more):
+    def write_conf(self, **more):
+        "What drivers need to know: Spark's two files of settings."
         (self.conf/'spark-defaults.conf').write_text(''.join(f'{k} {v}\n' for k,v in {**self.defaults, **more}.items()))
+        (self.conf/'spark-env.sh').write_text(''.join(f'export {k}={quote(v)}\n' for k,v in self.spark_env.items()))
+
+    @property
+    def spark_env(self) -> dict[str, str]:
+        return dict(JAVA_HOME=self.java) | (dict(SPARK_LOCAL_IP=self.address) if self.address.startswith('127.') else {})
+
+    def make_home(self, name:str) -> Path:
+        "Another `SPARK_HOME` for this cluster: pip's Spark, with this cluster's configuration."
+        home = self.dir/name
+        home.mkdir()
+        for o in Path(self.pip_spark).iterdir(): (home/o.name).symlink_to(o)
+        (home/'conf').unlink(missing_ok=True)
+        (home/'conf').symlink_to(self.conf)
+        return home
 
     @property
     def env(self) -> dict[str, str]:
-        "For the `env` of a kernelspec, or of a script: where Spark, its configuration, Java and Python are."
-        local = {'SPARK_LOCAL_IP': self.address} if self.address.startswith('127.') else {}
-        return dict(SPARK_HOME=self.spark_home, SPARK_CONF_DIR=str(self.conf), JAVA_HOME=self.java, PYSPARK_PYTHON=sys.executable, **local)
+        "For the environment of a script (kernelspecs have all this in them)."
+        return dict(SPARK_HOME=str(self.spark_home), PYSPARK_PYTHON=sys.executable)
 
     def daemon(self, name:str, argv:list[str], **env) -> Daemon:
         clean = {k: v for k,v in os.environ.items() if not k.startswith(('SPARK_', 'PYSPARK_', 'HADOOP_', 'YARN_'))}
@@ -167,10 +183,10 @@ class Standalone(Cluster):
         self.cores, self.worker_memory = cores, memory
 
     def start(self):
-        self.write_defaults(**{'spark.cores.max': '1'})
+        self.write_conf(**{'spark.cores.max': '1'})
         (self.dir/'work').mkdir()
-        cls = [f'{self.spark_home}/bin/spark-class']
-        common = dict(SPARK_HOME=self.spark_home, SPARK_CONF_DIR=str(self.dir/'none'), SPARK_DAEMON_MEMORY='128m', SPARK_DAEMON_JAVA_OPTS=' '.join(JVM))
+        cls = [f'{self.pip_spark}/bin/spark-class']
+        common = dict(SPARK_HOME=self.pip_spark, SPARK_CONF_DIR=str(self.dir/'none'), SPARK_DAEMON_MEMORY='128m', SPARK_DAEMON_JAVA_OPTS=' '.join(JVM))
         at = ['--host', self.address, '--port', '0', '--webui-port', '0']
         m = self.daemon('spark-master', [*cls, 'org.apache.spark.deploy.master.Master', *at], **common)
         self.master = m.says(r'Starting Spark master at (\S+)')
@@ -197,7 +213,7 @@ class Yarn(Cluster):
         self.memory_mb, self.jars = memory_mb, yarn_jars()
 
     @property
-    def env(self): return {**super().env, 'HADOOP_CONF_DIR': str(self.conf), 'YARN_CONF_DIR': str(self.conf)}
+    def spark_env(self): return super().spark_env | dict(HADOOP_CONF_DIR=str(self.conf), YARN_CONF_DIR=str(self.conf))
 
     def site(self, name:str, values:dict):
         "One of Hadoop's XML files."
@@ -226,7 +242,7 @@ class Yarn(Cluster):
             f'{cap}.resource-calculator': 'org.apache.hadoop.yarn.util.resource.DefaultResourceCalculator'})
         (self.conf/'log4j.properties').write_text('log4j.rootLogger=INFO,A\nlog4j.appender.A=org.apache.log4j.ConsoleAppender\n'
             'log4j.appender.A.target=System.err\nlog4j.appender.A.layout=org.apache.log4j.PatternLayout\nlog4j.appender.A.layout.ConversionPattern=%d{ISO8601} %p %c{1}: %m%n\n')
-        self.write_defaults(**{'spark.yarn.jars': f'local:{self.spark_home}/jars/*', 'spark.yarn.stagingDir': f'file://{self.dir}/staging',
+        self.write_conf(**{'spark.yarn.jars': f'local:{self.pip_spark}/jars/*', 'spark.yarn.stagingDir': f'file://{self.dir}/staging',
             'spark.yarn.am.memory': '256m', 'spark.yarn.am.memoryOverhead': '128m', 'spark.executor.memoryOverhead': '128m', 'spark.executor.instances': '1', 'spark.yarn.report.interval': '200ms',
             'spark.scheduler.minRegisteredResourcesRatio': '0'})
 

@@ -9,7 +9,8 @@ from jupyter_client.asynchronous import AsyncKernelClient
 import gateway_provisioners_ssh
 from gateway_provisioners_ssh.handshake import ControlKey, Launch, connection_info, control_nonce
 from gateway_provisioners_ssh.response import ResponseServer
-from spark import spark_home, until
+from kernels import install, interrupted, remote_kernel, run
+from spark import until
 
 PKG = Path(gateway_provisioners_ssh.__file__).parent
 LAUNCHER, LISTENER = PKG/'kernelspecs'/'r'/'launch_IRkernel.R', PKG/'launchers'/'server_listener.py'
@@ -87,18 +88,6 @@ def left_of(kernel_id):
         try: return p.environ().get('KERNEL_ID')==kernel_id or kernel_id in p.cmdline()
         except psutil.Error: return False
     return [p for p in psutil.process_iter() if p.pid!=os.getpid() and has(p)]
-
-async def run(k, code, timeout=60):
-    "Run a cell; its reply's status, streamed text, errors and displayed data."
-    got = SimpleNamespace(text='', error='', data=[])
-    def hook(msg):
-        c = msg['content']
-        if msg['msg_type']=='stream': got.text += c['text']
-        elif msg['msg_type']=='error': got.error += '\n'.join([c['evalue'], *c['traceback']])
-        elif 'data' in c: got.data.append(c['data'])
-    reply = await k.client.execute_interactive(code, timeout=timeout, output_hook=hook, allow_stdin=False)
-    got.status = reply['content']['status']
-    return got
 
 async def control(k, request):
     "One signed request to the listener; its reply."
@@ -201,26 +190,26 @@ async def test_lazy_without_sparkr(server, scripts):
 
 # Spark ---------------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope='session')
-def sparkr_home(tmp_path_factory):
-    "pip's Spark with the R library that it lacks: a stand-in of ours (tests/sparkr), for Spark's own is in no package registry."
-    home, lib = tmp_path_factory.mktemp('spark with r'), 'R/lib'
-    for o in Path(spark_home()).iterdir(): (home/o.name).symlink_to(o)
-    (home/lib).mkdir(parents=True)
-    got = subprocess.run(['R', 'CMD', 'INSTALL', '--no-docs', '--no-test-load', '-l', home/lib, Path(__file__).parent/'sparkr'], capture_output=True, text=True)
+def sparkr_home(cluster):
+    "The cluster's Spark with the R library that pip's Spark lacks: a stand-in of ours (tests/sparkr), for Spark's own is in no package registry."
+    home = cluster.dir/'spark-with-r'
+    if home.exists(): return home
+    lib = cluster.make_home(home.name)/'R'/'lib'
+    lib.mkdir(parents=True)
+    got = subprocess.run(['R', 'CMD', 'INSTALL', '--no-docs', '--no-test-load', '-l', lib, Path(__file__).parent/'sparkr'], capture_output=True, text=True)
     if got.returncode: pytest.fail(got.stderr)
-    shutil.make_archive(home/lib/'sparkr', 'zip', home/lib, 'SparkR')
+    shutil.make_archive(lib/'sparkr', 'zip', lib, 'SparkR')
     return home
 
-def submit(cluster, home, mode, master=None, name='R kernel'):
+def submit(cluster, home, mode, master=None):
     "Arguments of `r_kernel` for a launch by spark-submit, as bin/run.sh does it."
-    return dict(command=(f'{home}/bin/spark-submit', '--master', master or cluster.master, '--deploy-mode', 'client', '--name', name),
+    return dict(command=(f'{home}/bin/spark-submit', '--master', master or cluster.master, '--deploy-mode', 'client', '--name', 'R kernel'),
                 env={**cluster.env, 'SPARK_HOME': str(home)}), ('--spark-context-initialization-mode', mode)
 
 @pytest.mark.parametrize('kind, mode', [('spark_standalone', 'lazy'), ('spark_standalone', 'eager'), ('yarn', 'lazy')])
-async def test_spark(kind, mode, request, server, scripts, sparkr_home):
+async def test_spark(kind, mode, request, server, scripts):
     cluster = request.getfixturevalue(kind)
-    how, args = submit(cluster, sparkr_home, mode)
+    how, args = submit(cluster, sparkr_home(cluster), mode)
     async with r_kernel(server, scripts, *args, **how) as k:
         app = k.launch.kernel_id
         assert len(cluster.applications(app))==(mode=='eager'), 'lazy: not before first use'
@@ -239,29 +228,63 @@ async def test_spark(kind, mode, request, server, scripts, sparkr_home):
         assert await asyncio.wait_for(k.exited, 20)==0
         cluster.wait_state(app, 'FINISHED')
 
-async def test_context_that_cannot_start(server, scripts, spark_standalone, sparkr_home):
-    how, args = submit(spark_standalone, sparkr_home, 'lazy', master='spark://nowhere')
+async def test_context_that_cannot_start(server, scripts, spark_standalone):
+    how, args = submit(spark_standalone, sparkr_home(spark_standalone), 'lazy', master='spark://nowhere')
     async with r_kernel(server, scripts, *args, **how) as k:
         for _ in range(2):
             got = await run(k, 'sql("select 1")')
             assert got.status=='error' and 'the Spark context could not be made' in got.error and 'spark://nowhere' in got.error
         assert (await run(k, 'cat(1 + 1)')).text=='2'
-    how, args = submit(spark_standalone, sparkr_home, 'eager', master='spark://nowhere')
+    how, args = submit(spark_standalone, sparkr_home(spark_standalone), 'eager', master='spark://nowhere')
     with pytest.raises(LaunchFailed, match='(?s)the Spark context could not be made.*spark://nowhere'):
         async with r_kernel(server, scripts, *args, **how): pass
 
-async def test_no_context(server, scripts, spark_standalone, sparkr_home):
-    how, args = submit(spark_standalone, sparkr_home, 'none')
+async def test_no_context(server, scripts, spark_standalone):
+    how, args = submit(spark_standalone, sparkr_home(spark_standalone), 'none')
     async with r_kernel(server, scripts, *args, **how) as k:
         assert (await run(k, 'cat(ls(), "SparkR" %in% loadedNamespaces())')).text.split()==['FALSE']
         os.kill(k.proc.pid, signal.SIGKILL)
         until('R ends with the JVM that led its launch', lambda: not left_of(k.launch.kernel_id), 10)
 
 async def test_spark_without_its_r_library(server, scripts, spark_standalone, yarn):
-    how, args = submit(spark_standalone, spark_home(), 'lazy')
+    how, args = submit(spark_standalone, spark_standalone.spark_home, 'lazy')
     async with r_kernel(server, scripts, *args, **how) as k:
         got = await run(k, 'spark')
-        assert got.status=='error' and f'the R package SparkR is not in {spark_home()}/R/lib' in got.error
-    how, args = submit(yarn, spark_home(), 'lazy')
+        assert got.status=='error' and f'the R package SparkR is not in {spark_standalone.spark_home}/R/lib' in got.error
+    how, args = submit(yarn, yarn.spark_home, 'lazy')
     with pytest.raises(LaunchFailed, match='sparkr.zip does not exist for R application in YARN mode'):
         async with r_kernel(server, scripts, *args, **how): pass
+
+# Over SSH, from kernelspecs that were installed ------------------------------------------------------------------------
+
+async def test_over_ssh(hosts, tmp_path):
+    name, spec = install(tmp_path, '--language', 'R')
+    assert name=='ssh_r' and spec['argv'][0]=='Rscript'
+    with hosts.nothing_left(ignore=[r'kernel-.*\.log']):
+        async with remote_kernel(tmp_path, name, hosts.names[:2]) as k:
+            assert (await run(k, 'x <- 6 * 7; cat(x, Sys.getenv("GP_TEST_HOST"))')).text==f'42 {hosts.names[0]}'
+            assert 'image/png' in (await run(k, 'plot(1:10)')).data[0]
+            assert (await interrupted(k, 'repeat x <- x + 1')).took < 1
+            assert (await run(k, 'cat(x > 42)')).text=='TRUE'
+            before = k.km.get_connection_info()
+            await k.km.restart_kernel()
+            await k.client.wait_for_ready(timeout=30)
+            assert k.km.get_connection_info()==before
+            assert (await run(k, 'cat(exists("x"))')).text=='FALSE'
+            await k.km.shutdown_kernel()
+            assert not hosts.kernels(k.id)
+
+@pytest.mark.parametrize('kind', ['spark_standalone', 'yarn'])
+async def test_spark_over_ssh(kind, request, hosts, tmp_path):
+    cluster = request.getfixturevalue(kind)
+    name, spec = install(tmp_path, '--language', 'R', '--spark', '--spark-master', cluster.master, '--spark-home', sparkr_home(cluster))
+    with hosts.nothing_left(timeout=20, ignore=[r'kernel-.*\.log']):
+        async with remote_kernel(tmp_path, name, hosts.names[:1]) as k:
+            assert cluster.applications(k.id)==[]
+            got = await run(k, 'cat(count(sql("select id from range(1000) where id % 7 = 0")), sparkR.callJMethod(sc, "master"))')
+            assert got.text==f'143 {cluster.master}', got.error
+            cluster.wait_state(k.id, 'RUNNING')
+            assert (await interrupted(k, 'Sys.sleep(1000)')).took < 1
+            assert (await run(k, 'cat(count(sql("select 1")))')).text=='1'
+            await k.km.shutdown_kernel()
+            cluster.wait_state(k.id, 'FINISHED')
