@@ -9,7 +9,7 @@ from jupyter_client.asynchronous import AsyncKernelClient
 import gateway_provisioners_ssh
 from gateway_provisioners_ssh.handshake import ControlKey, Launch, connection_info, control_nonce
 from gateway_provisioners_ssh.response import ResponseServer
-from kernels import install, interrupted, remote_kernel, run
+from installed import install, interrupted, remote_kernel, run
 from spark import until
 
 PKG = Path(gateway_provisioners_ssh.__file__).parent

@@ -1,0 +1,57 @@
+"Kernels as users get them: a kernelspec written by `jupyter ssh-spec install`, started by jupyter_client on a host of the tests, and run cell by cell."
+import asyncio, json, os, subprocess, sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from traitlets.config import Config
+
+def install(prefix, *options):
+    "Write a kernelspec below `prefix`; its name, and kernel.json as it was written."
+    before = set(Path(prefix).glob('share/jupyter/kernels/*'))
+    command = [str(Path(sys.executable).parent/'jupyter-ssh-spec'), 'install', '--prefix', str(prefix), *map(str, options)]
+    got = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert not got.returncode, got.stderr
+    made, = set(Path(prefix).glob('share/jupyter/kernels/*')) - before
+    return made.name, json.loads((made/'kernel.json').read_text())
+
+@asynccontextmanager
+async def remote_kernel(prefix, name, hosts, timeout=60, **env):
+    "The kernelspec `name` started on one of `hosts` by the real provisioner: `km`, `client`, `id`, `fields` of its report. Ends with the block."
+    config = Config()
+    config.DistributedProvisioner.remote_hosts = list(hosts)
+    specs = KernelSpecManager(kernel_dirs=[str(Path(prefix)/'share'/'jupyter'/'kernels')], ensure_native_kernel=False)
+    km = AsyncKernelManager(kernel_name=name, kernel_spec_manager=specs, config=config)
+    await km.start_kernel(env={**os.environ, 'KERNEL_USERNAME': 'ada', 'KERNEL_LAUNCH_TIMEOUT': str(timeout), **env})
+    client = km.client()
+    client.start_channels()
+    try:
+        await client.wait_for_ready(timeout=30)
+        yield SimpleNamespace(km=km, client=client, id=km.kernel_id, fields=km.provisioner.fields, provisioner=km.provisioner)
+    finally:
+        client.stop_channels()
+        await km.shutdown_kernel(now=True)
+
+async def run(k, code, timeout=60):
+    "Run a cell of the kernel whose `client` `k` has; the status of its reply, streamed text, errors with their traceback, and displayed data."
+    got = SimpleNamespace(text='', error='', data=[])
+    def hook(msg):
+        c = msg['content']
+        if msg['msg_type']=='stream': got.text += c['text']
+        elif msg['msg_type']=='error': got.error += '\n'.join([c['evalue'], *c['traceback']])
+        elif 'data' in c: got.data.append(c['data'])
+    reply = await k.client.execute_interactive(code, timeout=timeout, output_hook=hook, allow_stdin=False)
+    got.status = reply['content']['status']
+    return got
+
+async def interrupted(k, code, after=.5):
+    "Run a cell that does not end by itself and interrupt it; what `run` gives, and the seconds that its end took in `took`."
+    cell = asyncio.ensure_future(run(k, code))
+    await asyncio.sleep(after)
+    clock = asyncio.get_running_loop().time
+    start = clock()
+    await k.km.interrupt_kernel()
+    got = await cell
+    got.took = clock() - start
+    return got
