@@ -24,7 +24,7 @@ def names(values) -> list:
     "Values that may hold several, separated by commas, one by one."
     return [o.strip() for v in values for o in v.split(',') if o.strip()]
 
-# %% ../nbs/11_cli.ipynb #2021c096
+# %% ../nbs/11_cli.ipynb #df1868bc
 class RemoteProvisionerConfigMixin(Configurable):
     "Options of the provisioner that a kernelspec may set for its kernels."
     authorized_users = Set(Unicode(), config=True, help="""Only these users may start this kernel: KERNEL_USERNAME is compared with each name, upper and lower
@@ -33,8 +33,8 @@ class RemoteProvisionerConfigMixin(Configurable):
     unauthorized_users = Set(Unicode(), {'root'}, config=True, help="""These users may not start this kernel: KERNEL_USERNAME is compared with each name, upper and lower
         case matter. Repeat the option for each name. They are refused in addition to those that the host application refuses.
         (Environment: GP_UNAUTHORIZED_USERS, separated by commas)""")
-    port_range = Unicode('0..0', config=True, help="""The ports kernels may use on their hosts, LOWER..UPPER, at least 1000 apart: 40000..42000. They are chosen at random
-        within it. Equal bounds such as 0..0 mean any port. (Environment: GP_PORT_RANGE)""")
+    port_range = Unicode('0..0', config=True, help="""The ports kernels may use on their hosts, LOWER..UPPER, at least 1000 apart:
+        40000..42000. They are chosen at random within it. Equal bounds such as 0..0 mean any port. (Environment: GP_PORT_RANGE)""")
     launch_timeout = Int(30, config=True, help="""How long a kernel may take from start request to readiness, in seconds. KERNEL_LAUNCH_TIMEOUT in a start request
         wins. (Environment: GP_LAUNCH_TIMEOUT)""")
 
@@ -53,23 +53,25 @@ class RemoteProvisionerConfigMixin(Configurable):
         try: return int(text)
         except ValueError: raise TraitError(f'GP_LAUNCH_TIMEOUT is no number of seconds: {text!r}') from None
 
-# %% ../nbs/11_cli.ipynb #b4988c22
+# %% ../nbs/11_cli.ipynb #e6f1bb0f
 class BaseSpecApp(RemoteProvisionerConfigMixin, JupyterApp):
     "An application that writes a kernelspec."
     name, version, raise_config_file_errors = 'jupyter-ssh-spec', __version__, True
     user = Bool(False, config=True, help='Install for the user who runs this only.')
     prefix = Unicode('', config=True, help='Install below this directory, an environment for example: PREFIX/share/jupyter/kernels.')
     replace = Bool(False, config=True, help='Put the new kernelspec in the place of one that has its name.')
-    kernel_name = Unicode('', config=True, help="The kernelspec's directory, by which commands name it: jupyter console --kernel ssh_python. Empty: from language and Spark.")
+    kernel_name = Unicode('', config=True, help="""The kernelspec's directory, by which commands name it: jupyter console
+        --kernel ssh_python. Empty: from language and Spark.""")
     display_name = Unicode('', config=True, help="The kernelspec's name in menus and launchers. Empty: from language and Spark.")
     language = Unicode('Python', config=True, help='The language of the kernel: Python, R or Scala, in upper or lower case.')
     python = Unicode('', config=True, help="""The Python interpreter on the hosts, as a path or a command. Empty: python; with --spark the path of the interpreter
         that runs this command, since Spark's executors need the same one.""")
-    ipykernel_subclass_name = Unicode(KERNEL_CLASS, config=True, help='The class of the kernel, for Python: ipykernel.ipkernel.IPythonKernel or a subclass that is installed on the hosts.')
+    ipykernel_subclass_name = Unicode(KERNEL_CLASS, config=True, help="""The class of the kernel, for Python:
+        ipykernel.ipkernel.IPythonKernel or a subclass that is installed on the hosts.""")
     spark = Bool(False, config=True, help='Start the kernel through spark-submit.')
     spark_home = Unicode('/opt/spark', config=True, help="Spark's directory on the hosts. (Environment: SPARK_HOME)")
-    spark_init_mode = Unicode('lazy', config=True, help="""When the Spark context is made. lazy: in the background, first use waits for it; eager: before the kernel is ready;
-        none: never, the notebook makes its own.""")
+    spark_init_mode = Unicode('lazy', config=True, help="""When the Spark context is made. lazy: in the background, first use waits for it;
+        eager: before the kernel is ready; none: never, the notebook makes its own.""")
     extra_spark_opts = Unicode('', config=True, help='More options of spark-submit, in one string: --extra-spark-opts "--conf spark.executor.cores=2".')
 
     @default('spark_home')
@@ -78,14 +80,15 @@ class BaseSpecApp(RemoteProvisionerConfigMixin, JupyterApp):
     @default('log_format')
     def _log_format_default(self): return '[%(levelname)1.1s %(asctime)s.%(msecs)03d %(name)s] %(message)s'
 
-# %% ../nbs/11_cli.ipynb #fa9f6a68
+# %% ../nbs/11_cli.ipynb #df623fdd
 BaseSpecApp.flags = {
     'user': ({'BaseSpecApp': {'user': True}}, 'Install for the user who runs this only'),
     'sys-prefix': ({'BaseSpecApp': {'prefix': sys.prefix}}, 'Install into the Python environment that this command belongs to, virtual or conda'),
     'debug': base_flags['debug'],
     'replace': ({'BaseSpecApp': {'replace': True}}, 'Put the new kernelspec in the place of one that has its name; if that fails, the old one stays')}
-BaseSpecApp.aliases = {o: f'BaseSpecApp.{o.replace("-", "_")}' for o in ('prefix', 'kernel-name', 'display-name', 'language', 'python',
-    'authorized-users', 'unauthorized-users', 'port-range', 'launch-timeout', 'ipykernel-subclass-name')} | {k: base_aliases[k] for k in ('log-level', 'config')}
+def _aliases(options): return {o: f'BaseSpecApp.{o.replace("-", "_")}' for o in options.split()}
+BaseSpecApp.aliases = _aliases('prefix kernel-name display-name language python') | _aliases(
+    'authorized-users unauthorized-users port-range launch-timeout ipykernel-subclass-name') | {k: base_aliases[k] for k in ('log-level', 'config')}
 
 # %% ../nbs/11_cli.ipynb #0e47e833
 def tidy(
@@ -165,22 +168,23 @@ def write(self:BaseSpecApp, spec) -> Path:
     self.log.info('Installed kernelspec %s in %s', target.name, target)
     return target
 
-# %% ../nbs/11_cli.ipynb #412d9234
+# %% ../nbs/11_cli.ipynb #6382dcec
 class BaseSpecSparkApp(BaseSpecApp):
     "An application that writes a kernelspec, with or without Spark."
     flags = {'user': BaseSpecApp.flags['user'], 'sys-prefix': BaseSpecApp.flags['sys-prefix'],
         'spark': ({'BaseSpecApp': {'spark': True}}, 'Start the kernel through spark-submit')} | BaseSpecApp.flags
-    aliases = {o: f'BaseSpecApp.{o.replace("-", "_")}' for o in ('prefix', 'kernel-name', 'display-name', 'language', 'python', 'spark-home', 'spark-init-mode', 'extra-spark-opts')} | BaseSpecApp.aliases
+    aliases = _aliases('prefix kernel-name display-name language python spark-home spark-init-mode extra-spark-opts') | BaseSpecApp.aliases
 
     def idle(self):
         "Options given that nothing will come of, each with the reason"
         scala = self.language.lower()=='scala'
-        idle = [] if self.spark else [(o, '--spark is not given') for o in ('spark_master', 'spark_init_mode', 'extra_spark_opts', *(() if scala else ('spark_home',)))]
+        sparks = ['spark_master', 'spark_init_mode', 'extra_spark_opts'] + ['spark_home']*(not scala)
+        idle = [] if self.spark else [(o, '--spark is not given') for o in sparks]
         if self.language.lower()!='python': idle.append(('ipykernel_subclass_name', 'the language is not Python'))
         if scala: idle.append(('python', 'Scala kernels need no Python'))
         return [(o, why) for o,why in idle if self.given(o)]
 
-# %% ../nbs/11_cli.ipynb #c63bb468
+# %% ../nbs/11_cli.ipynb #8445ce93
 class SshSpecInstaller(BaseSpecSparkApp):
     "Writes a kernelspec whose kernels run on hosts reached by SSH."
     description = 'Write a Jupyter kernel specification for kernels that run on other hosts, reached by SSH.'
@@ -212,8 +216,8 @@ Every option can stand in a configuration file, here for --config=specs.py, unde
     c.SshSpecInstaller.remote_hosts = ["gpu1", "gpu2"]
     c.BaseSpecApp.launch_timeout = 60
 """
-    remote_hosts = List(Unicode(), ['localhost'], config=True, help="""The hosts this kernel may run on: [user@]host[:port], or aliases of your OpenSSH configuration. Repeat the option
-        for each, or separate them by commas. Without it, the kernel runs where the host application says. (Environment: GP_REMOTE_HOSTS)""")
+    remote_hosts = List(Unicode(), ['localhost'], config=True, help="""The hosts this kernel may run on: [user@]host[:port], or aliases of your
+        OpenSSH configuration. Repeat the option for each, or separate them by commas. Without it, the kernel runs where the host application says. (Environment: GP_REMOTE_HOSTS)""")
     spark_master = Unicode('yarn', config=True, help='The Spark master: yarn, spark://HOST:PORT, or local[*] for Spark within the kernel\'s host.')
     flags = BaseSpecSparkApp.flags
     aliases = {'remote-hosts': 'SshSpecInstaller.remote_hosts', 'spark-master': 'SshSpecInstaller.spark_master'} | BaseSpecSparkApp.aliases
@@ -221,14 +225,15 @@ Every option can stand in a configuration file, here for --config=specs.py, unde
     @default('remote_hosts')
     def _remote_hosts_default(self): return names([variable('REMOTE_HOSTS', 'localhost')])
 
-# %% ../nbs/11_cli.ipynb #d210506d
+# %% ../nbs/11_cli.ipynb #62a7ac43
 @patch
 def spec(self:SshSpecInstaller) -> Spec:
     "The kernelspec that the options describe; ValueError names what is wrong"
-    values = dict(remote_hosts=lambda: [str(o) for o in parse_hosts(self.remote_hosts)], authorized_users=lambda: sorted(names(self.authorized_users)),
-        unauthorized_users=lambda: sorted(names(self.unauthorized_users)), port_range=lambda: self.port_range.strip())
-    return Spec(self.language, self.kernel_name, self.display_name, self.spark, self.spark_master, self.spark_home, self.spark_init_mode, self.extra_spark_opts,
-        self.python, self.ipykernel_subclass_name, self.launch_timeout, {k: get() for k,get in values.items() if self.given(k) or (k=='port_range' and self.port_range!='0..0')})
+    values = dict(remote_hosts=[str(o) for o in parse_hosts(self.remote_hosts)], authorized_users=sorted(names(self.authorized_users)),
+        unauthorized_users=sorted(names(self.unauthorized_users)), port_range=self.port_range.strip())
+    given = {k: v for k,v in values.items() if self.given(k) or (k=='port_range' and v!='0..0')}
+    return Spec(self.language, self.kernel_name, self.display_name, self.spark, self.spark_master, self.spark_home, self.spark_init_mode,
+        self.extra_spark_opts, self.python, self.ipykernel_subclass_name, self.launch_timeout, given)
 
 @patch
 def start(self:SshSpecInstaller):
@@ -238,16 +243,18 @@ def start(self:SshSpecInstaller):
     for option,why in self.idle(): self.log.warning('--%s has no effect: %s', option.replace('_', '-'), why)
     print(next_steps(self.write(spec), spec, hosts))
 
-# %% ../nbs/11_cli.ipynb #e91c2aa9
+# %% ../nbs/11_cli.ipynb #fd442baa
 def copy_command(
     target: Path, # the kernelspec's directory
     host # a `Host` to copy it to
 ) -> str:
     "The command that puts a kernelspec into the same place on `host`."
-    to = (f'{host.user}@' if host.user else '') + (f'[{host.name}]' if ':' in host.name else host.name)
-    at, port = (f'{host.user}@' if host.user else '') + host.name, host.port
-    up = shlex.quote(str(target.parent))
-    return f'ssh{f" -p {port}" if port else ""} {shlex.quote(at)} mkdir -p {shlex.quote(up) if up!=str(target.parent) else up} && scp{f" -P {port}" if port else ""} -rp {shlex.quote(str(target))} {shlex.quote(f"{to}:{target.parent}/")}'
+    user, port, parent = f'{host.user}@' if host.user else '', host.port, str(target.parent)
+    to = user + (f'[{host.name}]' if ':' in host.name else host.name)
+    mkdir = f'mkdir -p {shlex.quote(parent)}' # in the shell over there
+    there = ['ssh', *(['-p', str(port)] if port else []), user+host.name, *(mkdir.split() if shlex.quote(parent)==parent else [mkdir])]
+    copy = ['scp', *(['-P', str(port)] if port else []), '-rp', str(target), f'{to}:{parent}/']
+    return f'{shlex.join(there)} && {shlex.join(copy)}'
 
 def next_steps(
     target: Path, # the kernelspec's directory

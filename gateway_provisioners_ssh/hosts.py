@@ -114,7 +114,7 @@ def _wild(patterns, text):
     hit = lambda o: re.fullmatch(''.join({'*':'.*', '?':'.'}.get(c) or re.escape(c) for c in o), text, re.S)
     return not any(hit(o[1:]) for o in patterns if o[:1]=='!') and any(hit(o) for o in patterns if o[:1]!='!')
 
-# %% ../nbs/00_hosts.ipynb #37491b9c
+# %% ../nbs/00_hosts.ipynb #829f7c95
 @dataclass
 class _Lookup:
     "One reading of the configuration for a host."
@@ -132,11 +132,11 @@ class _Lookup:
     def tokens(self, text):
         "`text` with its `%` tokens replaced"
         host, user, home = self.hostname(), getpass.getuser(), os.path.expanduser('~')
-        vals = {'%':'%', 'd':home, 'h':host, 'n':self.original, 'k':self.get('hostkeyalias', self.original), 'p':self.get('port', '22'), 'r':self.get('user', user), 'u':user,
-                'i':str(os.getuid()), 'L':socket.gethostname().partition('.')[0], 'l':socket.gethostname(), 'j':self.get('proxyjump')}
+        vals = {'%':'%', 'd':home, 'h':host, 'n':self.original, 'k':self.get('hostkeyalias', self.original), 'p':self.get('port', '22'),
+                'r':self.get('user', user), 'u':user, 'i':str(os.getuid()), 'L':socket.gethostname().partition('.')[0], 'l':socket.gethostname(), 'j':self.get('proxyjump')}
         return re.sub(r'%(.)', lambda m: vals.get(m[1], m[0]), text)
 
-# %% ../nbs/00_hosts.ipynb #7928c889
+# %% ../nbs/00_hosts.ipynb #44cd8539
 @patch
 def runs(self:_Lookup, command):
     "Whether a `Match exec` command succeeds"
@@ -148,7 +148,8 @@ def runs(self:_Lookup, command):
 def matches(self:_Lookup, words):
     "Whether all criteria of a `Match` line hold"
     ok, user = True, getpass.getuser()
-    subject = {'host':self.hostname, 'originalhost':lambda: self.original, 'user':lambda: self.get('user', user), 'localuser':lambda: user, 'tagged':lambda: self.get('tag'), 'sessiontype':lambda: 'exec'}
+    subject = {'host':self.hostname, 'originalhost':lambda: self.original, 'user':lambda: self.get('user', user), 'localuser':lambda: user,
+               'tagged':lambda: self.get('tag'), 'sessiontype':lambda: 'exec'}
     while words:
         word, *words = words
         kind, eq, arg = word.lower().lstrip('!').partition('=')
@@ -164,7 +165,7 @@ def matches(self:_Lookup, words):
         ok = ok and flag != (word[0]=='!')
     return ok
 
-# %% ../nbs/00_hosts.ipynb #73bd1951
+# %% ../nbs/00_hosts.ipynb #1901281d
 _ADD, _RAW = ('identityfile', 'certificatefile'), ('proxycommand', 'proxyjump') # options that add up; options that take the rest of the line
 
 @patch
@@ -189,7 +190,9 @@ def read(self:_Lookup, path, base, on=True, depth=0):
 def take(self:_Lookup, key, words):
     "Keep an option unless an earlier line rules it out"
     if key in _ADD: self.opts[key] = list(dict.fromkeys(self.opts.get(key, []) + words[:1]))
-    elif not (key=='proxyjump' and 'proxycommand' in self.opts) and not (key=='proxycommand' and self.get('proxyjump', 'none').lower()!='none'): self.opts.setdefault(key, words)
+    elif key=='proxyjump' and 'proxycommand' in self.opts: pass # whichever of the two comes first rules out the other
+    elif key=='proxycommand' and self.get('proxyjump', 'none').lower()!='none': pass
+    else: self.opts.setdefault(key, words)
 
 # %% ../nbs/00_hosts.ipynb #05c880f7
 USER_CONFIG, SYSTEM_CONFIG = '~/.ssh/config', '/etc/ssh/ssh_config'
@@ -264,7 +267,7 @@ def _jumps(text):
     "The hosts of a `ProxyJump`, which may be written as URIs"
     return () if text.lower()=='none' else tuple(parse_hosts(re.sub(r'ssh://([^,/]*)/?', r'\1', text)))
 
-# %% ../nbs/00_hosts.ipynb #d9570320
+# %% ../nbs/00_hosts.ipynb #69aeed0c
 def route(
     host: Host, # an entry of `remote_hosts`
     user: str|None = None, # the user where neither entry nor configuration name one
@@ -279,11 +282,14 @@ def route(
     files = lambda key, *default: _files(o.opts.get(key, default), o)
     strict, wait = o.get('stricthostkeychecking', 'ask').lower(), o.get('connecttimeout')
     try:
-        return Route(o.hostname(), _port(o.get('port'), o.get('port')), some('user'), files('identityfile'), files('certificatefile'), yes('identitiesonly'),
-            _agent(o.get('identityagent', 'SSH_AUTH_SOCK'), o), _jumps(o.get('proxyjump', 'none')), some('proxycommand') and o.tokens(o.get('proxycommand')),
-            files('userknownhostsfile', '~/.ssh/known_hosts', '~/.ssh/known_hosts2') + files('globalknownhostsfile', '/etc/ssh/ssh_known_hosts', '/etc/ssh/ssh_known_hosts2'),
-            some('hostkeyalias') and o.tokens(o.get('hostkeyalias')), {'off':'no', 'false':'no', 'true':'yes'}.get(strict, strict), o.get('addressfamily', 'any').lower(),
-            some('bindaddress'), int(wait) if wait.isdecimal() else None, yes('compression'))
+        return Route(hostname=o.hostname(), port=_port(o.get('port'), o.get('port')), user=some('user'), identity_files=files('identityfile'),
+            certificate_files=files('certificatefile'), identities_only=yes('identitiesonly'), identity_agent=_agent(o.get('identityagent', 'SSH_AUTH_SOCK'), o),
+            proxy_jump=_jumps(o.get('proxyjump', 'none')), proxy_command=some('proxycommand') and o.tokens(o.get('proxycommand')),
+            known_hosts=files('userknownhostsfile', '~/.ssh/known_hosts', '~/.ssh/known_hosts2') +
+                files('globalknownhostsfile', '/etc/ssh/ssh_known_hosts', '/etc/ssh/ssh_known_hosts2'),
+            host_key_alias=some('hostkeyalias') and o.tokens(o.get('hostkeyalias')), strict={'off':'no', 'false':'no', 'true':'yes'}.get(strict, strict),
+            address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'), connect_timeout=int(wait) if wait.isdecimal() else None,
+            compression=yes('compression'))
     except ValueError as e: raise ValueError(f'OpenSSH configuration for {host}: {e}') from None
 
 # %% ../nbs/00_hosts.ipynb #7e0f8fec

@@ -38,14 +38,15 @@ class Language:
     build: str = '' # name of the function in `BUILDS` that makes what cannot be copied
     python_env: str = '' # the variable by which an interpreter that was asked for reaches the launcher
 
-# %% ../nbs/10_specs.ipynb #92583c96
+# %% ../nbs/10_specs.ipynb #027f1401
 _START = ('--kernel-id', '{kernel_id}', '--response-address', '{response_address}', '--public-key', '{public_key}', '--port-range', '{port_range}')
 _RANGE = ('--kernel-id', '{kernel_id}', '--port-range', '{port_range}', '--response-address', '{response_address}', '--public-key', '{public_key}')
 _MODE, _CLASS, _RUN = ('--spark-context-initialization-mode', '<spark_init_mode>'), ('--kernel-class-name', '<kernel_class>'), ('<dir>/bin/run.sh',)
 _LISTENER = {'scripts/server_listener.py': 'launchers/server_listener.py'}
 _RUN_SH = {'bin/run.sh': 'kernelspecs/spark/bin/run.sh'}
 _SPARK = {'SPARK_HOME': '<spark_home>', 'SPARK_OPTS': '<spark_opts>', 'LAUNCH_OPTS': ''}
-_TOREE = {'SPARK_HOME': '<spark_home>', '__TOREE_SPARK_OPTS__': '<spark_opts>', '__TOREE_OPTS__': '--alternate-sigint USR2', 'LAUNCH_OPTS': '', 'DEFAULT_INTERPRETER': 'Scala'}
+_TOREE = {'SPARK_HOME': '<spark_home>', '__TOREE_SPARK_OPTS__': '<spark_opts>', '__TOREE_OPTS__': '--alternate-sigint USR2',
+    'LAUNCH_OPTS': '', 'DEFAULT_INTERPRETER': 'Scala'}
 
 LANGUAGES = {o.name.lower(): o for o in (
     Language('Python', 'python', {'scripts/launch_ipykernel.py': 'launchers/launch_ipykernel.py', **_LISTENER},
@@ -89,7 +90,7 @@ def spark_opts(
     where = [f'--master {master}', cluster(master).options] if master else []
     return ' '.join(filter(None, [*where, '--name ${KERNEL_ID:-ERROR__NO__KERNEL_ID}', extra.strip(), '${KERNEL_EXTRA_SPARK_OPTS}']))
 
-# %% ../nbs/10_specs.ipynb #407da848
+# %% ../nbs/10_specs.ipynb #e6bc8f85
 MODES = ('lazy', 'eager', 'none')
 KERNEL_CLASS = 'ipykernel.ipkernel.IPythonKernel'
 
@@ -110,7 +111,8 @@ class Spec:
     config: dict = field(default_factory=dict) # more of the provisioner's options, e.g. remote_hosts
 
     def __post_init__(self):
-        if self.language.lower() not in LANGUAGES: raise ValueError(f'language {self.language!r} is none of {", ".join(o.name for o in LANGUAGES.values())}')
+        if self.language.lower() not in LANGUAGES:
+            raise ValueError(f'language {self.language!r} is none of {", ".join(o.name for o in LANGUAGES.values())}')
         self.lang = LANGUAGES[self.language.lower()]
         self.language = self.lang.name
         self.kernel_name = (self.kernel_name or f'ssh_{self.lang.language.lower()}' + '_spark'*self.spark).lower()
@@ -119,14 +121,15 @@ class Spec:
         self.python = self.python or (sys.executable if self.spark else 'python')
         self.check()
 
-# %% ../nbs/10_specs.ipynb #576fe1e4
+# %% ../nbs/10_specs.ipynb #88d613cd
 def _line(what, value):
     if not value.strip() or any(ord(c)<32 or ord(c)==127 for c in value): raise ValueError(f'{what} {value!r} must be one line of text')
 
 @patch
 def check(self:Spec):
     "Refuse what no kernelspec can work with: a ValueError names the option and the value."
-    if not re.fullmatch(r'[a-z0-9][a-z0-9._-]*', self.kernel_name): raise ValueError(f'kernel name {self.kernel_name!r}: a directory name of letters, digits, dots, dashes and underscores is needed')
+    if not re.fullmatch(r'[a-z0-9][a-z0-9._-]*', self.kernel_name):
+        raise ValueError(f'kernel name {self.kernel_name!r}: a directory name of letters, digits, dots, dashes and underscores is needed')
     for what,value in (('display name', self.display_name), ('python', self.python), ('Spark home', self.spark_home)): _line(what, value)
     if not re.fullmatch(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)+', self.kernel_class): raise ValueError(f'kernel class {self.kernel_class!r} is not package.module.Class')
     if self.launch_timeout<=0: raise ValueError(f'launch timeout {self.launch_timeout} is not a number of seconds above zero')
@@ -139,7 +142,7 @@ def check(self:Spec):
     for who in ('authorized_users', 'unauthorized_users'):
         for name in self.config.get(who, ()): _line(f'{who}: user', name)
 
-# %% ../nbs/10_specs.ipynb #75d61111
+# %% ../nbs/10_specs.ipynb #6973f8b2
 @patch(as_prop=True)
 def pythonpath(self:Spec):
     "The remote `PYTHONPATH` with Spark: the user's packages, then Spark's"
@@ -156,17 +159,23 @@ def kernel_json(self:Spec,
         spark_init_mode=self.spark_init_mode, spark_opts=spark_opts(self.spark_master if self.spark else None, self.extra_spark_opts if self.spark else ''))
     fill = lambda text: re.sub('<([a-z_]+)>', lambda m: vals[m[1]], text)
     return dict(argv=[fill(o) for o in (lang.spark_argv if self.spark else lang.argv)],
-        env={k: fill(v) for k,v in (lang.spark_env if self.spark else lang.env).items()} | ({lang.python_env: self.python} if lang.python_env and self.asked_python else {}),
+        env={k: fill(v) for k,v in (lang.spark_env if self.spark else lang.env).items()} |
+            ({lang.python_env: self.python} if lang.python_env and self.asked_python else {}),
         display_name=self.display_name, language=lang.language, interrupt_mode='signal',
         metadata=dict(debugger=lang.debugger) | (dict(supported_encryption=list(lang.encryption)) if lang.encryption else {}) |
             dict(kernel_provisioner=dict(provisioner_name='distributed-provisioner', config=self.config | dict(launch_timeout=self.launch_timeout))))
 
-# %% ../nbs/10_specs.ipynb #331f25f4
+# %% ../nbs/10_specs.ipynb #98e3c6a7
 def _runs(*argv):
     "The standard output of a short command; None if there is no such command or it fails"
     try: r = subprocess.run(argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired): return None
     return None if r.returncode else r.stdout.strip()
+
+def _java():
+    "The command that runs Java; None without one"
+    home = f'{os.environ.get("JAVA_HOME", "")}/bin/java'
+    return home if os.access(home, os.X_OK) and home!='/bin/java' else shutil.which('java')
 
 def _lacks(python, *packages):
     "Those of `packages` (module: distribution) that an interpreter does not have; None if it does not run"
@@ -174,25 +183,31 @@ def _lacks(python, *packages):
     out = _runs(python, '-c', code)
     return None if out is None else [d for m,d in packages if m in out.split()]
 
+# %% ../nbs/10_specs.ipynb #53308818
 def need_ipykernel(spec):
     gone = _lacks(spec.python, ('ipykernel', 'ipykernel'), ('Cryptodome', 'pycryptodomex'))
     if gone is None: return f'{spec.python!r} does not run on this machine; if it does not on the hosts either, name their interpreter: --python /path/to/python'
-    if gone: return f'{shutil.which(spec.python)} lacks {" and ".join(gone)}, which every host needs: {shlex.quote(spec.python)} -m pip install {" ".join(gone)}'
+    if gone: return (f'{shutil.which(spec.python)} lacks {" and ".join(gone)}, which every host needs: '
+        f'{shlex.quote(spec.python)} -m pip install {" ".join(gone)}')
 
 def need_listener(spec):
     pythons = [spec.asked_python] if spec.asked_python else ['python3', 'python']
-    if all(_lacks(o, ('Cryptodome', 'pycryptodomex'))!=[] for o in pythons): return f'no Python with pycryptodomex on this machine, and every host needs one beside R: {pythons[0]} -m pip install pycryptodomex, or name another: --python /path/to/python'
+    if all(_lacks(o, ('Cryptodome', 'pycryptodomex'))!=[] for o in pythons): return ('no Python with pycryptodomex on this machine, '
+        f'and every host needs one beside R: {pythons[0]} -m pip install pycryptodomex, or name another: --python /path/to/python')
 
 def need_irkernel(spec):
-    if not shutil.which('Rscript'): return 'there is no Rscript on this machine, and every host needs R with IRkernel: apt-get install r-base-core r-cran-irkernel (Debian, Ubuntu)'
-    if _runs('Rscript', '-e', 'stopifnot(requireNamespace("IRkernel", quietly=TRUE))') is None: return """R has no IRkernel on this machine, and every host needs it: apt-get install r-cran-irkernel, or Rscript -e 'install.packages("IRkernel")'"""
+    if not shutil.which('Rscript'): return ('there is no Rscript on this machine, and every host needs R with IRkernel: '
+        'apt-get install r-base-core r-cran-irkernel (Debian, Ubuntu)')
+    if _runs('Rscript', '-e', 'stopifnot(requireNamespace("IRkernel", quietly=TRUE))') is None: return ('R has no IRkernel on this machine, '
+        """and every host needs it: apt-get install r-cran-irkernel, or Rscript -e 'install.packages("IRkernel")'""")
 
 def need_spark(spec):
-    if not os.access(f'{spec.spark_home}/bin/spark-submit', os.X_OK): return f'there is no Spark at {spec.spark_home} on this machine, and every host needs it there: install it (pip install "pyspark<4" is a whole Spark; its directory: python -c "import pyspark; print(pyspark.__path__[0])"), or say where it is: --spark-home DIR'
+    if not os.access(f'{spec.spark_home}/bin/spark-submit', os.X_OK): return (
+        f'there is no Spark at {spec.spark_home} on this machine, and every host needs it there: install it (pip install "pyspark<4" is a whole Spark; '
+        'its directory: python -c "import pyspark; print(pyspark.__path__[0])"), or say where it is: --spark-home DIR')
 
 def need_java(spec):
-    home = os.environ.get('JAVA_HOME')
-    if not shutil.which('java') and not (home and os.access(f'{home}/bin/java', os.X_OK)): return 'there is no Java on this machine, and every host needs it for Spark: apt-get install default-jre-headless (Debian, Ubuntu)'
+    if not _java(): return 'there is no Java on this machine, and every host needs it for Spark: apt-get install default-jre-headless (Debian, Ubuntu)'
 
 def need_toree(spec):
     if not toree_jars(): return f'Apache Toree, the Scala kernel, is not installed here: {sys.executable} -m pip install apache-toree, then repeat this with --replace'
@@ -211,7 +226,7 @@ def missing(self:Spec) -> list[str]:
     names = dict.fromkeys((*self.lang.needs, *(('spark', 'java') if self.spark else ())))
     return [o for o in (NEEDS[name](self) for name in names) if o]
 
-# %% ../nbs/10_specs.ipynb #a7f75519
+# %% ../nbs/10_specs.ipynb #dca77af1
 def scala_version(
     spark_home: str # Spark's directory
 ) -> str|None:
@@ -225,15 +240,15 @@ def build_toree(
     place: Path # its directory so far
 ) -> list[str]: # warnings
     "Put the Toree kernel and its launcher, compiled for the Spark at `spec.spark_home`, into `lib`."
-    lib, jars, java = place/'lib', toree_jars(), os.environ.get('JAVA_HOME')
+    lib, jars, java = place/'lib', toree_jars(), _java()
     lib.mkdir()
     if jars: shutil.copyfile(jars[-1], lib/jars[-1].name)
     version, sources = scala_version(spec.spark_home), sorted(map(str, (PACKAGE/'kernelspecs/scala/launcher').glob('*.scala')))
     todo = 'the Scala launcher is not compiled, so this kernelspec cannot start kernels yet; when the rest is there, repeat this with --replace'
-    if not (jars and version and sources) or need_java(spec): return [todo]
-    java = f'{java}/bin/java' if java and os.access(f'{java}/bin/java', os.X_OK) else 'java'
+    if not (jars and version and sources and java): return [todo]
     cp = f'{spec.spark_home}/jars/*'
-    r = subprocess.run([java, '-cp', cp, 'scala.tools.nsc.Main', '-usejavacp', '-cp', f'{cp}:{jars[-1]}', '-d', str(lib/f'toree-launcher_{version}.jar'), *sources], capture_output=True, text=True)
+    scalac = [java, '-cp', cp, 'scala.tools.nsc.Main', '-usejavacp', '-cp', f'{cp}:{jars[-1]}']
+    r = subprocess.run([*scalac, '-d', str(lib/f'toree-launcher_{version}.jar'), *sources], capture_output=True, text=True)
     return [] if not r.returncode else [f'{todo}; the compiler said: {(r.stdout+r.stderr)[-2000:]}']
 
 BUILDS = dict(toree=build_toree)

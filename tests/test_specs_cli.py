@@ -124,9 +124,14 @@ def test_names(bench):
 @pytest.mark.parametrize('argv', [['--remote-hosts', 'gpu1', '--remote-hosts', 'alice@gpu2:2222'], ['--remote-hosts=gpu1,alice@gpu2:2222'], ['--remote_hosts', 'gpu1', '--SshSpecInstaller.remote_hosts=alice@gpu2:2222']])
 def test_remote_hosts(bench, argv):
     assert config(bench.install(*argv)) == {'remote_hosts': ['gpu1', 'alice@gpu2:2222'], 'launch_timeout': 30}
-    kernels = shlex.quote(str(bench.kernels))
-    assert f"scp -rp {shlex.quote(str(bench.dir))} 'gpu1:{bench.kernels}/'" in bench.out
-    assert f"scp -P 2222 -rp {shlex.quote(str(bench.dir))} 'alice@gpu2:{bench.kernels}/'" in bench.out and f'ssh -p 2222 alice@gpu2 mkdir -p {shlex.quote(kernels)}' in bench.out
+    for o in ('ssh', 'scp'):
+        (bench.tmp/o).write_text(f'#!/bin/sh\nfor a; do printf "%s\\0" "$a" >> {bench.tmp}/{o}.args; done\n'); (bench.tmp/o).chmod(0o755)
+    lines = [o.strip() for o in bench.out.splitlines() if o.startswith('  ')]
+    assert len(lines)==2
+    for o in lines: subprocess.run(o, shell=True, check=True, env={'PATH': f'{bench.tmp}:/usr/bin:/bin'})
+    ssh, scp = [(bench.tmp/f'{o}.args').read_text().split('\0')[:-1] for o in ('ssh', 'scp')]
+    assert [ssh[0], *ssh[2:5]] == ['gpu1', '-p', '2222', 'alice@gpu2'] and shlex.split(ssh[1]) == shlex.split(ssh[5]) == ['mkdir', '-p', str(bench.kernels)]
+    assert scp == ['-rp', str(bench.dir), f'gpu1:{bench.kernels}/', '-P', '2222', '-rp', str(bench.dir), f'alice@gpu2:{bench.kernels}/']
 
 def test_localhost_given_is_written_and_needs_no_copy(bench):
     assert config(bench.install('--remote-hosts', 'localhost'))['remote_hosts'] == ['localhost']
