@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import suppress
 from paramiko import SSHException
 
-# %% ../nbs/03a_channels.ipynb #e717304a
+# %% ../nbs/03a_channels.ipynb #b1e71ebd
 class Wire:
     "A connected socket for `paramiko.Transport`; made in the event loop that shall write it"
     high = 4*2**20 # Bytes waiting above which producers should pause
@@ -33,6 +33,8 @@ class Wire:
     def getsockname(self): return self.sock.getsockname()
     @property
     def full(self): return self.size > self.high
+    @property
+    def _closed(self): return self.closed # what paramiko asks of a socket before it waits for its own thread
 
     def send(self, data):
         if self.closed: raise BrokenPipeError('the connection is closed')
