@@ -23,7 +23,7 @@ log = logging.getLogger('gateway_provisioners_ssh')
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
 if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # what matters of it is in our own messages
 
-# %% ../nbs/04_ssh.ipynb #d8cb3a01
+# %% ../nbs/04_ssh.ipynb #6b183c6c
 class HostError(OSError):
     "A host that cannot be used; the message says what failed and what to do"
     def __init__(self, host, user, what, fix=''):
@@ -54,13 +54,15 @@ def explain(
         return err(f'the host key has changed: {where} now shows {e.key.get_name()} {fingerprint(e.key)}',
             f'If that is expected, run: ssh-keygen -R {_known_name(route)} and add the new key; if not, somebody may be between you and the host')
     if isinstance(e, PasswordRequiredException): return err('the private key is protected by a passphrase', 'Add it to an agent: ssh-add')
+    if 'No authentication methods' in str(e):
+        return err('there is no key, agent or password to log in with', f'Make a key with ssh-keygen, then: ssh-copy-id {_at(route)}')
     if isinstance(e, AuthenticationException):
         return err(f'{where} refused the login', f'Check that this works without a question: ssh {_at(route)} true; to install a key: ssh-copy-id {_at(route)}')
     if isinstance(e, SSHException) and 'not found in known_hosts' in str(e):
         return err(f'the host key of {where} is unknown', f'Add it after checking its fingerprint: {_keyscan(route)}')
     if isinstance(e, socket.gaierror): return err(f'the name {route.hostname} is not known', 'Check the entry in remote_hosts, or its HostName in ~/.ssh/config')
     if isinstance(e, ConnectionRefusedError): return err(f'nothing listens on {where}', 'Is sshd running there, and is the port right?')
-    if isinstance(e, (TimeoutError, asyncio.TimeoutError)): return err(f'no answer from {where} within {timeout:g} s', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)')
+    if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or 'No existing session' in str(e): return err(f'no answer from {where} within {timeout:g} s', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)')
     if isinstance(e, (EOFError, ConnectionError)) or 'banner' in str(e).lower(): return err(f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)')
     return err(f'cannot connect to {where}: {e or type(e).__name__}')
 
@@ -166,7 +168,7 @@ async def open_link(
         if isinstance(e, (Exception, asyncio.TimeoutError)): raise explain(e, host, route, login.connect_timeout) from None
         raise
 
-# %% ../nbs/04_ssh.ipynb #fe8e7f06
+# %% ../nbs/04_ssh.ipynb #a1eba04a
 class SSHConnection:
     "The connection to one host; every method runs in the loop that made it"
     beat,max_rest,local = 15,30,False
@@ -174,7 +176,7 @@ class SSHConnection:
         host:Host, # The entry
         routes:list[Route], # The hops, the host itself last
         login:Login, # How to log in
-        links:dict, # Live links by hops, shared with the other connections
+        links:dict, # Live links by hops and login, shared with the other connections
     ):
         self.host,self.routes,self.login,self.links = host,tuple(routes),login,links
         self.sh = self.link = self.error = self.opening = self.reviving = None
@@ -195,7 +197,7 @@ class SSHConnection:
     @property
     def local_address(self): return self.link.wire.getsockname()[0] # The address of this machine that the host can reach
 
-# %% ../nbs/04_ssh.ipynb #2d3059cb
+# %% ../nbs/04_ssh.ipynb #e1abe800
 async def shell(self:SSHConnection) -> Shell:
     "The live shell, connecting if need be; raises `HostError`"
     if self.is_up: return self.sh
@@ -227,20 +229,21 @@ def _exec(transport):
 
 async def _link(self:SSHConnection, routes):
     "A live link along `routes`, shared"
-    task = self.links.get(routes)
+    key = routes,self.login
+    task = self.links.get(key)
     if task is None or (task.done() and (task.cancelled() or task.exception() or not task.result().alive)):
-        task = self.links[routes] = asyncio.create_task(self._new_link(routes))
+        task = self.links[key] = asyncio.create_task(self._new_link(routes))
     return await asyncio.shield(task)
 
 async def _new_link(self:SSHConnection, routes):
     via = await self._link(routes[:-1]) if len(routes) > 1 else None
     return await open_link(self.host, routes[-1], self.login, via)
 
-# %% ../nbs/04_ssh.ipynb #ce56b1de
+# %% ../nbs/04_ssh.ipynb #ec1dbb13
 def _down(self:SSHConnection, io, link):
     "The shell ended, for whatever reason: its connection is of no use any more"
     io.close()
-    if self.links.get(self.routes) is not None: self.links.pop(self.routes)
+    self.links.pop((self.routes, self.login), None)
     link.close()
     if self.down_since is None: self.down_since = time.monotonic()
 
