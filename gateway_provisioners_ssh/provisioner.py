@@ -234,12 +234,11 @@ async def _start(self:DistributedProvisioner, request):
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None
     except BaseException: claim.release(); raise
 
-# %% ../nbs/07_provisioner.ipynb #69b32b76
-def _loopback(ip): return ipaddress.ip_address(ip).is_loopback
-
+# %% ../nbs/07_provisioner.ipynb #7bd8b586
 def _reached_at(conn, fields):
-    "The address to connect to: the one by which we reach the host, except that a kernel on our own loopback interface knows better"
-    return fields['ip'] if _loopback(conn.address) and _loopback(fields['ip']) else conn.address
+    "The address to connect to: the one by which we reach the host; if that is our own loopback interface, the kernel knows better"
+    own,ours = ipaddress.ip_address(fields['ip']),ipaddress.ip_address(conn.address)
+    return str(own) if ours.is_loopback and not own.is_unspecified else str(ours)
 
 @patch
 async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunnel):
