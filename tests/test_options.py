@@ -329,3 +329,32 @@ def test_variables_and_their_fall_back(name, monkeypatch):
 @pytest.mark.parametrize('bad', ['a b', 'gpu1:99999', '', ',', '-oProxyCommand=x', 'a@', 'user@host:22:33'])
 def test_bad_hosts(bad):
     with pytest.raises(LaunchError, match='remote_hosts'): DistributedProvisioner(kernel_id='42', config=Config(DistributedProvisioner=dict(remote_hosts=[bad])))
+
+# Launchers of old
+
+LEGACY = [sys.executable, str(Path(__file__).parent/'legacy_launcher.py'), '--RemoteProcessProxy.kernel-id', '{kernel_id}', '--RemoteProcessProxy.response-address',
+    '{response_address}', '--RemoteProcessProxy.public-key', '{public_key}']
+
+@pytest.mark.parametrize('tunnel', [False, True])
+async def test_legacy_launchers_where_allowed(spec, hosts, tunnel, caplog):
+    specs = spec(remote_hosts=['host1'])
+    change_argv(specs, lambda _: LEGACY)
+    async with running(specs, config=dict(allow_legacy_launchers=True, tunneling_enabled=tunnel)) as (km, kc):
+        assert await value(kc, '6*7') == 42
+        start = time.perf_counter()
+        running_cell = asyncio.ensure_future(kc.execute_interactive('while True: pass', timeout=30, output_hook=lambda _: None))
+        await asyncio.sleep(.5)
+        await km.interrupt_kernel()
+        assert (await running_cell)['content']['status'] == 'error' and time.perf_counter()-start < 5
+    assert 'version 1' in caplog.text
+
+async def test_new_launchers_work_where_legacy_ones_are_allowed(spec, hosts):
+    async with running(spec(), config=dict(allow_legacy_launchers=True)) as (km, kc):
+        assert await value(kc, '6*7') == 42 and 'control_key' in km.provisioner.fields
+
+async def test_legacy_launchers_are_refused_by_default(spec, hosts):
+    specs = spec(remote_hosts=['host1'])
+    change_argv(specs, lambda _: LEGACY)
+    with hosts.nothing_left():
+        with pytest.raises(LaunchError, match='launcher ended|GP_ALLOW_LEGACY'):
+            async with running(specs): pass
