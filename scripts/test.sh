@@ -2,7 +2,7 @@
 # Sets up what the tests need and runs all of them, notebooks first:  bash scripts/test.sh
 # Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS another number of
 # notebooks at a time than there are cores. With CI=true nothing may be missing; otherwise what cannot be had is said and left out.
-# shellcheck disable=SC2317
+# shellcheck disable=SC2317,SC2016
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
@@ -28,9 +28,17 @@ environment() {
     [ ! -e "$made" ] || return 0
     venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && touch "$made"
 }
-notebooks() {  # each from top to bottom, in a home of its own
-    mkdir -p "$work/home"
-    env HOME="$work/home" XDG_CACHE_HOME="${XDG_CACHE_HOME:-$HOME/.cache}" MPLBACKEND=agg nbdev-test --n_workers "${WORKERS:-$(nproc)}" --timing
+notebook() {  # one from top to bottom, in a process and a home of its own
+    local t=$SECONDS log=$work/${1//\//-}.log
+    mkdir -p "$log.home"
+    if HOME=$log.home XDG_CACHE_HOME=$cache MPLBACKEND=agg timeout -k 5 600 nbdev-test "$1" >"$log" 2>&1
+    then printf '%s: ok, %d s\n' "$1" $((SECONDS - t))
+    else printf '%s: FAILED after %d s\n%s\n' "$1" $((SECONDS - t)) "$(cat "$log")"; return 1
+    fi
+}
+notebooks() {
+    export -f notebook; export work cache=${XDG_CACHE_HOME:-$HOME/.cache}
+    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -z | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
 }
 
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -40,7 +48,7 @@ stage "Python packages, in $VENV" environment
 export PATH=$VENV/bin:$PATH
 stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
-[ -z "$failed" ]   || loud "A notebook failed (above)"
+[ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
 python -m pytest tests "$@" || failed=1
 [ -z "$failed" ]

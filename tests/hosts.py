@@ -7,7 +7,7 @@ and filtered. `lab.client` is the client's side: a home with `.ssh/config`, `.ss
 Whatever a lab starts ends with it: a small process of its own clears up when the lab is closed or its owner dies, and a new lab first
 clears up what a crash of both left. Addresses, names and processes are unique to a lab, so test runs may share a machine.
 """
-import contextlib, fcntl, heapq, os, pwd, random, re, select, shutil, signal, socket, struct, subprocess, sys, time
+import contextlib, fcntl, heapq, os, pwd, random, re, secrets, select, shutil, signal, socket, struct, subprocess, sys, time
 from collections import namedtuple
 from pathlib import Path
 from shlex import quote
@@ -43,6 +43,12 @@ def _kill_all(pids, timeout=10):
         for o in left:
             with contextlib.suppress(ProcessLookupError): os.kill(o.pid, signal.SIGKILL)
         time.sleep(0.02)
+
+def _sshd_tree(master):
+    ppid = {o: int(st[1]) for o in _pids() if (st := _stat(o))}
+    def up(o):
+        while o := ppid.get(o, 0): yield o
+    return [o for o in ppid if (o == master or master in up(o)) and (p := _proc(o)) and p.name.startswith('sshd')]
 
 def sh(*args, check=True, **kw):
     "Run a command; its standard output. RuntimeError with its own words if it fails."
@@ -119,11 +125,11 @@ class SSHHost:
         c.alias(self.name, HostName=self.address, Port=self.port, User=self.user, IdentityFile=c.key, UserKnownHostsFile=c.known_hosts)
         for a in self.addresses: c.know(a, self.port, key)
 
+    def marks(self): return dict(GP_TEST_LAB=str(self.lab.base), GP_TEST_MARK=self.lab.mark, GP_TEST_HOST=self.name)
     def session_env(self): return dict(HOME=str(self.home), TMPDIR=str(self.tmp))
 
     def write_config(self):
-        env = dict(PATH=f'{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin', GP_TEST_LAB=str(self.lab.base),
-                   GP_TEST_HOST=self.name) | self.session_env() | self.env
+        env = dict(PATH=f'{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin') | self.marks() | self.session_env() | self.env
         opts = dict(HostKey=self.host_key, PidFile=self.dir/'sshd.pid', StrictModes='no', UsePAM='no',
                     AuthorizedKeysFile=f'{self.keys}/%u', Subsystem='sftp internal-sftp') | self.listen() | self.options
         lines = [f'{k} {v}' for k, v in opts.items()] + ['SetEnv ' + ' '.join(f'"{k}={v}"' for k, v in env.items())]
@@ -185,14 +191,9 @@ class SSHHost:
     def pids(self):
         "All processes of this host, those of sshd included"
         ours = set(self._sshd() + self._old)
-        return [o for o in _pids() if o in ours or ((e := _environ(o)).get('GP_TEST_LAB'), e.get('GP_TEST_HOST')) == (str(self.lab.base), self.name)]
+        return [o for o in _pids() if o in ours or self.marks().items() <= _environ(o).items()]
 
-    def _sshd(self):
-        if not self.proc: return []
-        ppid = {o: int(st[1]) for o in _pids() if (st := _stat(o))}
-        def up(o):
-            while o := ppid.get(o, 0): yield o
-        return [o for o in ppid if o == self.proc.pid or self.proc.pid in up(o) and (p := _proc(o)) and p.name.startswith('sshd')]
+    def _sshd(self): return _sshd_tree(self.proc.pid) if self.proc else []
 
     def processes(self):
         "What runs on this host but sshd, as a list of `Proc`"
@@ -249,7 +250,7 @@ class SSHHost:
 
     def run(self, *argv, user=None, check=True, **kw):
         "Run a command on the host without SSH, in the environment of a session; its output"
-        env = dict(PATH=f'{sys.prefix}/bin:{SBIN}', GP_TEST_LAB=str(self.lab.base), GP_TEST_HOST=self.name) | self.session_env()
+        env = dict(PATH=f'{sys.prefix}/bin:{SBIN}') | self.marks() | self.session_env()
         return sh(*self.inside(argv, user), check=check, env=env, **kw)
     def inside(self, argv, user=None):
         if user not in (None, self.user): raise ValueError('another user needs a host of NetLab')
@@ -335,8 +336,9 @@ class NetHost(SSHHost):
         "An OS user of this host only, with a home in /home and, if `key`, access with the client's key; its user id"
         uid = 23000 + 100*self.lab.num + 10*self.i + len(self.users)
         hashed = sh('openssl', 'passwd', '-6', '-stdin', input=password).strip() if password else '*'
-        for f, line in dict(passwd=f'{name}:x:{uid}:{uid}::/home/{name}:{shell}', group=f'{name}:x:{uid}:', shadow=f'{name}:{hashed}:19000:0:99999:7:::').items():
-            with open(self.dir/f, 'a') as o: o.write(line + '\n')
+        entries = dict(passwd=f'x:{uid}:{uid}::/home/{name}:{shell}', group=f'x:{uid}:', shadow=f'{hashed}:19000:0:99999:7:::')
+        for f, line in entries.items():
+            with open(self.dir/f, 'a') as o: o.write(f'{name}:{line}\n')
         (home := self.dir/'homes'/name).mkdir(mode=0o700)
         os.chown(home, uid, uid)
         if key: self.accept_keys(name)
@@ -372,11 +374,12 @@ class NetHost(SSHHost):
             sw.ip('link', 'del', f'r{self.link}')
             sw.ip('link', 'set', self.link, 'master', 'br0')
         if mbit:
-            for ns, dev in ((sw, self.link), (me, 'eth0')): sh('tc', '-n', ns.name, 'qdisc', 'add', 'dev', dev, 'root', 'tbf', 'rate', f'{mbit}mbit', 'burst', '64kb', 'latency', '200ms')
+            tbf = f'root tbf rate {mbit}mbit burst 64kb latency 200ms'.split()
+            for ns, dev in ((sw, self.link), (me, 'eth0')): sh('tc', '-n', ns.name, 'qdisc', 'add', 'dev', dev, *tbf)
         if ms or loss:   # by a process of ours between host and switch: netem is not on every kernel
             sw.ip('link', 'add', f'r{self.link}', 'type', 'veth', 'peer', 'name', f'q{self.link}')
             for o in 'rq': sw.ip('link', 'set', o + self.link, 'up')
-            self._slow = sw.popen(sys.executable, __file__, 'relay', self.link, f'q{self.link}', ms, loss, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            self._slow = sw.popen(sys.executable, __file__, 'relay', self.link, f'q{self.link}', ms, loss, stdout=subprocess.PIPE)
             self._slow.stdout.readline()
             sw.ip('link', 'set', self.link, 'nomaster')
             sw.ip('link', 'set', f'r{self.link}', 'master', 'br0')
@@ -390,7 +393,8 @@ class NetHost(SSHHost):
 
     def fill_disk(self, path, kb=64):
         "Mount a file system of `kb` KiB on `path` of the host and fill it up"
-        self.run('sh', '-c', 'mkdir -p "$0" && mount -t tmpfs -o size=$1k,mode=1777 none "$0" && dd if=/dev/zero of="$0/full" bs=1k 2>/dev/null || true', path, kb)
+        self.run('sh', '-c', 'mkdir -p "$0" && mount -t tmpfs -o size=$1k,mode=1777 none "$0"', path, kb)
+        self.run('dd', 'if=/dev/zero', f'of={path}/full', 'bs=1k', check=False)
     def free_disk(self, path): self.run('umount', '-l', path, check=False)
 
     def skew(self, seconds):
@@ -456,13 +460,14 @@ class Lab:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for o in BASE.glob('*-*'):
                 if not _owned(o): destroy(o)
-            self.num = next(i for i in range(1, 250) if not (BASE/f'{self.kind}-{i}').exists())
-            self.base = BASE/f'{self.kind}-{self.num}'
+            self.num = next(i for i in range(1, 250) if not (BASE/f'{self.kind}-{i}').exists() and self.free(i))
+            self.base, self.mark = BASE/f'{self.kind}-{self.num}', secrets.token_hex(8)
             self.base.mkdir()
-            (self.base/'owner').write_text(f'{os.getpid()} {_stat(os.getpid())[19].decode()}')
+            (self.base/'owner').write_text(f'{os.getpid()} {_stat(os.getpid())[19].decode()} {self.mark}')
         self.keep.append(self.base)
         self._reaper = subprocess.Popen([sys.executable, __file__, 'reap', self.base], stdin=subprocess.PIPE, start_new_session=True)
 
+    def free(self, num): return True
     def setup(self, n): self.hosts = [self.host(self, i + 1) for i in range(n)]
     def close(self):
         "End and remove everything of this lab"
@@ -502,9 +507,10 @@ class NetLab(Lab):
     def missing(cls):
         if os.getuid(): return 'network namespaces need root'
         if r := super().missing(): return r
-        probe = subprocess.run(['unshare', '--net', '--mount', '--uts', 'ip', 'link', 'add', 'gptprobe', 'type', 'bridge'], capture_output=True, text=True)
-        if probe.returncode: return f'no network namespaces here: {probe.stderr.strip()}'
+        probe = 'unshare --net --mount --uts ip link add gptprobe type bridge'.split()
+        if (probe := subprocess.run(probe, capture_output=True, text=True)).returncode: return f'no network namespaces here: {probe.stderr.strip()}'
 
+    def free(self, num): return not Path(f'/sys/class/net/gpt{num}').exists()   # one of a container or chroot, say
     def addr(self, i): return f'10.231.{self.num}.{i}'
     def addr6(self, i): return f'fd31:{self.num:x}::{i:x}'
     def mac(self, i): return f'02:00:0a:e7:{self.num:02x}:{i:02x}'
@@ -553,7 +559,8 @@ class NetLab(Lab):
             self._laptop.ip('route', 'add', 'default', 'via', self.addr(129))
             self._router.run('sh', '-c', 'echo 1 > /proc/sys/net/ipv4/ip_forward')
         self._router.nft(f'''table ip gw {{
-            chain forward {{ type filter hook forward priority 0; policy drop; ct state established,related accept; iifname "in0" {'accept;' if ports is None else _accept(ports)} }}
+            chain forward {{ type filter hook forward priority 0; policy drop; ct state established,related accept;
+                             iifname "in0" {'accept;' if ports is None else _accept(ports)} }}
             chain input {{ type filter hook input priority 0; policy drop; }}
             chain nat {{ type nat hook postrouting priority 100; oifname "eth0" masquerade; }}
         }}''')
@@ -561,10 +568,10 @@ class NetLab(Lab):
 
 # Clearing up
 
-def _owned(base):
-    try: pid, start = (base/'owner').read_text().split()
-    except (OSError, ValueError): return False
-    return _same(int(pid), start)
+def _owner(base):
+    try: return (base/'owner').read_text().split()
+    except OSError: return []
+def _owned(base): return len(o := _owner(base)) == 3 and _same(int(o[0]), o[1])
 
 def destroy(base):
     "End and remove everything of the lab with the directory `base`, knowing no more than that"
@@ -574,7 +581,10 @@ def destroy(base):
         for o in sh('ip', 'netns', 'list', check=False).splitlines():
             if re.fullmatch(rf'gpt{num}(-.*)?', name := o.split()[0]): Namespace(name, make=False).delete()
         sh('ip', 'link', 'del', f'gpt{num}', check=False)
-    _kill_all(lambda: [o for o in _pids() if _environ(o).get('GP_TEST_LAB') == str(base) or str(base) + '/' in (c := os.fsdecode(_read(o, 'cmdline'))) and 'sshd' in c])
+    masters = [int(o) for f in base.glob('*/sshd.pid') if (o := f.read_text().strip()).isdigit()]
+    sshds = [o for m in masters if str(base) in os.fsdecode(_read(m, 'cmdline')) for o in _sshd_tree(m)]
+    mark = _owner(base)[2:]
+    _kill_all(lambda: [o for o in _pids() if o in sshds or mark and _environ(o).get('GP_TEST_MARK') == mark[0]])
     for _ in range(50):
         shutil.rmtree(base, ignore_errors=True)
         if not base.exists(): break
