@@ -1,0 +1,158 @@
+package launcher
+
+import com.typesafe.config.{Config, ConfigFactory, ConfigValueFactory}
+import java.io.File
+import java.lang.reflect.Modifier
+import java.util.concurrent.ConcurrentHashMap
+import java.util.jar.JarFile
+import org.apache.toree.boot.{CommandLineOptions, KernelBootstrap}
+import org.apache.toree.boot.layer._
+import org.apache.toree.interpreter.{ExecuteError, Interpreter}
+import org.apache.toree.kernel.api.Kernel
+import org.apache.toree.kernel.interpreter.scala.ScalaInterpreter
+import org.apache.toree.kernel.protocol.v5.kernel.ActorLoader
+import org.apache.toree.plugins.{Plugin, PluginManager}
+import org.apache.toree.utils.{FileUtils, TaskManager}
+import org.slf4j.Logger
+import org.slf4j.helpers.NOPLogger
+import scala.concurrent.{Await, ExecutionException, Future, Promise}
+import scala.concurrent.duration._
+import scala.util.Try
+
+/** Toree, put together from its own layers with one of ours: the hooks.
+  *
+  * Toree's bootstrap writes the connection profile, key included, to its log, hence a logger that keeps silent; and it
+  * answers a second SIGINT within three seconds by ending the kernel, which is not what a second click on "interrupt"
+  * means in Jupyter. */
+final class ToreeKernel(config: Config, ready: (() => Unit) => Unit) extends KernelBootstrap(config)
+    with StandardBareInitialization with StandardComponentInitialization with StandardHandlerInitialization with StandardHookInitialization {
+  override val logger: Logger = NOPLogger.NOP_LOGGER
+
+  override def initializeComponents(config: Config, actorLoader: ActorLoader) = {
+    val made = super.initializeComponents(config, actorLoader)
+    Magics.load(made._8)
+    made
+  }
+
+  /** The context before anything else, in eager mode: without it there is no kernel. */
+  override def initializeSparkContext(config: Config, kernel: Kernel): Any =
+    if (config.getString("spark_context_initialization_mode") == "eager") Await.result(Spark.begin(), Duration.Inf)
+
+  override def initializeHooks(config: Config, interpreter: Interpreter): Unit = ready(() => interpreter.interrupt())
+}
+
+object ToreeKernel {
+  private val stock = "org.apache.toree.kernel.interpreter.scala.ScalaInterpreter"
+
+  /** Toree's configuration: the connection first, then the command line in Toree's own words, then its defaults;
+    * with `CellInterpreter` in place of the stock Scala interpreter. */
+  def config(connection: String, args: List[String], mode: String): Config = {
+    val base = ConfigFactory.parseString(connection).withFallback(new CommandLineOptions(args).toConfig)
+    val key = "default_interpreter_plugin"
+    val plugins = new java.util.ArrayList[String](base.getStringList(key))
+    plugins.replaceAll(p => if (p.endsWith(":" + stock)) p.stripSuffix(stock) + classOf[CellInterpreter].getName else p)
+    base.withValue(key, ConfigValueFactory.fromIterable(plugins))
+      .withValue("spark_context_initialization_mode", ConfigValueFactory.fromAnyRef(mode))
+  }
+
+  /** Runs a kernel until it is shut down. `ready` is given what interrupts its running cell. */
+  def run(config: Config)(ready: (() => Unit) => Unit): Unit = {
+    Leftovers.remove(FileUtils.createManagedTempDirectory("launcher").getParentFile.toPath)
+    Magics.silenceSearch()
+    new ToreeKernel(config, ready).initialize().waitForTermination().shutdown()
+  }
+}
+
+/** Toree's own magics. Toree looks for them by reading every class of its jar, which takes seconds and which Java 17
+  * forbids (then there are none, and a stack trace in the log). Where they are is known, so they are loaded from there. */
+object Magics {
+  private val place = "org/apache/toree/(?:magic/builtin|utils)/[^$/]+[.]class"
+  private val searcher = "org.apache.toree.plugins.PluginSearcher"
+
+  def load(manager: PluginManager): Unit = {
+    val classes = names().map(n => Class.forName(n, false, classOf[Plugin].getClassLoader))
+      .filter(c => classOf[Plugin].isAssignableFrom(c) && !Modifier.isAbstract(c.getModifiers) && !manager.isActive(c.getName))
+    manager.initializePlugins(classes.flatMap(c => manager.loadPlugin(c.getName, c).toOption))
+    ()
+  }
+
+  private def names(): List[String] = {
+    val jar = new JarFile(new File(classOf[Plugin].getProtectionDomain.getCodeSource.getLocation.toURI))
+    try jar.stream.toArray.toList.map(_.toString).filter(_.matches(place)).map(_.stripSuffix(".class").replace('/', '.')) finally jar.close()
+  }
+
+  /** Keeps Toree's search from telling of its failure (log4j 2, where Spark has it: from 3.3 on). */
+  def silenceSearch(): Unit = Try {
+    val level = Class.forName("org.apache.logging.log4j.Level")
+    Class.forName("org.apache.logging.log4j.core.config.Configurator").getMethod("setLevel", classOf[String], level)
+      .invoke(null, searcher, level.getField("OFF").get(null))
+  }
+}
+
+/** Toree's Scala interpreter with cells that can be interrupted and a Spark context made in the kernel's own time. */
+class CellInterpreter(config: Config) extends ScalaInterpreter(config) {
+  private lazy val cells = new Cells(Try(config.getInt("max_interpreter_threads")).getOrElse(4))
+  private val mode = config.getString("spark_context_initialization_mode")
+
+  override def newTaskManager(): TaskManager = cells
+
+  override def interrupt(): Interpreter = {
+    cells.interrupt(if (Spark.cancelJobs()) 200.millis else 0.millis)
+    this
+  }
+
+  /** Stopped threads say so with JVM internals; what happened is that the cell was interrupted. */
+  override def interpretConstructExecuteError(output: String): ExecuteError = {
+    val error = super.interpretConstructExecuteError(output)
+    lastResultOut.reset()  // it holds "lastException = null", from Toree's own housekeeping
+    if (output.contains("java.lang.ThreadDeath")) ExecuteError("java.lang.InterruptedException", "the cell was interrupted", Nil) else error
+  }
+
+  /** `spark` is a value, so that `import spark.implicits._` works; `sc` follows a session that was stopped and made anew. */
+  override def bindSparkSession(): Unit = if (mode != "none") doQuietly { interpret(
+    """@transient lazy val spark: org.apache.spark.sql.SparkSession = launcher.Spark.session(kernel)
+      |def sc: org.apache.spark.SparkContext = launcher.Spark.session(kernel).sparkContext""".stripMargin) }
+  override def bindSparkContext(): Unit = ()
+  override def defineImplicits(): Unit = if (mode != "none") super.defineImplicits()
+
+  override def postInit(): Unit = if (mode == "lazy") Spark.begin()
+}
+
+/** Runs cells and knows the threads that run them, so that an interrupt ends the cell itself.
+  *
+  * Toree's own task manager gives up a cell that does not end within a tenth of a second: its thread runs on for ever
+  * and its reply never comes, so the kernel stays busy. Here an interrupt is, in this order: time for the cell to see
+  * that its Spark jobs are cancelled; `Thread.interrupt`, for whatever waits or sleeps; 0.3 seconds later
+  * `Thread.stop`, for loops that never look; and on a JVM that no longer has that (Java 20), the cell is declared
+  * aborted and the next one gets a thread of its own. */
+final class Cells(workers: Int) extends TaskManager(maximumWorkers = workers) {
+  private final class Cell { @volatile var thread: Thread = _; val ended = Promise[Any]() }
+  private val running = ConcurrentHashMap.newKeySet[Cell]()
+
+  override def add[T](taskFunction: => T): Future[T] = {
+    val cell = new Cell
+    def enter() = cell.synchronized { cell.thread = Thread.currentThread; running.add(cell); () }
+    def leave() = cell.synchronized { running.remove(cell); cell.thread = null; Thread.interrupted(); () }
+    val result = super.add { enter(); try { Spark.markThread(); taskFunction } finally leave() }
+    result.onComplete(cell.ended.tryComplete)(scala.concurrent.ExecutionContext.global)
+    cell.ended.future.asInstanceOf[Future[T]]
+  }
+
+  /** Acts on the cell's thread only while it runs the cell, for threads are used again. */
+  private def onThread(cell: Cell)(act: Thread => Any): Unit = cell.synchronized { if (cell.thread != null) Try(act(cell.thread)) }
+
+  def interrupt(first: Duration, grace: Duration = 300.millis): Unit = {
+    val cells = running.toArray(Array.empty[Cell])
+    def left = cells.filter(_.thread != null)
+    def wait(time: Duration) = { val end = System.nanoTime + time.toNanos; while (left.nonEmpty && System.nanoTime < end) Thread.sleep(5) }
+    wait(first)
+    left.foreach(onThread(_)(_.interrupt()))
+    wait(grace)
+    left.foreach(onThread(_)(t => classOf[Thread].getMethod("stop").invoke(t)))
+    wait(grace)
+    if (left.nonEmpty) {
+      left.foreach { c => running.remove(c); c.ended.tryFailure(new ExecutionException("interrupted", null)) }
+      restart()
+    }
+  }
+}
