@@ -164,6 +164,8 @@ async def test_spellings(server, scripts):
     async with r_kernel(server, scripts, '--RemoteProcessProxy.spark-context-initialization-mode', 'none', '--cluster-type=spark',
                         spell='--RemoteProcessProxy.{}') as k:
         assert (await run(k, 'cat(exists("spark"), exists("sc"))')).text=='FALSE FALSE'
+    async with r_kernel(server, scripts, '--spark-context-initialization-mode', 'lazy', '--cluster-type=none') as k:
+        assert (await run(k, 'cat(exists("spark"), exists("sc"))')).text=='FALSE FALSE'
 
 @pytest.mark.parametrize('extra, env, said', [
     (['--spark-context-initialization-mode', 'soon'], {}, 'lazy, eager or none, not soon'),
@@ -206,6 +208,8 @@ def submit(cluster, home, mode, master=None):
     return dict(command=(f'{home}/bin/spark-submit', '--master', master or cluster.master, '--deploy-mode', 'client', '--name', 'R kernel'),
                 env={**cluster.env, 'SPARK_HOME': str(home)}), ('--spark-context-initialization-mode', mode)
 
+ENDLESS = 'count(sql("select id from range(0, 1000000000000000, 1, 2) where id % 7 = 0"))'   # a Spark job of some years
+
 @pytest.mark.parametrize('kind, mode', [('spark_standalone', 'lazy'), ('spark_standalone', 'eager'), ('yarn', 'lazy')])
 async def test_spark(kind, mode, request, server, scripts):
     cluster = request.getfixturevalue(kind)
@@ -219,11 +223,14 @@ async def test_spark(kind, mode, request, server, scripts):
         assert (await run(k, 'cat(sparkR.callJMethod(sc, "master"))')).text==cluster.master
         cluster.wait_state(app, 'RUNNING')
         assert k.fields['pgid']==k.fields['pid']!=k.proc.pid, 'a group apart from the JVM'
-        cell = asyncio.ensure_future(run(k, 'Sys.sleep(1000)'))
-        await asyncio.sleep(.5)
-        os.killpg(k.fields['pgid'], signal.SIGINT)
-        await cell
-        assert (await run(k, 'cat(count(sql("select 1")))')).text=='1', 'R, JVM and context are still there'
+        for code in ('Sys.sleep(1000)', ENDLESS, ENDLESS):
+            cell = asyncio.ensure_future(run(k, code))
+            await asyncio.sleep(1)
+            start = time.monotonic()
+            os.killpg(k.fields['pgid'], signal.SIGINT)
+            await cell
+            assert time.monotonic()-start < 5, code
+            assert (await run(k, 'cat(count(sql("select 1")))')).text=='1', 'R, JVM and context are still there, and free'
         await k.client.shutdown(reply=True, timeout=10)
         assert await asyncio.wait_for(k.exited, 20)==0
         cluster.wait_state(app, 'FINISHED')
@@ -284,7 +291,7 @@ async def test_spark_over_ssh(kind, request, hosts, tmp_path):
             got = await run(k, 'cat(count(sql("select id from range(1000) where id % 7 = 0")), sparkR.callJMethod(sc, "master"))')
             assert got.text==f'143 {cluster.master}', got.error
             cluster.wait_state(k.id, 'RUNNING')
-            assert (await interrupted(k, 'Sys.sleep(1000)')).took < 1
+            assert (await interrupted(k, ENDLESS, after=1)).took < 5
             assert (await run(k, 'cat(count(sql("select 1")))')).text=='1'
             await k.km.shutdown_kernel()
             cluster.wait_state(k.id, 'FINISHED')

@@ -92,9 +92,41 @@ attach_sparkr <- function() {
   suppressPackageStartupMessages(library(SparkR))
 }
 
-spark_session <- function(name) {
+spark_session <- function(name) suspendInterrupts({
   session <- SparkR::sparkR.session(appName = name, enableHiveSupport = FALSE)
-  list(spark = session, sc = SparkR::sparkR.callJStatic("org.apache.spark.sql.api.r.SQLUtils", "getJavaSparkContext", session))
+  sc <- SparkR::sparkR.callJStatic("org.apache.spark.sql.api.r.SQLUtils", "getJavaSparkContext", session)
+  cancel_on_interrupt(sc)
+  list(spark = session, sc = sc)
+})
+
+# SparkR waits for the JVM's answer to each call. An interrupt would break the wait off and leave the answer to be taken
+# for that of the next call, while the jobs went on. So it cancels them, over a second connection to the backend in the
+# JVM, and the answer of the call that was broken off, an error then, is read before R goes on.
+
+cancel_on_interrupt <- function(sc) {
+  port <- Sys.getenv("EXISTING_SPARKR_BACKEND_PORT")
+  if (!nzchar(port)) return()                     # SparkR started the JVM itself: only it knows the way there
+  sparkr <- asNamespace("SparkR")
+  int <- function(x) writeBin(as.integer(x), raw(), endian = "big")
+  string <- function(x) c(int(nchar(x, "bytes") + 1), charToRaw(x), as.raw(0))
+  second <- socketConnection("localhost", as.integer(port), blocking = TRUE, open = "r+b", timeout = 6000)
+  writeBin(string(Sys.getenv("SPARKR_BACKEND_AUTH_SECRET")), second)
+  if (sparkr$readString(second) != "ok") stop("the JVM's R backend refused a second connection")
+  cancel <- c(int(0), string(sc$id), string("cancelAllJobs"), int(0))   # not static, object, method, no arguments
+  answer <- function(con) {
+    while (identical(status <- sparkr$readInt(con), 1L)) NULL           # a sign of life
+    if (identical(status, 0L)) sparkr$readObject(con) else sparkr$readString(con)
+  }
+  call <- sparkr$invokeJava
+  unlockBinding("invokeJava", sparkr)
+  assign("invokeJava", function(...) tryCatch(call(...), interrupt = function(e) {
+    suspendInterrupts({
+      writeBin(c(int(length(cancel)), cancel), second)
+      answer(second)
+      answer(sparkr$.sparkREnv$.sparkRCon)
+    })
+    signalCondition(e)
+  }), envir = sparkr)
 }
 
 # `spark` and `sc`, and the two names under which SparkR's own functions look for them, make the context when first
@@ -127,7 +159,7 @@ lazily <- function(init) {
 
 init_spark <- function(opts) {
   mode <- opts[["spark-context-initialization-mode"]]
-  if (mode == "none") return()
+  if (mode == "none" || identical(opts[["cluster-type"]], "none")) return()
   init <- function() spark_session(app_name(opts))
   missing <- tryCatch({ attach_sparkr(); NULL }, error = conditionMessage)
   if (!is.null(missing)) {
