@@ -1,5 +1,5 @@
 "Mock SSH hosts under load, under abuse, and after they have gone."
-import asyncio, gc, hashlib, logging, os, random, shutil, socket, subprocess, sys, threading, time
+import asyncio, gc, hashlib, logging, os, random, shlex, shutil, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import paramiko, pytest
@@ -76,7 +76,7 @@ def test_login(host, conn, monkeypatch):
     assert env['SSH_CONNECTION'] == f'{peer[0]} {peer[1]} 127.0.0.1 {host.port}'
     assert (env['HOME'], env['USER'], lines[-2]) == (host.home, host.user, host.home)
     assert 'SECRET_OF_THE_SERVER' not in env and len(set(lines[-1].split())) == 1
-    assert env['PATH'].split(':')[0] == str(Path(sys.executable).parent)
+    assert run(conn, 'python -c "import sys; print(sys.prefix)"')[0].decode().strip() == sys.prefix
 
 def test_login_shell(conn):
     chan = conn.invoke_shell  # needs a terminal, which is refused
@@ -250,12 +250,20 @@ def test_power_off_and_back(host):
     host.heal()
     with host.client() as client: assert run(client, 'echo back')[0] == b'back\n'
 
-def test_host_within_a_host(host, conn):
+def test_host_within_a_host():
     "A mock host that is started through a mock host goes with it."
-    _, out, _ = conn.exec_command('TMPDIR=$HOME exec python -c "\nfrom gateway_provisioners_ssh.mock_ssh import *\nh = MockHost().start(); c = h.client()\n'
-        '_, o, _ = c.exec_command(\'setsid sleep 300 & echo ok; wait\'); print(o.readline(), flush=True); import time; time.sleep(300)"')
-    assert out.readline() == 'ok\n'
-    assert any('sleep 300' in o for o in host.processes().values())
+    code = """
+from gateway_provisioners_ssh.mock_ssh import *
+import time
+with MockHost() as host:
+    _, out, _ = host.client().exec_command('setsid sleep 300 & echo ok; wait')
+    print(out.readline(), flush=True)
+    time.sleep(300)"""
+    with MockHost(env=dict(PYTHONPATH=os.pathsep.join(sys.path))) as host, host.client() as client:
+        _, out, err = client.exec_command(f'export TMPDIR=$HOME; exec python -c {shlex.quote(code)}')
+        assert out.readline() == 'ok\n', err.read()
+        assert any('sleep 300' in o for o in host.processes().values())
+    assert not host.processes()
 
 def test_nothing_leaks():
     "A hundred lives of a host, each ended in the middle of things."
