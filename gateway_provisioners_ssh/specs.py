@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'LANGUAGES', 'CLUSTERS', 'MODES', 'KERNEL_CLASS', 'NEEDS', 'BUILDS', 'Language', 'Cluster', 'cluster',
            'spark_opts', 'Spec', 'need_ipykernel', 'need_listener', 'need_irkernel', 'need_spark', 'need_java',
-           'need_toree', 'toree_jars', 'scala_version', 'build_toree', 'place']
+           'need_toree', 'build_toree', 'place']
 
-# %% ../nbs/10_specs.ipynb #65e3b187
+# %% ../nbs/10_specs.ipynb #ccdf9071
 import json, os, re, shlex, shutil, stat, subprocess, sys, tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from fastcore.basics import patch
 from .hosts import parse_hosts
 from .settings import parse_port_range, variable
+from .toree import BuildError, compile_launcher, find_toree_assembly, toree_jars
 
 PACKAGE = Path(str(files('gateway_provisioners_ssh'))) # launchers and templates are its data
 
@@ -212,12 +212,7 @@ def need_java(spec):
 def need_toree(spec):
     if not toree_jars(): return f'Apache Toree, the Scala kernel, is not installed here: {sys.executable} -m pip install apache-toree, then repeat this with --replace'
 
-# %% ../nbs/10_specs.ipynb #e825d210
-def toree_jars() -> list[Path]:
-    "The jars with the Toree kernel that the `toree` distribution of this environment carries."
-    spec = find_spec('toree')
-    return sorted(o for d in (spec.submodule_search_locations or [] if spec else []) for o in Path(d).glob('lib/toree-assembly-*.jar'))
-
+# %% ../nbs/10_specs.ipynb #5279942d
 NEEDS = dict(ipykernel=need_ipykernel, listener=need_listener, irkernel=need_irkernel, spark=need_spark, java=need_java, toree=need_toree)
 
 @patch
@@ -226,30 +221,21 @@ def missing(self:Spec) -> list[str]:
     names = dict.fromkeys((*self.lang.needs, *(('spark', 'java') if self.spark else ())))
     return [o for o in (NEEDS[name](self) for name in names) if o]
 
-# %% ../nbs/10_specs.ipynb #dca77af1
-def scala_version(
-    spark_home: str # Spark's directory
-) -> str|None:
-    "The Scala version that Spark brings, e.g. '2.12'; None without Spark."
-    jars = sorted(o.name for o in Path(spark_home).glob('jars/scala-compiler*.jar'))
-    m = jars and re.search(r'-(\d+\.\d+)\.\d+', jars[-1])
-    return m[1] if m else None
-
+# %% ../nbs/10_specs.ipynb #4a9fec2a
 def build_toree(
     spec: Spec, # the kernelspec to be
     place: Path # its directory so far
 ) -> list[str]: # warnings
     "Put the Toree kernel and its launcher, compiled for the Spark at `spec.spark_home`, into `lib`."
-    lib, jars, java = place/'lib', toree_jars(), _java()
-    lib.mkdir()
-    if jars: shutil.copyfile(jars[-1], lib/jars[-1].name)
-    version, sources = scala_version(spec.spark_home), sorted(map(str, (PACKAGE/'kernelspecs/scala/launcher').glob('*.scala')))
-    todo = 'the Scala launcher is not compiled, so this kernelspec cannot start kernels yet; when the rest is there, repeat this with --replace'
-    if not (jars and version and sources and java): return [todo]
-    cp = f'{spec.spark_home}/jars/*'
-    scalac = [java, '-cp', cp, 'scala.tools.nsc.Main', '-usejavacp', '-cp', f'{cp}:{jars[-1]}']
-    r = subprocess.run([*scalac, '-d', str(lib/f'toree-launcher_{version}.jar'), *sources], capture_output=True, text=True)
-    return [] if not r.returncode else [f'{todo}; the compiler said: {(r.stdout+r.stderr)[-2000:]}']
+    (lib := place/'lib').mkdir()
+    try:
+        toree = find_toree_assembly()
+        shutil.copyfile(toree, lib/toree.name)
+        compile_launcher(spec.spark_home, lib, toree)
+    except BuildError as e:
+        why = 'when the rest is there' if spec.missing() else f'{e}\nThen'
+        return [f'the Scala launcher is not compiled, so this kernelspec cannot start kernels yet; {why} repeat this with --replace']
+    return []
 
 BUILDS = dict(toree=build_toree)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh import cli, specs
 from gateway_provisioners_ssh.specs import PACKAGE, Spec, cluster, place
+from gateway_provisioners_ssh.toree import find_spark
 
 BIN = Path(sys.executable).parent
 COMMAND = [str(BIN/'jupyter-ssh-spec'), 'install']
@@ -111,7 +112,7 @@ def test_scala_compiles_for_the_spark_it_finds(bench):
     k = bench.install('--language', 'Scala', '--spark', '--spark_init_mode', 'eager', '--spark-home', home)
     d = bench.kernels/'ssh_scala_spark'
     lib = {o.name for o in (d/'lib').iterdir()}
-    assert f'toree-launcher_{specs.scala_version(home)}.jar' in lib and any(re.fullmatch(r'toree-assembly-\d.*\.jar', o) for o in lib) and len(lib)==2
+    assert f'toree-launcher_{find_spark(home).scala}.jar' in lib and any(re.fullmatch(r'toree-assembly-\d.*\.jar', o) for o in lib) and len(lib)==2
     assert k['argv'][-2:] == ['--spark-context-initialization-mode', 'eager'] and '--master yarn --deploy-mode client' in k['env']['__TOREE_SPARK_OPTS__']
     assert len(bench.log.splitlines()) == 3
 
