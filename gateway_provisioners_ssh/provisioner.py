@@ -151,7 +151,7 @@ def _script(self:DistributedProvisioner, conn, request, launch, address):
     if conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     return start_script(argv, request.env|dict(KERNEL_LAUNCH_SECRET=launch.ticket()), self.kernel_spec.env, request.cwds)
 
-# %% ../nbs/07_provisioner.ipynb #679f21a2
+# %% ../nbs/07_provisioner.ipynb #95b6f251
 @patch
 async def _start_on(self:DistributedProvisioner, conn, request, deadline):
     "Start the kernel on the host of `conn`; returns the process, the fields of its launch message, and whether they are to be tunnelled"
@@ -169,12 +169,14 @@ async def _start_on(self:DistributedProvisioner, conn, request, deadline):
             return process, expected.future.result(), tunnel
         except BaseException as e:
             await asyncio.shield(_undo(starting))
-            if isinstance(e, (StartFailed, HandshakeError)): raise LaunchError(_message(conn, e)) from None
+            if isinstance(e, (StartFailed, HandshakeError)): raise LaunchError(_message(conn, '\n'.join([f'{e}.', *_fix(str(e))]))) from None
             if isinstance(e, asyncio.TimeoutError): raise LaunchError(_message(conn, _late(request))) from None
             raise
 
+async def _ready(process): return process
+
 async def _undo(starting, patience=5):
-    "End what `starting` started; one on a host that is out of reach is left to a task that waits for the host"
+    "End the process that the awaitable `starting` gives; one on a host that is out of reach is left to a task that waits for the host"
     async def undo():
         with suppress(StartFailed, ShellClosed):
             process = await starting
@@ -183,17 +185,19 @@ async def _undo(starting, patience=5):
             await process.release(keep_log=False)
     await asyncio.wait({asyncio.ensure_future(undo())}, timeout=patience)
 
-# %% ../nbs/07_provisioner.ipynb #3ebf085f
+# %% ../nbs/07_provisioner.ipynb #41136c07
 hints = {
     r"No module named '?ipykernel": 'Install ipykernel for that interpreter on the host',
     r"No module named '?(Cryptodome|HPKE)": 'Install pycryptodomex (3.22 or newer) for that interpreter on the host',
     r'sudo:': 'Impersonation needs a sudoers rule on the host that lets this login run commands as the user without a password',
+    r'cannot write the log': 'Choose a directory on the host that exists and has room (GP_KERNEL_LOG_DIR)',
     r"not found|No such file or directory|can't open file": 'The interpreter and the kernelspec must be on the host, at the paths that kernel.json has (jupyter ssh-spec install --python sets the interpreter)',
     r'Permission denied': 'Check the permissions of the kernelspec on the host',
     r'refused|unreachable|timed out': 'The launcher could not report back. Does a firewall keep the host from GP_RESPONSE_PORT here? GP_ENABLE_TUNNELING=True needs no way back',
 }
 
 def _message(conn, what): return f'host {conn.host} (user {conn.user}): {what}'
+def _fix(text): return [f'{v}.' for k,v in hints.items() if re.search(k, text)][:1]
 def _late(request): return f'the kernel did not start within {request.timeout:g} s (KERNEL_LAUNCH_TIMEOUT, or launch_timeout of the kernelspec)'
 
 @patch
@@ -203,8 +207,7 @@ async def _why(self:DistributedProvisioner, conn, process, request):
     what = _late(request) if code is None else f'the launcher ended with status {code} before the kernel was ready'
     tail = ''
     with suppress(ShellClosed, asyncio.TimeoutError): tail = (await asyncio.wait_for(process.tail(), self.connect_timeout)).strip()
-    fix = [f'{v}.' for k,v in hints.items() if re.search(k, tail)][:1]
-    return LaunchError(_message(conn, '\n'.join([f'{what}.', *fix, f'Last lines of {process.log} on that host:', tail or '(empty)'])))
+    return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), f'Last lines of {process.log} on that host:', tail or '(empty)'])))
 
 # %% ../nbs/07_provisioner.ipynb #08162fe8
 @patch
@@ -234,7 +237,7 @@ async def _start(self:DistributedProvisioner, request):
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None
     except BaseException: claim.release(); raise
 
-# %% ../nbs/07_provisioner.ipynb #7bd8b586
+# %% ../nbs/07_provisioner.ipynb #81f752da
 def _reached_at(conn, fields):
     "The address to connect to: the one by which we reach the host; if that is our own loopback interface, the kernel knows better"
     own,ours = ipaddress.ip_address(fields['ip']),ipaddress.ip_address(conn.address)
@@ -243,11 +246,13 @@ def _reached_at(conn, fields):
 @patch
 async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunnel):
     "Take over a process that has reported; returns its connection information"
+    if tunnel:
+        try: await self._aim(conn, fields)
+        except BaseException: await asyncio.shield(_undo(_ready(process))); raise
+    else: self._close_forwards()
     process.exited.add_done_callback(lambda _: claim.release())
     process.pgids.add(fields.get('pgid', process.pid))
     self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,dict(fields),False
-    if tunnel: await self._aim(conn, fields)
-    else: self._close_forwards()
     ip = '127.0.0.1' if tunnel else _reached_at(conn, fields)
     self.connection_info = connection_info(fields|dict(ip=ip)|{k:f.port for k,f in self.forwards.items()})
     self.lost = asyncio.ensure_future(self._give_up(conn, process))
@@ -280,7 +285,19 @@ async def _give_up(self:DistributedProvisioner, conn, process):
 async def launch_kernel(self:DistributedProvisioner, cmd, **kwargs):
     "Start the kernel; returns its connection information. Raises `LaunchError`"
     request = kwargs.get('request') or self._check(kwargs.get('env') or {}, cmd, kwargs.get('cwd'))
-    return await background().run(self._start(request))
+    try: return await background().run(self._start(request))
+    except asyncio.CancelledError:
+        if self.process is not None: await background().run(self._abandon())
+        raise
+
+@patch
+async def _abandon(self:DistributedProvisioner):
+    "End a kernel that was ready in the very moment in which its start was cancelled, so that nobody has it"
+    process,self.process = self.process,None
+    self.lost.cancel()
+    self.claim.release()
+    self._close_forwards()
+    await _undo(_ready(process))
 
 # %% ../nbs/07_provisioner.ipynb #fbc39af7
 @patch(as_prop=True)
@@ -354,7 +371,7 @@ async def shutdown_requested(self:DistributedProvisioner, restart=False):
     "Note that the end, when it comes, was asked for"
     self.requested = True
 
-# %% ../nbs/07_provisioner.ipynb #87ec0aef
+# %% ../nbs/07_provisioner.ipynb #2cb265f6
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
     "Forget the process and remove what it left on its host"
@@ -367,9 +384,7 @@ async def _cleanup(self:DistributedProvisioner, restart):
     self.claim.release()
     if not restart: self._close_forwards()
     if process.returncode is None: # it could not be ended in time: it will be when its host answers
-        ended = asyncio.get_running_loop().create_future()
-        ended.set_result(process)
-        return asyncio.ensure_future(_undo(ended, None)) and None
+        return asyncio.ensure_future(_undo(_ready(process), None)) and None
     with suppress(ShellClosed, asyncio.TimeoutError):
         await asyncio.wait_for(process.release(keep_log=not self.requested), self.connect_timeout)
 

@@ -35,7 +35,7 @@ r
 _hello = '''trap 'trap "" TERM; kill -TERM -$$ 2>/dev/null' EXIT; trap exit HUP TERM; printf '%s hello\\n' {token}
 '''
 
-# %% ../nbs/03_shell.ipynb #afb387d0
+# %% ../nbs/03_shell.ipynb #18a5d4c9
 class Shell:
     "A persistent `/bin/sh`; make it with `local_shell`, or from the two ends of an SSH channel, and `await start()`"
     def __init__(self,
@@ -69,6 +69,7 @@ class Shell:
             if not f.done(): f.set_exception(err); f.exception()
         self.jobs.clear()
         self.pings.clear()
+        if self.task is not asyncio.current_task(): self.task.cancel() # what it waits for may never come
 
 # %% ../nbs/03_shell.ipynb #b7e41f30
 def _send(self:Shell, text):
@@ -154,7 +155,7 @@ async def detach(self:Shell,
 
 Shell.detach = detach
 
-# %% ../nbs/03_shell.ipynb #c794fb15
+# %% ../nbs/03_shell.ipynb #1e825b85
 _pump = r'''
 n=$(($2/8192)); [ $n -gt 0 ] || n=1
 while :; do
@@ -164,7 +165,7 @@ while :; do
   [ $((${r%+*} + ${r#*+})) -eq 64 ] || exit 0
 done'''
 
-_create = r'umask 077; rm -f "$1" "$1.1"; set -C; : >"$1" && printf "%s\n" "$2" >>"$1"'
+_create = r'umask 077; rm -f "$1" "$1.1"; set -C; : >"$1" || exit; printf "%s\n" "$2" | cat >>"$1" || { rm -f "$1"; exit 1; }'
 
 _supervise = r'''
 umask 077
@@ -182,7 +183,8 @@ exec 9<>"$dir/alive"
 ) <"$dir/out" &
 exec 3>&-
 {orphan}
-{become} /bin/sh >"$dir/out" 2>&1 9>&- <<'{end}'
+exec 8>"$dir/out"
+{become} /bin/sh >&8 2>&1 8>&- 9>&- <<'{end}'
 k() {{
 {script}
 }}
@@ -190,7 +192,7 @@ k
 {end}
 s=$?
 printf '%s\n' $s >"$dir/s" && mv "$dir/s" "$dir/status"
-exec 8<>"$dir/out"; printf '[ended with status %s]\n' $s >&8
+printf '[ended with status %s]\n' $s >&8
 '''
 
 # %% ../nbs/03_shell.ipynb #77ec3f09

@@ -7,6 +7,7 @@ import jupyter_kernel_test, nbformat, psutil, pytest
 from jupyter_client import AsyncKernelManager, AsyncMultiKernelManager, KernelManager, MultiKernelManager
 from nbclient import NotebookClient
 from gateway_provisioners_ssh import background as bg
+from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.settings import LaunchError
 from hosts import wait
 from kernels import BIN, Remote, Timer, busy, forget, printed, reply_to, value
@@ -68,3 +69,365 @@ def test_jupyter_console(remote):
         assert 'on host1 42' in r.stdout and 'Traceback' not in r.stdout+r.stderr, (r.stdout, r.stderr)
         pid = int(re.search(r'pid (\d+)', r.stdout)[1])
         assert not psutil.pid_exists(pid)
+
+class TestStandard(jupyter_kernel_test.KernelTests):
+    "The suite by which kernels are judged, on a kernel that runs elsewhere"
+    kernel_name, language_name, file_extension = 'ssh_python', 'python', '.py'
+    code_hello_world = 'print("hello, world")'
+    code_stderr = 'import sys; print("test", file=sys.stderr)'
+    completion_samples = [dict(text='zi', matches={'zip'})]
+    complete_code_samples, incomplete_code_samples = ['1', "print('hello, world')", 'def f(x):\n  return x*2\n\n\n'], ["print('''hello", 'def f(x):\n  x*2']
+    invalid_code_samples = ['import = 7q']
+    code_page_something = 'zip?'
+    code_generate_error = '1/0'
+    code_execute_result = [dict(code='1+2+3', result='6'), dict(code='[n*n for n in range(1, 4)]', result='[1, 4, 9]')]
+    code_display_data = [dict(code='from IPython.display import HTML, display; display(HTML("<b>test</b>"))', mime='text/html')]
+    code_history_pattern = '1?2*'
+    supported_history_operations = ('tail', 'search')
+    code_inspect_sample = 'zip'
+    code_clear_output = 'from IPython.display import clear_output; clear_output()'
+
+    setUpClass = tearDownClass = classmethod(lambda cls: None)   # not before the hosts are there
+
+    @pytest.fixture(scope='class', autouse=True)
+    @classmethod
+    def kernel(cls, installed):
+        super().setUpClass()
+        yield
+        super().tearDownClass()
+        forget()
+
+# Managers, threads, loops and processes
+
+def compute(km):
+    "Use a kernel as a blocking application does"
+    kc = km.client()
+    kc.start_channels()
+    try:
+        kc.wait_for_ready(timeout=60)
+        r = kc.execute_interactive('', user_expressions=dict(v='6*7'), silent=True, timeout=30)
+        return r['content']['user_expressions']['v']['data']['text/plain']
+    finally: kc.stop_channels()
+
+def test_blocking_managers_in_threads(remote):
+    def life(_):
+        km = KernelManager(kernel_name='ssh_python')
+        km.start_kernel()
+        try: assert compute(km) == '42' and km.is_alive()
+        finally: km.shutdown_kernel()
+        return remote.host(km).name, km.is_alive()
+    with remote.nothing_left(), ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(life, range(4))) == [(o, False) for o in remote.lab.names]
+
+def test_one_loop_after_another(remote):
+    "Each `asyncio.run` is a loop of its own, and the kernel outlives them"
+    km = remote.manager()
+    async def use(expr):
+        kc = km.client()
+        kc.start_channels()
+        await kc.wait_for_ready(timeout=60)
+        try: return await value(kc, expr)
+        finally: kc.stop_channels()
+    with remote.nothing_left():
+        asyncio.run(km.start_kernel())
+        pid = asyncio.run(use('__import__("os").getpid()'))
+        assert asyncio.run(km.is_alive())
+        asyncio.run(km.restart_kernel())
+        assert asyncio.run(use('__import__("os").getpid()')) != pid
+        os.kill(asyncio.run(use('__import__("os").getpid()')), signal.SIGKILL)
+        assert asyncio.run(asyncio.wait_for(km.provisioner.wait(), 5)) == -9
+        asyncio.run(km.shutdown_kernel())
+        for o in Path('/tmp').glob(f'kernel-{km.kernel_id}.log*'): o.unlink()   # it ended by itself, so its log stayed
+
+def test_multi_kernel_manager(remote):
+    with remote.nothing_left():
+        mkm = MultiKernelManager(default_kernel_name='ssh_python')
+        ids = [mkm.start_kernel() for _ in range(3)]
+        assert [compute(mkm.get_kernel(i)) for i in ids] == ['42']*3
+        mkm.restart_kernel(ids[0])
+        mkm.interrupt_kernel(ids[1])
+        assert compute(mkm.get_kernel(ids[0])) == '42' and all(mkm.is_alive(i) for i in ids)
+        mkm.shutdown_all()
+        assert mkm.list_kernel_ids() == []
+
+async def test_async_multi_kernel_manager(remote):
+    with remote.nothing_left():
+        mkm = AsyncMultiKernelManager(default_kernel_name='ssh_python')
+        ids = await asyncio.gather(*(mkm.start_kernel() for _ in range(4)))
+        assert sorted(remote.host(mkm.get_kernel(i)).name for i in ids) == remote.lab.names
+        await asyncio.gather(*(mkm.restart_kernel(i, now=True) for i in ids))
+        assert all([await mkm.is_alive(i) for i in ids])
+        await mkm.shutdown_all(now=True)
+
+def test_fork(remote):
+    "A process with threads that forks: the child starts kernels of its own, and what is the parent's stays the parent's"
+    with remote.nothing_left():
+        km = KernelManager(kernel_name=remote.spec('first', hosts=['host1']))
+        km.start_kernel()
+        assert compute(km) == '42'
+        conn, sh = km.provisioner.conn, km.provisioner.conn.sh
+        r, w = os.pipe()
+        if not (pid := os.fork()):
+            out = b'failed'
+            try:
+                kid = KernelManager(kernel_name='first')
+                kid.start_kernel()
+                out = b'%s %d' % (compute(kid).encode(), remote.lab[0].connections())
+                kid.shutdown_kernel()
+            except BaseException as e: out = repr(e).encode()
+            finally:
+                os.write(w, out)
+                os._exit(0)
+        os.close(w)
+        with open(r) as f: assert f.read() == '42 2'
+        os.waitpid(pid, 0)
+        assert conn.is_up and conn.sh is sh and compute(km) == '42'
+        km.shutdown_kernel()
+
+async def test_forty_at_once(remote):
+    "Far more than an sshd with default settings takes as connections (10) or as sessions (10 a connection)"
+    kms = [remote.manager() for _ in range(40)]
+    async def start(km):
+        await km.start_kernel()
+        kc = km.client()
+        kc.start_channels()
+        try:
+            await kc.wait_for_ready(timeout=120)
+            return await value(kc, '__import__("os").environ["GP_TEST_HOST"]')
+        finally: kc.stop_channels()
+    with remote.nothing_left(30):
+        where = await asyncio.gather(*map(start, kms))
+        assert sorted(where) == sorted(remote.lab.names*10)
+        assert [h.connections() for h in remote.lab] == [1]*4
+        await asyncio.gather(*(km.shutdown_kernel() for km in kms))
+        assert not any([await km.is_alive() for km in kms])
+
+# Interrupts and ends
+
+STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)', child='import subprocess; subprocess.run(["sleep", "1000"])')
+
+@pytest.mark.parametrize('what', STUCK)
+async def test_interrupt(remote, what):
+    with remote.nothing_left():
+        async with remote.kernel() as (km, kc):
+            msg = await busy(kc, f'print("on it", flush=True)\n{STUCK[what]}')
+            await asyncio.sleep(.2)
+            t = Timer()
+            await km.interrupt_kernel()
+            r = await reply_to(kc, msg, 10)
+            assert t < 1 and (r['status'], r['ename']) == ('error', 'KeyboardInterrupt')
+            assert await value(kc, '1+1') == 2
+            assert not [p for p in remote.host(km).kernels() if p.name == 'sleep']
+
+async def test_killed_on_its_host(remote):
+    with remote.nothing_left():
+        async with remote.kernel() as (km, kc):
+            pid, host = await value(kc, '__import__("os").getpid()'), remote.host(km)
+            waiting = asyncio.ensure_future(km.provisioner.wait())
+            t = Timer()
+            os.kill(pid, signal.SIGKILL)
+            assert await asyncio.wait_for(waiting, 5) == -9
+            assert t < 1 and await km.provisioner.poll() == -9 and not await km.is_alive()
+            log = Path(f'/tmp/kernel-{km.kernel_id}.log')
+            wait(lambda: '[ended with status 137]' in log.read_text())
+            await km.restart_kernel(now=True)
+            await kc.wait_for_ready(timeout=60)
+            assert await value(kc, '6*7') == 42 and remote.host(km) is host
+            kc.execute('import os; os._exit(3)')
+            assert await asyncio.wait_for(km.provisioner.wait(), 5) == 3
+
+async def test_restart_keeps_ports_and_clients(remote):
+    with remote.nothing_left():
+        async with remote.kernel() as (km, kc):
+            info, host = km.get_connection_info(), remote.host(km)
+            assert (await printed(kc, 'x = 1; print(x)')) == ('1\n', 'ok')
+            for now in (False, True):
+                await km.restart_kernel(now=now)
+                await kc.wait_for_ready(timeout=60)
+                assert await value(kc, '"x" in globals()') is False and km.get_connection_info() == info and remote.host(km) is host
+
+async def test_ends_what_it_started(remote):
+    "What a kernel started goes with it, also what ignores signals"
+    with remote.nothing_left():
+        async with remote.kernel() as (km, kc):
+            await printed(kc, 'import subprocess; p = [subprocess.Popen(["sh", "-c", "trap \'\' INT TERM HUP; sleep 1000; true"]) for _ in range(3)]')
+            assert len([p for p in remote.host(km).kernels() if p.name == 'sleep']) == 3
+
+# Launches that fail
+
+async def refused(remote, spec, *words, within=8, **env):
+    "A start that fails at once, with these words in the message; leaves nothing on the hosts"
+    km, t = remote.manager(spec), Timer()
+    with remote.nothing_left(), pytest.raises(LaunchError) as e:
+        try: await asyncio.wait_for(km.start_kernel(env=os.environ|env), 60)
+        finally: took = float(t)
+    for o in words: assert re.search(o, str(e.value), re.S), (o, str(e.value))
+    assert took < within, f'{took:.1f} s'
+    assert not await km.is_alive()
+    return str(e.value)
+
+LAUNCHER = lambda argv: next(o for o in argv if o.endswith('.py'))
+def script(remote, name, source):
+    "A launcher beside ours"
+    (f := remote.scripts/name).write_text(textwrap.dedent(source))
+    return lambda argv: [str(f) if o == LAUNCHER(argv) else o for o in argv]
+
+async def test_host_down(remote):
+    remote.lab[0].stop()
+    await refused(remote, remote.spec('down', hosts=['host1']), 'host host1 ', r'\(user ', 'nothing listens on 127.0.0.11 port', 'Is sshd running')
+    remote.lab[0].start()
+    async with remote.kernel('down') as (km, kc): assert await value(kc, '1+1') == 2
+
+async def test_host_silent(remote, monkeypatch):
+    monkeypatch.setenv('GP_CONNECT_TIMEOUT', '1')
+    remote.lab[0].hang()
+    await refused(remote, remote.spec('silent', hosts=['host1']), 'host host1 ', 'Is that an SSH server|no answer')
+
+async def test_login_refused(remote):
+    remote.lab[0].refuse_keys()
+    await refused(remote, remote.spec('refused', hosts=['host1']), 'host host1 ', 'refused the login', 'ssh-copy-id -p')
+
+async def test_host_key_unknown(remote):
+    c, h = remote.lab.client, remote.lab[0]
+    key = c.known.pop(f'[{h.address}]:{h.port}')
+    c.write()
+    try: await refused(remote, remote.spec('stranger', hosts=['host1']), 'the host key of 127.0.0.11 port .* is unknown', f'ssh-keyscan -p {h.port} {h.address} >> {c.known_hosts}')
+    finally: c.know(h.address, h.port, key)
+
+async def test_host_key_changed(remote):
+    remote.lab[0].change_host_key()
+    await refused(remote, remote.spec('changed', hosts=['host1']), 'the host key has changed', 'now shows ssh-ed25519 SHA256:', 'ssh-keygen -R')
+
+async def test_no_host_left(remote):
+    "Every host's own reason in one message"
+    lab = remote.lab
+    lab[0].stop(); lab[1].refuse_keys(); lab[2].change_host_key()
+    try: await refused(remote, remote.spec('none', hosts=['host1', 'host2', 'host3']), 'no host could start', 'host1.*nothing listens', 'host2.*refused the login', 'host3.*host key has changed')
+    finally: lab.repair()
+
+async def test_next_host(remote):
+    "Or the next one that can"
+    remote.lab[0].stop(); remote.lab[1].refuse_keys()
+    with remote.nothing_left():
+        t = Timer()
+        async with remote.kernel() as (km, kc): assert t < 8 and remote.host(km).name == 'host3'
+
+async def test_launcher_errors(remote):
+    "What the launcher said last is in the message, with what to do about it"
+    remote.spec('interpreter', lambda a: ['/opt/no/python', *a[1:]])
+    remote.spec('module', lambda a: [a[0], '-I', '-S', *a[1:]])
+    remote.spec('crash', script(remote, 'crash.py', 'print("about to")\nraise RuntimeError("boom at import")'))
+    remote.spec('missing', lambda a: [a[0], '/nowhere/launch.py'])
+    remote.spec('silent', lambda a: ['true'])
+    remote.spec('class', lambda a: [*a[:-1], 'no.such.Kernel'])
+    (remote.prefix/'poor/Cryptodome').mkdir(parents=True, exist_ok=True)
+    (remote.prefix/'poor/Cryptodome/__init__.py').write_text('raise ImportError("No module named \'Cryptodome\'")')
+    remote.spec('crypto', env=dict(PYTHONPATH=str(remote.prefix/'poor')))
+    end = 'launcher ended with status {}'.format
+    for words in (('interpreter', end(127), '/opt/no/python: not found', 'must be on the host'),
+                  ('module', r'launcher ended with status (1|-15) ', 'pip install ipykernel|pip install "pycryptodomex'),
+                  ('crash', end(1), 'about to', 'RuntimeError: boom at import'),
+                  ('missing', end(2), "can't open file", 'must be on the host'),
+                  ('silent', end(0), r'\[ended with status 0\]'),
+                  ('class', end(1), 'no.such.Kernel is no ipykernel class'),
+                  ('crypto', r'launcher ended with status (1|-15) ', 'Install pycryptodomex', 'No module named')):
+        await refused(remote, *words, r'host host\d ', r'Last lines of /tmp/kernel-.*\.log on that host')
+
+async def test_ports_exhausted(remote, monkeypatch):
+    monkeypatch.setenv('GP_MIN_PORT_RANGE_SIZE', '10')
+    taken = []
+    for base in range(43000, 60000, 20):
+        try:
+            for p in range(base, base + 11):
+                taken.append(s := socket.socket())
+                s.bind(('127.0.0.1', p))
+            break
+        except OSError:
+            while taken: taken.pop().close()
+    try: await refused(remote, remote.spec('ports', port_range=f'{base}..{base+10}'), f'fewer than 6 ports are free in {base}..{base+10}', 'widen the port range')
+    finally:
+        for s in taken: s.close()
+
+async def test_no_room_for_the_log(remote, net, monkeypatch):
+    node = net[0]
+    node.fill_disk('/var/tmp/full')
+    monkeypatch.setenv('GP_KERNEL_LOG_DIR', '/var/tmp/full')
+    try:
+        with net.nothing_left():
+            await refused(remote, remote.spec('full', hosts=['node1']), 'host node1', 'cannot write the log /var/tmp/full/kernel-', 'No space left', 'Choose a directory.*GP_KERNEL_LOG_DIR')
+        assert node.run('ls', '/var/tmp/full').split() == ['full']
+    finally: node.free_disk('/var/tmp/full')
+    monkeypatch.setenv('GP_KERNEL_LOG_DIR', '/nowhere')
+    await refused(remote, 'full', 'cannot write the log /nowhere', 'No such file|nonexistent|cannot create')
+
+async def test_too_late(remote):
+    "A launch that hangs is ended at the timeout, which may be a start's own; what the launcher printed is told"
+    remote.spec('hang', script(remote, 'hang.py', 'import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint("thinking", flush=True)\ntime.sleep(1000)'))
+    t = Timer()
+    await refused(remote, 'hang', 'did not start within 1.5 s', 'thinking', KERNEL_LAUNCH_TIMEOUT='1.5')
+    assert 1.5 < t
+    await refused(remote, remote.spec('hang2', lambda a: ['sleep', '1000'], launch_timeout=1), 'did not start within 1 s', r'\(KERNEL_LAUNCH_TIMEOUT, or launch_timeout')
+
+@pytest.mark.parametrize('warm', [True, False])
+async def test_cancelled_start(remote, warm):
+    "Given up at any moment, a start leaves nothing"
+    if warm: await asyncio.gather(*(km.shutdown_kernel(now=True) for km in [await started(remote) for _ in range(4)]))
+    moments = [.002, .02, .05, .1, .2, .3, .4, .5, .6, .7, .8, 1]
+    with remote.nothing_left():
+        kms = [remote.manager() for _ in moments]
+        tasks = [asyncio.ensure_future(km.start_kernel()) for km in kms]
+        ends = []
+        for t, at, prev in zip(tasks, moments, [0, *moments]):
+            await asyncio.sleep(at-prev)
+            ends.append(t.done() or t.cancel() and None)
+        t = Timer()
+        await asyncio.wait(tasks, timeout=20)
+        assert t < 8
+        for o, km in zip(tasks, kms):
+            if not o.cancelled(): o.result(); await km.shutdown_kernel(now=True)
+        assert sum(o.cancelled() for o in tasks) >= 5
+
+async def test_cancelled_as_it_succeeds(remote, monkeypatch):
+    "The host application gives up in the very moment in which the kernel is there"
+    loop, real = asyncio.get_running_loop(), DistributedProvisioner._adopt
+    async def adopt(self, *a):
+        r = await real(self, *a)
+        loop.call_soon_threadsafe(task.cancel)
+        return r
+    monkeypatch.setattr(DistributedProvisioner, '_adopt', adopt)
+    with remote.nothing_left():
+        task = asyncio.ensure_future(remote.manager().start_kernel())
+        with pytest.raises(asyncio.CancelledError): await asyncio.wait_for(task, 20)
+
+async def test_cancelled_in_a_tunnel(remote, monkeypatch):
+    "The kernel reported, and the way to it is not there yet"
+    monkeypatch.setenv('GP_ENABLE_TUNNELING', 'True')
+    reached = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    async def aim(self, *a):
+        loop.call_soon_threadsafe(reached.set)
+        await asyncio.sleep(60)
+    with remote.nothing_left(), monkeypatch.context() as m:
+        m.setattr(DistributedProvisioner, '_aim', aim)
+        task = asyncio.ensure_future(remote.manager().start_kernel())
+        await asyncio.wait_for(reached.wait(), 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError): await asyncio.wait_for(task, 20)
+    with remote.nothing_left():
+        async with remote.kernel() as (km, kc): assert await value(kc, '1+1') == 2 and km.get_connection_info()['ip'] == '127.0.0.1'
+
+async def started(remote, *a):
+    km = remote.manager(*a)
+    await km.start_kernel()
+    return km
+
+async def test_default_executor_full(remote):
+    "Nothing of ours waits in the loop's own pool of threads"
+    loop, blocked, stop = asyncio.get_running_loop(), [], threading.Event()
+    for where in (loop, bg.background().loop):
+        def fill(): blocked.extend(where.run_in_executor(None, stop.wait, 60) for _ in range(64))
+        where.call_soon_threadsafe(fill)
+    try:
+        with remote.nothing_left():
+            async with remote.kernel() as (km, kc): assert await value(kc, '1+1') == 2
+    finally: stop.set()
