@@ -65,7 +65,7 @@ class Board:
             self.drawn = len(lines)
         self.out.flush()
 
-# %% ../nbs/13_demo.ipynb #2ce5796b
+# %% ../nbs/13_demo.ipynb #ced014a5
 class Failed(Exception): "Something that the demo promises did not happen."
 
 def expect(ok, what: str):
@@ -94,33 +94,39 @@ class DemoKernel:
         info = await self.km.provisioner.get_provisioner_info()
         self.host, self.pid = info['host'], info['fields']['pid']
         self.dirs.add(info['process']['dir'])
-        self.show(host=self.host, id=self.km.kernel_id[:8], pid=self.pid, state='idle', started=f'{time.strftime("%X")} ({time.monotonic()-begun:.1f} s)')
+        self.show(host=self.host, id=self.km.kernel_id[:8], pid=self.pid, state='idle',
+            started=f'{time.strftime("%X")} ({time.monotonic()-begun:.1f} s)')
 
-    async def run(self, code: str) -> tuple[str, str]:  # what it printed or returned, and the name of the error or ''
-        "Execute `code`."
-        said = []
-        def hear(msg):
-            c = msg['content']
-            if msg['msg_type'] == 'status': self.show(state=c['execution_state'])
-            said.append(c.get('text') or c.get('data', {}).get('text/plain', ''))
-        reply = await self.kc.execute_interactive(code, output_hook=hear, allow_stdin=False, timeout=60)
-        return ''.join(said), reply['content'].get('ename', '')
+# %% ../nbs/13_demo.ipynb #d3f56836
+@patch
+async def run(self: DemoKernel, code: str) -> tuple[str, str]:  # what it printed or returned, and the name of the error or ''
+    "Execute `code`."
+    said = []
+    def hear(msg):
+        c = msg['content']
+        if msg['msg_type'] == 'status': self.show(state=c['execution_state'])
+        said.append(c.get('text') or c.get('data', {}).get('text/plain', ''))
+    reply = await self.kc.execute_interactive(code, output_hook=hear, allow_stdin=False, timeout=60)
+    return ''.join(said), reply['content'].get('ename', '')
 
-    async def restart(self):
-        self.show(state='restarting')
-        begun = time.monotonic()
-        await self.km.restart_kernel()
-        await self._ready(begun)
+@patch
+async def restart(self: DemoKernel):
+    self.show(state='restarting')
+    begun = time.monotonic()
+    await self.km.restart_kernel()
+    await self._ready(begun)
 
-    async def stop(self):
-        if self.kc: self.kc.stop_channels()
-        if self.km.has_kernel: await self.km.shutdown_kernel(now=not self.kc)
-        self.show(state='stopped')
+@patch
+async def stop(self: DemoKernel):
+    if self.kc: self.kc.stop_channels()
+    if self.km.has_kernel: await self.km.shutdown_kernel(now=not self.kc)
+    self.show(state='stopped')
 
-# %% ../nbs/13_demo.ipynb #f095202f
+# %% ../nbs/13_demo.ipynb #af094a72
 NOTEBOOK = [  # cell, what it says; {host} is the host's address
     ('import os\nprint("hello from", os.environ["SSH_CONNECTION"].split()[2])', 'hello from {host}\n'),
-    ('def primes(n): return [p for p in range(2, n) if all(p % d for d in range(2, p))]\nprimes(30)', '[2, 3, 5, 7, 11, 13, 17, 19, 23, 29]'),
+    ('def primes(n): return [p for p in range(2, n) if all(p % d for d in range(2, p))]\nprimes(30)',
+        '[2, 3, 5, 7, 11, 13, 17, 19, 23, 29]'),
     ('total = sum(primes(2000))\ntotal', '277050')]
 
 @patch

@@ -7,7 +7,7 @@ __all__ = ['log', 'wheel', 'MARK', 'LoopThread', 'soon', 'Lane', 'Link', 'Server
            'Relay', 'stat', 'environs', 'marked', 'kill_marked', 'now_ticks', 'when_exited', 'send_exit', 'Session',
            'Server', 'forward', 'new_key', 'MockHost', 'MockHosts']
 
-# %% ../nbs/12_mock_ssh.ipynb #84d08dcc
+# %% ../nbs/12_mock_ssh.ipynb #e49cf3e6
 import asyncio, atexit, getpass, io, logging, os, shlex, shutil, signal, socket, struct, subprocess, sys, tempfile, threading, time, uuid
 from collections import Counter, deque
 from contextlib import ExitStack
@@ -16,11 +16,11 @@ import paramiko
 from paramiko import common as ssh
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 
-# %% ../nbs/12_mock_ssh.ipynb #37f7dad3
+# %% ../nbs/12_mock_ssh.ipynb #eae7cf53
 log = logging.getLogger(__name__)
-log.addHandler(logging.NullHandler())  # paramiko calls a dropped connection an error; here it is Tuesday
+log.addHandler(logging.NullHandler())  # paramiko calls a dropped connection an error; here it is what we are for
 
 # %% ../nbs/12_mock_ssh.ipynb #c6f55949
 class LoopThread:
@@ -84,7 +84,7 @@ class Lane:
             self.queue.popleft()
             self.out(data)
 
-# %% ../nbs/12_mock_ssh.ipynb #7591c09e
+# %% ../nbs/12_mock_ssh.ipynb #32ceb36a
 class Link(asyncio.Protocol):
     "One TCP connection: a socket for paramiko on one side, a protocol of the loop on the other."
     poll = 10.  # seconds; what becomes of paramiko's 0.1
@@ -120,12 +120,7 @@ class Link(asyncio.Protocol):
         if data: self.outward.put(b''.join(data))
         if self._closed: self.outward.put(None)
 
-    def cut(self):
-        "End the connection now, with a reset; what was under way is lost."
-        self.wire.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-        self.wire.abort()
-
-# %% ../nbs/12_mock_ssh.ipynb #76c8f802
+# %% ../nbs/12_mock_ssh.ipynb #3acc7f71
 @patch
 def recv(self: Link, n: int) -> bytes:  # at most `n` bytes; none at the end; `TimeoutError` if none came in time
     self.transport.settle()
@@ -155,6 +150,12 @@ def close(self: Link):
         self._closed = True
         self.cond.notify()
     self._wake()
+
+@patch
+def cut(self: Link):
+    "End the connection now, with a reset; what was under way is lost."
+    self.wire.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    self.wire.abort()
 
 @patch
 def flow(self: Link):
@@ -289,11 +290,11 @@ def _hush(self: Relay):
     try: self.sock.shutdown(socket.SHUT_WR)
     except OSError: pass
 
-# %% ../nbs/12_mock_ssh.ipynb #9a06ef34
+# %% ../nbs/12_mock_ssh.ipynb #22d97b73
 MARK = 'MOCK_SSH_HOST'
 
-def stat(pid: int) -> tuple[int, int]|None:  # parent's pid, start in clock ticks since boot; `None`: nothing is left but an exit status
-    "What `/proc` says of the process `pid`."
+def stat(pid: int) -> tuple[int, int]|None:  # `None`: there is no process, or nothing of it but its exit status
+    "The parent's pid, and the start in clock ticks since boot, of the process `pid`."
     proc = Path(f'/proc/{pid}')
     try:
         f = (proc/'stat').read_bytes().rpartition(b') ')[2].split()
@@ -303,7 +304,8 @@ def stat(pid: int) -> tuple[int, int]|None:  # parent's pid, start in clock tick
 def environs() -> dict[int, bytes|None]:
     "The environment of every other process: `None` if it may not be read, empty for one that is just being replaced by `exec`."
     res = {os.getpid(): None}
-    while new := [int(o) for o in os.listdir('/proc') if o.isdigit() and int(o) not in res]:  # what forked and ended meanwhile has left a child
+    def unseen(): return [int(o) for o in os.listdir('/proc') if o.isdigit() and int(o) not in res]
+    while new := unseen():  # again: what forked and ended meanwhile has left a child
         for pid in new:
             try: res[pid] = Path(f'/proc/{pid}/environ').read_bytes()
             except OSError: res[pid] = None
@@ -317,9 +319,13 @@ def marked(mark: str, envs: dict[int, bytes]|None=None) -> set[int]:
     while new := {o for o, p in parents.items() if p in res} - res: res |= new
     return res
 
-# %% ../nbs/12_mock_ssh.ipynb #ca050977
-def kill_marked(mark: str, since: int=0, timeout: float=10.) -> int:  # how many were killed; `since` in clock ticks: no marked process is older
-    "Kill every process that carries `mark`, and return when they are dead (or after `timeout` seconds)."
+# %% ../nbs/12_mock_ssh.ipynb #4a2580a9
+def kill_marked(
+    mark: str,
+    since: int=0,       # clock ticks since boot; no process with the mark is older
+    timeout: float=10.  # seconds
+) -> int:               # how many were killed
+    "Kill every process that carries `mark`, and return when they are dead."
     killed, bare, start = set(), {}, time.monotonic()
     while (now := time.monotonic()) < start + timeout:
         envs = environs()
@@ -364,7 +370,7 @@ def send_exit(chan: paramiko.Channel, status: int):  # as of `Popen.returncode`
     m.add_string('')
     chan.transport._send_user_message(m)
 
-# %% ../nbs/12_mock_ssh.ipynb #08a9f845
+# %% ../nbs/12_mock_ssh.ipynb #4a818c53
 class Session:
     "One command (or login shell) at the end of one channel."
     def __init__(self, server, chan, argv, env):
@@ -386,21 +392,25 @@ class Session:
         listen_to(self.chan, self.loop, lambda: [o.run() for o in relays])
         when_exited(self.loop, self.proc, self._exited)
 
-    def _exited(self):
-        self.host.sessions.discard(self)
-        self._tell(lambda: send_exit(self.chan, self.proc.wait()))
-        self._ended('exit')
+# %% ../nbs/12_mock_ssh.ipynb #41d508cf
+@patch
+def _exited(self: Session):
+    self.host.sessions.discard(self)
+    self._tell(lambda: send_exit(self.chan, self.proc.wait()))
+    self._ended('exit')
 
-    def _ended(self, what):
-        self.left.discard(what)
-        if not self.left - {'exit'}: self._tell(self.chan.shutdown_write)
-        if not self.left: self._tell(self.chan.close)
+@patch
+def _ended(self: Session, what):
+    self.left.discard(what)
+    if not self.left - {'exit'}: self._tell(self.chan.shutdown_write)
+    if not self.left: self._tell(self.chan.close)
 
-    def _tell(self, f):
-        try: f()
-        except OSError: pass  # the client has gone
+@patch
+def _tell(self: Session, f):
+    try: f()
+    except OSError: pass  # the client has gone
 
-# %% ../nbs/12_mock_ssh.ipynb #36f4fcf9
+# %% ../nbs/12_mock_ssh.ipynb #2401e737
 class Server(paramiko.ServerInterface):
     "What one connection may do on a `MockHost`."
     def __init__(self, host, link: Link):
@@ -431,22 +441,30 @@ class Server(paramiko.ServerInterface):
             if chan: then(chan)
         self.link.after.append(take)
 
-    def check_channel_env_request(self, channel, name, value):
-        name, value = name.decode(), value.decode()
-        if not (ok := name == 'LANG' or name.startswith('LC_')): return False
-        self.env[name] = value
-        return ok
-    def check_channel_shell_request(self, channel): return self._run(channel, ['-' + Path(self.host.shell).name])
-    def check_channel_exec_request(self, channel, command):
-        self.host.commands.append(command.decode(errors='replace'))
-        return self._run(channel, [Path(self.host.shell).name, '-c', command])
-    def _run(self, channel, argv):
-        if self.host.stopping: return False
-        try: session = Session(self, channel, argv, self.host.login_env(self.link, self.env))
-        except (OSError, ValueError): return False
-        self.host.count('commands')
-        self.link.after.append(lambda: soon(self.host.loop, session.begin))
-        return True
+# %% ../nbs/12_mock_ssh.ipynb #d4dd3f33
+@patch
+def check_channel_env_request(self: Server, channel, name, value):
+    name, value = name.decode(), value.decode()
+    if not (ok := name == 'LANG' or name.startswith('LC_')): return False
+    self.env[name] = value
+    return ok
+
+@patch
+def check_channel_shell_request(self: Server, channel): return self._run(channel, ['-' + Path(self.host.shell).name])
+
+@patch
+def check_channel_exec_request(self: Server, channel, command):
+    self.host.commands.append(command.decode(errors='replace'))
+    return self._run(channel, [Path(self.host.shell).name, '-c', command])
+
+@patch
+def _run(self: Server, channel, argv):
+    if self.host.stopping: return False
+    try: session = Session(self, channel, argv, self.host.login_env(self.link, self.env))
+    except (OSError, ValueError): return False
+    self.host.count('commands')
+    self.link.after.append(lambda: soon(self.host.loop, session.begin))
+    return True
 
 # %% ../nbs/12_mock_ssh.ipynb #8596638f
 @patch
@@ -511,7 +529,7 @@ def _user():
     try: return getpass.getuser()
     except (KeyError, OSError): return 'user'  # a number without a name, as containers like it
 
-# %% ../nbs/12_mock_ssh.ipynb #ce4cb5cc
+# %% ../nbs/12_mock_ssh.ipynb #7fe5c92b
 class MockHost:
     "An SSH server on a loopback address of this machine; a context manager, plain or async."
     def __init__(self,
@@ -530,25 +548,31 @@ class MockHost:
         home: str|None=None,         # home directory; a temporary one, removed by `stop`, if not given
         env: dict|None=None,         # more environment for the commands
     ):
-        self.name, self.address, self.port, self.user, self.password, self.users = name, address, port, user or _user(), password, users
-        self.client_key, self.host_key, self.id = client_key or new_key(), new_key(), uuid.uuid4().hex
-        self.max_sessions, self.max_startups, self.forwarding, self.noise, self.shell = max_sessions, max_startups, forwarding, noise, shell
-        self.given_home, self.env, self.loop, self.listener = home, env or {}, None, None
-        self.links, self.transports, self.sessions, self.commands, self.seen, self.lock = set(), set(), set(), [], Counter(), threading.Lock()
+        store_attr('name,address,port,password,users,max_sessions,max_startups,forwarding,noise,shell')
+        self.user, self.given_home, self.env, self.id = user or _user(), home, env or {}, uuid.uuid4().hex
+        self.client_key, self.host_key, self.loop, self.listener = client_key or new_key(), new_key(), None, None
+        self.links, self.transports, self.sessions, self.lock = set(), set(), set(), threading.Lock()
+        self.commands, self.seen = [], Counter()  # every command that was executed; totals of what happened
         self.latency, self.frozen, self.hanging, self.auth, self.key, self.stopping = 0., False, False, True, self.host_key, False
-
-    @property
-    def entry(self) -> str:  # for `remote_hosts`
-        return f'{self.user}@{self._bracketed}:{self.port}'
-    @property
-    def _bracketed(self): return f'[{self.address}]' if ':' in self.address else self.address
-    @property
-    def known_hosts_line(self) -> str: return f'[{self.address}]:{self.port} {self.host_key.get_name()} {self.host_key.get_base64()}'
     def __repr__(self): return f'{type(self).__name__}({self.name!r}, {self.entry!r})'
-    def count(self, what: str):  # `seen` keeps the totals
-        with self.lock: self.seen[what] += 1
 
-# %% ../nbs/12_mock_ssh.ipynb #d45ed109
+# %% ../nbs/12_mock_ssh.ipynb #9cdac8a5
+@patch(as_prop=True)
+def entry(self: MockHost) -> str: return f'{self.user}@{self._bracketed}:{self.port}'  # for `remote_hosts`
+
+@patch(as_prop=True)
+def _bracketed(self: MockHost): return f'[{self.address}]' if ':' in self.address else self.address
+
+@patch(as_prop=True)
+def known_hosts_line(self: MockHost) -> str:
+    return f'[{self.address}]:{self.port} {self.host_key.get_name()} {self.host_key.get_base64()}'
+
+@patch
+def count(self: MockHost, what: str):
+    "One more of `what` in `seen`."
+    with self.lock: self.seen[what] += 1
+
+# %% ../nbs/12_mock_ssh.ipynb #23b7afe4
 @patch
 def _bound(self: MockHost):
     sock = socket.socket(socket.AF_INET6 if ':' in self.address else socket.AF_INET)
@@ -587,8 +611,10 @@ def login_env(self: MockHost, link: Link, more: dict) -> dict:
     bins, here, there = self._bins(), link.peer, link.local
     user = link.transport.get_username()
     marks = ' '.join(filter(None, [os.environ.get(MARK), self.id]))
-    return dict(LANG='C.UTF-8', USER=user, LOGNAME=user, HOME=self.home, SHELL=self.shell, PATH=f'{bins}:/usr/local/bin:/usr/bin:/bin',
-        SSH_CLIENT=f'{here[0]} {here[1]} {there[1]}', SSH_CONNECTION=f'{here[0]} {here[1]} {there[0]} {there[1]}') | more | self.env | {MARK: marks}
+    login = dict(LANG='C.UTF-8', USER=user, LOGNAME=user, HOME=self.home, SHELL=self.shell,
+        PATH=f'{bins}:/usr/local/bin:/usr/bin:/bin',
+        SSH_CLIENT=f'{here[0]} {here[1]} {there[1]}', SSH_CONNECTION=f'{here[0]} {here[1]} {there[0]} {there[1]}')
+    return login | more | self.env | {MARK: marks}
 
 # %% ../nbs/12_mock_ssh.ipynb #e3f1e8de
 @patch
@@ -701,13 +727,17 @@ async def __aenter__(self: MockHost): return await asyncio.to_thread(self.start)
 @patch
 async def __aexit__(self: MockHost, *args): await asyncio.to_thread(self.stop)
 
-# %% ../nbs/12_mock_ssh.ipynb #9eef6eb8
+# %% ../nbs/12_mock_ssh.ipynb #a3ff31b9
 @patch
-def client(self: MockHost, timeout: float=5., **kw) -> paramiko.SSHClient:
-    "A plain paramiko client, connected, that knows the host's key. `timeout` seconds for each stage; `kw` goes to `SSHClient.connect`."
+def client(self: MockHost,
+    timeout: float=5.,       # seconds, for each stage of connecting
+    **kw                     # for `SSHClient.connect`
+) -> paramiko.SSHClient:
+    "A plain paramiko client, connected, that knows the host's key."
     c = paramiko.SSHClient()
     c.get_host_keys().add(f'[{self.address}]:{self.port}', self.host_key.get_name(), self.host_key)
-    login = dict(pkey=self.client_key, username=self.user, look_for_keys=False, allow_agent=False, timeout=timeout, banner_timeout=timeout, auth_timeout=timeout)
+    login = dict(pkey=self.client_key, username=self.user, look_for_keys=False, allow_agent=False,
+        timeout=timeout, banner_timeout=timeout, auth_timeout=timeout)
     try: c.connect(self.address, self.port, **login | kw)
     except BaseException:
         c.close()
@@ -752,7 +782,7 @@ def heal(self: MockHost):
     self.thaw()
     self.accept()
 
-# %% ../nbs/12_mock_ssh.ipynb #24999d5b
+# %% ../nbs/12_mock_ssh.ipynb #14336577
 class MockHosts:
     "`n` mock hosts and the files of a client that knows them; a context manager, plain or async; a sequence of `MockHost`."
     def __init__(self,
@@ -784,24 +814,27 @@ class MockHosts:
             raise
         return self
 
-    def _host(self, i):
-        many = sys.platform == 'linux'
-        return MockHost(f'mock{i+1}', f'127.0.0.{self.base+i}' if many else '127.0.0.1', client_key=self.client_key, **self.options)
-
-    def stop(self):
-        "Stop the hosts and remove the files."
-        with ExitStack() as stack:
-            stack.callback(shutil.rmtree, self.dir, ignore_errors=True)
-            for o in self.hosts: stack.callback(o.stop)
-        self.hosts = []
-        atexit.unregister(self.stop)
-
     def __enter__(self): return self.start()
     def __exit__(self, *args): self.stop()
     async def __aenter__(self): return await asyncio.to_thread(self.start)
     async def __aexit__(self, *args): await asyncio.to_thread(self.stop)
 
-# %% ../nbs/12_mock_ssh.ipynb #7c73edad
+# %% ../nbs/12_mock_ssh.ipynb #2be53807
+@patch
+def _host(self: MockHosts, i):
+    many = sys.platform == 'linux'
+    return MockHost(f'mock{i+1}', f'127.0.0.{self.base+i}' if many else '127.0.0.1',
+        client_key=self.client_key, **self.options)
+
+@patch
+def stop(self: MockHosts):
+    "Stop the hosts and remove the files."
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, self.dir, ignore_errors=True)
+        for o in self.hosts: stack.callback(o.stop)
+    self.hosts = []
+    atexit.unregister(self.stop)
+
 @patch
 def _write(self: MockHosts):
     self.key_file.touch(0o600)
