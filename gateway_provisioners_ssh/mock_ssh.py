@@ -120,7 +120,7 @@ class Link(asyncio.Protocol):
         if data: self.outward.put(b''.join(data))
         if self._closed: self.outward.put(None)
 
-# %% ../nbs/12_mock_ssh.ipynb #3acc7f71
+# %% ../nbs/12_mock_ssh.ipynb #9db3f237
 @patch
 def recv(self: Link, n: int) -> bytes:  # at most `n` bytes; none at the end; `TimeoutError` if none came in time
     self.transport.settle()
@@ -143,6 +143,7 @@ def _wake(self: Link):
         self.woken = True
         soon(self.loop, self._drain)
 
+# %% ../nbs/12_mock_ssh.ipynb #e889c4dd
 @patch
 def close(self: Link):
     if self._closed: return
@@ -466,7 +467,7 @@ def _run(self: Server, channel, argv):
     self.link.after.append(lambda: soon(self.host.loop, session.begin))
     return True
 
-# %% ../nbs/12_mock_ssh.ipynb #8596638f
+# %% ../nbs/12_mock_ssh.ipynb #f0566b01
 @patch
 def check_channel_direct_tcpip_request(self: Server, chanid, origin, destination):
     if not self.host.forwarding: return ssh.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
@@ -480,6 +481,7 @@ def forward(loop, sock: socket.socket, chan: paramiko.Channel):
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listen_to(chan, loop, Relay(loop, sock, chan, chan.shutdown_write, alone=True).run)
 
+# %% ../nbs/12_mock_ssh.ipynb #26b0ef0d
 @patch
 def check_port_forward_request(self: Server, address, port):
     if not self.host.forwarding: return False
@@ -572,7 +574,7 @@ def count(self: MockHost, what: str):
     "One more of `what` in `seen`."
     with self.lock: self.seen[what] += 1
 
-# %% ../nbs/12_mock_ssh.ipynb #23b7afe4
+# %% ../nbs/12_mock_ssh.ipynb #8912b175
 @patch
 def _bound(self: MockHost):
     sock = socket.socket(socket.AF_INET6 if ':' in self.address else socket.AF_INET)
@@ -595,6 +597,7 @@ def start(self: MockHost) -> MockHost:
     self.accept()
     return self
 
+# %% ../nbs/12_mock_ssh.ipynb #5a079920
 @patch
 def _bins(self: MockHost) -> Path:  # where `python` is this interpreter
     bins = Path(sys.executable).parent
@@ -682,7 +685,7 @@ def _resume(self: MockHost):
         if o.transport: o.flow()
         elif not (self.hanging or self.frozen or o.wire.is_closing()): self._serve(o)
 
-# %% ../nbs/12_mock_ssh.ipynb #2bde2398
+# %% ../nbs/12_mock_ssh.ipynb #d029e1be
 @patch
 def stop(self: MockHost):
     "End all: connections, forwards, and every process that was started through this host, wherever it has gone to."
@@ -704,6 +707,7 @@ def stop(self: MockHost):
 async def _settled(self: MockHost):
     while self.sessions or self.links: await asyncio.sleep(.001)
 
+# %% ../nbs/12_mock_ssh.ipynb #5fbe669b
 @patch
 def processes(self: MockHost) -> dict[int, str]:
     "Pid and command line of every live process that was started through this host."
