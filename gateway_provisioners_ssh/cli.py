@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['names', 'RemoteProvisionerConfigMixin', 'BaseSpecApp', 'tidy', 'BaseSpecSparkApp', 'SshSpecInstaller', 'copy_command',
-           'next_steps', 'SshProvisionerApp', 'main']
+           'next_steps', 'SshDemo', 'SshProvisionerApp', 'main']
 
 # %% ../nbs/11_cli.ipynb #25bd420c
 import difflib, os, re, shlex, sys
@@ -267,16 +267,30 @@ def next_steps(
     if not away: return try_it
     return '\n'.join(['Copy it to the same place on every host:', *(f'  {copy_command(target, o)}' for o in away), try_it])
 
-# %% ../nbs/11_cli.ipynb #1c49c52d
+# %% ../nbs/11_cli.ipynb #590f633f
+class SshDemo(JupyterApp):
+    "Three SSH hosts in this process, kernels on each, one interrupted, one restarted, nothing left behind."
+    name, version, description = 'jupyter-ssh-spec-demo', __version__, __doc__
+    examples = 'jupyter ssh-spec demo              about ten seconds; exit status 0 if all of it happened\njupyter ssh-spec demo --hosts 5'
+    hosts = Int(3, min=2, max=50, help='How many hosts to start.').tag(config=True)
+    aliases, flags = {'hosts': 'SshDemo.hosts'}, {}
+
+    def start(self):
+        super().start()
+        from .demo import demo
+        self.exit(demo(n=self.hosts))
+
+# %% ../nbs/11_cli.ipynb #b625b57d
 class SshProvisionerApp(JupyterApp):
     "Kernelspecs for hosts reached by SSH."
     name, version = 'jupyter-ssh-spec', __version__
     description = 'Make kernel specifications for kernels that run on other hosts, reached by SSH.'
     examples = """
+jupyter ssh-spec demo                see it work, in ten seconds, without any host of yours
 jupyter ssh-spec install --help      all options, with examples
 jupyter ssh-spec install --user      a Python kernel, for yourself
 """
-    subcommands = {'install': (SshSpecInstaller, SshSpecInstaller.description)}
+    subcommands = {'install': (SshSpecInstaller, SshSpecInstaller.description), 'demo': (SshDemo, SshDemo.description)}
     aliases, flags = {}, {'debug': base_flags['debug']}
 
     def start(self):
