@@ -1,6 +1,6 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
 asked to use it, and a look at what a kernel left behind, here and on its host."""
-import asyncio, contextlib, json, os, re, subprocess, sys, time
+import asyncio, contextlib, json, os, re, subprocess, sys, time, uuid
 from pathlib import Path
 from types import SimpleNamespace
 import psutil
@@ -48,6 +48,11 @@ class Remote:
     def scripts(self): return self.specs_dir/'ssh_python/scripts'
     def manager(self, kernel_name='ssh_python', **kw):
         return AsyncKernelManager(kernel_name=kernel_name, kernel_spec_manager=KernelSpecManager(), **kw)
+
+    def provisioner(self, kernel_name='ssh_python'):
+        "A provisioner without a manager around it"
+        spec = KernelSpecManager().get_kernel_spec(kernel_name)
+        return provisioner.DistributedProvisioner(kernel_id=str(uuid.uuid4()), kernel_spec=spec, **spec.metadata['kernel_provisioner']['config'])
 
     @contextlib.asynccontextmanager
     async def kernel(self, name='ssh_python', **kw):

@@ -1,13 +1,14 @@
 """A kernel's whole life on real hosts, as host applications lead it: notebooks, consoles, managers of every kind, forty at once, every way in
 which a launch can fail or be given up, and what is left afterwards, which is nothing."""
-import asyncio, json, os, re, signal, socket, subprocess, sys, textwrap, threading, time
+import asyncio, contextlib, json, os, re, signal, socket, subprocess, sys, textwrap, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import jupyter_kernel_test, nbformat, psutil, pytest
 from jupyter_client import AsyncKernelManager, AsyncMultiKernelManager, KernelManager, MultiKernelManager
 from nbclient import NotebookClient
 from gateway_provisioners_ssh import background as bg
-from gateway_provisioners_ssh.provisioner import DistributedProvisioner
+from gateway_provisioners_ssh.hosts import Host
+from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError
 from hosts import wait
 from kernels import BIN, Remote, Timer, busy, forget, printed, reply_to, value
@@ -310,7 +311,7 @@ async def test_next_host(remote):
     remote.lab[0].stop(); remote.lab[1].refuse_keys()
     with remote.nothing_left():
         t = Timer()
-        async with remote.kernel() as (km, kc): assert t < 8 and remote.host(km).name == 'host3'
+        async with remote.kernel(remote.spec('next', hosts=['host2', 'host1', 'host3'])) as (km, kc): assert t < 8 and remote.host(km).name == 'host3'
 
 async def test_launcher_errors(remote):
     "What the launcher said last is in the message, with what to do about it"
@@ -431,3 +432,67 @@ async def test_default_executor_full(remote):
         with remote.nothing_left():
             async with remote.kernel() as (km, kc): assert await value(kc, '1+1') == 2
     finally: stop.set()
+
+# What hosts and kernels cost the host application
+
+FAKE = """
+    import os
+    from server_listener import Arguments, Launch, deliver
+    launch = Launch(Arguments('Reports a kernel that is none').parse_known_args()[0])
+    fields = launch.write(os.getpid())
+    os.unlink(launch.file)
+    deliver(launch.ticket, launch.kernel_id, launch.peer, dict(fields, kernel_id=launch.kernel_id, pid=os.getpid(), pgid=os.getpgrp(),
+            comm_port=launch.held['comm'].getsockname()[1], control_key='00'*32, listener_pid=os.getpid()))
+    os.execvp('sleep', ['sleep', '1000'])
+"""
+
+def cost():
+    "Threads, descriptors, and how often a thread of this process has gone to sleep"
+    p, waits = psutil.Process(), 0
+    for f in Path('/proc/self/task').glob('*/status'):
+        with contextlib.suppress(OSError): waits += int(re.search(r'\nvoluntary_ctxt_switches:\s+(\d+)', f.read_text())[1])
+    return dict(threads=p.num_threads(), fds=p.num_fds(), waits=waits)
+
+def per(n, was, now): return {k: (now[k]-was[k])/n for k in ('threads', 'fds')}
+
+@pytest.mark.parametrize('tunnel', [False, True], ids=['direct', 'tunnel'])
+async def test_cost(remote, monkeypatch, tunnel):
+    "200 kernels on 20 hosts, which live in another process: one thread a host, none a kernel, and nobody who wakes to look around"
+    n_hosts, n = 20, 40 if tunnel else 200
+    mocks = subprocess.Popen([sys.executable, '-c', f'from gateway_provisioners_ssh.mock_ssh import MockHosts; h = MockHosts({n_hosts}).start(); '
+                              'print(h.config, flush=True); input(); h.stop()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        monkeypatch.setenv('GP_SSH_CONFIG', mocks.stdout.readline().strip())
+        monkeypatch.setenv('GP_ENABLE_TUNNELING', str(tunnel))
+        names = [f'mock{i+1}' for i in range(n_hosts)]
+        spec = remote.spec('fake', script(remote, 'fake.py', FAKE), hosts=names)
+        ps = [remote.provisioner(spec) for _ in range(n)]
+        bg.background(); await started_by(ps[0]); await ended(ps[:1]); was = cost()
+        await asyncio.gather(*(background_shell(ps[0], o) for o in names))
+        idle = cost()
+        per_host = per(n_hosts-1, was, idle)
+        await asyncio.gather(*map(started_by, ps))
+        await asyncio.sleep(1)
+        full = cost()
+        per_kernel = per(n, idle, full)
+        await asyncio.sleep(4)
+        wakes = (cost()['waits']-full['waits'])/4
+        await ended(ps)
+        assert per_host['threads'] <= 1.1 and per_host['fds'] <= 4
+        assert per_kernel['threads'] <= .02 and per_kernel['fds'] <= (5.1 if tunnel else .1)
+        assert wakes < n_hosts   # each second
+    finally:
+        mocks.communicate('\n', timeout=60)
+
+async def background_shell(p, name):
+    async def shell(): return await (await shared().pool.connection(Host.parse(name), p.login)).shell()
+    return await bg.background().run(shell())
+
+async def started_by(p): return await p.launch_kernel(**await p.pre_launch(env=dict(KERNEL_USERNAME='ada', KERNEL_LAUNCH_TIMEOUT='120')))
+
+async def ended(ps):
+    async def end(p):
+        await p.kill()
+        await asyncio.wait_for(p.wait(), 30)
+        await p.cleanup()
+    await asyncio.gather(*map(end, ps))
