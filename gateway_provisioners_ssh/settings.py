@@ -15,11 +15,15 @@ from traitlets.config import LoggingConfigurable
 from .balance import load_balancer
 from .hosts import parse_hosts
 
-# %% ../nbs/06a_settings.ipynb #76bb615d
+# %% ../nbs/06a_settings.ipynb #b27c7d61
 class LaunchError(HTTPError):
     "A kernel that was not started; the message says on which host, as which user, what failed and what to do"
-    def __init__(self, message:str, status:int=500): super().__init__(status, message.replace('%', '%%'))
-    def __str__(self): return (self.log_message or '').replace('%%', '%')
+    def __init__(self, message:str, status:int=500):
+        super().__init__(status, message)
+        self.message = message
+        if '%' in message and self.log_message == message: self.log_message = message.replace('%', '%%') # newer tornados do that themselves
+
+    def __str__(self): return self.message
 
 class SettingError(LaunchError, TraitError):
     "A setting that cannot be used"
