@@ -1,0 +1,562 @@
+"""What runs on a kernel's host: launch_ipykernel.py and server_listener.py as loose files, in a Python that is told to ignore its surroundings,
+started by a host application written here, independently of the package's."""
+import base64, hashlib, hmac, json, os, shutil, signal, socket, subprocess, sys, threading, time, uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+import psutil, pytest
+from Cryptodome.Protocol import HPKE
+from Cryptodome.PublicKey import ECC
+from jupyter_client import BlockingKernelClient
+import gateway_provisioners_ssh
+from spark import until
+
+LAUNCHERS = Path(gateway_provisioners_ssh.__file__).parent/'launchers'
+CHANNELS = 'shell_port', 'iopub_port', 'stdin_port', 'control_port', 'hb_port'
+LIGHT = '''import socket, sys, json, time, signal, os
+info = json.load(open(sys.argv[1]))
+for k in ('shell', 'iopub', 'stdin', 'control', 'hb'):
+    s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((info['ip'], info[k + '_port'])); s.listen(); globals()[k] = s
+signal.signal(signal.SIGINT, lambda *_: os.write(1, b'interrupted\\n'))
+while True: time.sleep(100)''' # a kernel as far as ports and signals go
+
+def b64(b): return base64.b64encode(b).decode()
+
+class Host:
+    "A host application: one launch, one response port"
+    def __init__(self, kernel_id=None, version=2, **ticket):
+        self.kernel_id, self.psk, self.key = kernel_id or str(uuid.uuid4()), os.urandom(32), ECC.generate(curve='Curve25519')
+        self.public = b64(self.key.public_key().export_key(format='DER'))
+        self.secret = b64(json.dumps(dict(version=version, psk=b64(self.psk), key=self.public, **ticket)).encode())
+        self.server = socket.create_server(('127.0.0.1', 0), backlog=256)
+        self.server.settimeout(60)
+        self.address = '127.0.0.1:%d' % self.server.getsockname()[1]
+
+    def argv(self, *args): return ['--kernel-id', self.kernel_id, '--response-address', self.address, '--public-key', self.public, *args]
+
+    def receive(self, answer=None):
+        "Take the launch message, answer it (rightly, or with `answer`), and return what it says"
+        conn, _ = self.server.accept()
+        with conn:
+            conn.settimeout(20)
+            raw = b''
+            while part := conn.recv(9999): raw += part
+            msg = json.loads(base64.b64decode(raw))
+            assert (msg['version'], msg['kernel_id'], sorted(msg)) == (2, self.kernel_id, ['enc', 'kernel_id', 'sealed', 'version'])
+            enc, kid = base64.b64decode(msg['enc']), self.kernel_id.encode()
+            opener = HPKE.new(receiver_key=self.key, aead_id=HPKE.AEAD.AES128_GCM, enc=enc, psk=(kid, self.psk), info=b'gateway_provisioners_ssh launch v2')
+            plain = opener.unseal(base64.b64decode(msg['sealed']), b'2:' + kid)
+            right = hmac.new(self.psk, b'ack' + enc, hashlib.sha256).hexdigest().encode() + b'\n'
+            conn.sendall(right if answer is None else answer)
+        return json.loads(plain)
+
+def sign(key, *parts): return hmac.new(key, b''.join(parts), hashlib.sha256).hexdigest()
+
+@contextmanager
+def control(info):
+    "A connection to the comm port and its nonce"
+    with socket.create_connection((info['ip'], info['comm_port']), 10) as s, s.makefile('rb') as f:
+        hello = json.loads(f.readline())
+        assert hello['version'] == 2
+        yield s, f, bytes.fromhex(hello['nonce'])
+
+def signed(info, nonce, request):
+    text = request if isinstance(request, str) else json.dumps(request)
+    return json.dumps(dict(request=text, mac=sign(bytes.fromhex(info['control_key']), b'request', nonce, text.encode()))).encode() + b'\n'
+
+def ask(info, request):
+    "The answer of the listener to a proper request"
+    with control(info) as (s, f, nonce):
+        s.sendall(signed(info, nonce, request))
+        got = json.loads(f.readline())
+        assert hmac.compare_digest(got['mac'], sign(bytes.fromhex(info['control_key']), b'reply', nonce, got['reply'].encode()))
+        return json.loads(got['reply'])
+
+@pytest.fixture
+def spec(tmp_path):
+    "A kernelspec's scripts directory, elsewhere"
+    d = tmp_path/'a spec'/'scripts'
+    d.mkdir(parents=True)
+    for o in ('launch_ipykernel.py', 'server_listener.py'): shutil.copy(LAUNCHERS/o, d)
+    return d
+
+def gone(pid):
+    "Has the process ended? A zombie has"
+    try: return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return True
+
+def members(pgid):
+    "Live processes of a process group"
+    def is_one(p):
+        try: return os.getpgid(p.pid) == pgid and not gone(p.pid)
+        except OSError: return False
+    return [p for p in psutil.process_iter() if is_one(p)]
+
+def ours(mark):
+    "Live processes with `mark` in their command line"
+    def is_one(p):
+        try: return any(mark in o for o in p.cmdline()) and not gone(p.pid)
+        except psutil.Error: return False
+    return [p for p in psutil.process_iter() if is_one(p)]
+
+class Launched:
+    "A launcher process, its log, and what it reported"
+    def __init__(self, spec, host, *args, script='launch_ipykernel.py', command=(), env={}, wrap=(), flags=('-I',), python=sys.executable, **kw):
+        self.host, self.runtime = host, spec.parent/'runtime'
+        self.log = spec.parent/f'{host.kernel_id}.log'
+        env = {k: v for k, v in os.environ.items() if k != 'SSH_CONNECTION'} | dict(KERNEL_LAUNCH_SECRET=host.secret, JUPYTER_RUNTIME_DIR=str(self.runtime)) | env
+        with open(self.log, 'wb') as out:
+            self.proc = subprocess.Popen([*wrap, str(python), *flags, str(spec/script), *host.argv(*args), *(['--', *command] if command else [])],
+                                         cwd='/', env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, **kw)
+
+    def text(self): return self.log.read_text()
+    def up(self, **kw):
+        self.info = self.host.receive(**kw)
+        return self
+
+    def end(self):
+        for pgid in {self.proc.pid, getattr(self, 'info', {}).get('pgid', self.proc.pid)}:
+            try: os.killpg(pgid, signal.SIGKILL)
+            except ProcessLookupError: pass
+        self.proc.wait()
+
+    def left(self):
+        "Processes and files that should not be there once the launch is over"
+        return ours(self.host.kernel_id) + members(self.proc.pid) + (list(self.runtime.iterdir()) if self.runtime.exists() else [])
+
+@pytest.fixture
+def launch(spec):
+    "Start launchers; at the end nothing of any is left"
+    made = []
+    def start(host=None, *args, **kw):
+        made.append(Launched(spec, host or Host(), *args, **kw))
+        return made[-1]
+    yield start
+    for k in made: k.end()
+    until('nothing left', lambda: not any(k.left() for k in made), 15)
+    for k in made: k.host.server.close()
+
+def light(start, *args, host=None, **kw):
+    "A launch of the small stand-in for a kernel, by way of server_listener.py's command form"
+    return start(host, *args, script='server_listener.py', command=[sys.executable, '-c', LIGHT, '{connection_file}'], **kw)
+
+@contextmanager
+def client(info):
+    c = BlockingKernelClient()
+    c.load_connection_info(dict(info))
+    c.start_channels()
+    try:
+        c.wait_for_ready(timeout=90)
+        yield c
+    finally: c.stop_channels()
+
+def run(c, code, timeout=90):
+    "Status, text and errors of a cell"
+    got = SimpleNamespace(text='', error='')
+    def hook(m):
+        o = m['content']
+        got.text += o.get('text', '') if m['msg_type'] == 'stream' else o['data'].get('text/plain', '') if 'data' in o else ''
+        if m['msg_type'] == 'error': got.error += f'{o["ename"]}: {o["evalue"]}'
+    got.status = c.execute_interactive(code, timeout=timeout, output_hook=hook)['content']['status']
+    return got
+
+# A kernel like a local one ---------------------------------------------------------------------------------------------
+
+def test_user_code_finds_what_a_local_kernel_has(launch, tmp_path):
+    from jupyter_client.manager import start_new_kernel
+    look = 'import os, sys, threading; print([sys.path, os.getpgrp() == os.getpid(), "KERNEL_LAUNCH_SECRET" in os.environ])'
+    threads = 'print({o.name for o in threading.enumerate()})'
+    tricky = '"; touch /tmp/x; "\n$(id) `id` é'
+    k = launch(None, '--kernel-class-name', 'ipykernel.ipkernel.IPythonKernel', env=dict(KERNEL_USERNAME=tricky), flags=()).up()
+    km, local = start_new_kernel(cwd='/')
+    try:
+        with client(k.info) as c:
+            assert eval(run(c, look).text) == eval(run(local, look).text)
+            assert eval(run(c, threads).text) <= eval(run(local, threads).text) # without one that looks for its parent
+            assert eval(run(c, 'print([os.environ["KERNEL_USERNAME"], sys.argv[1:]])').text) == [tricky, ['-f', str(k.runtime/f'kernel-{k.host.kernel_id}.json')]]
+            assert run(c, 'try: os.waitpid(-1, os.WNOHANG)\nexcept ChildProcessError: print("childless")').text == 'childless\n'
+            assert k.runtime.joinpath(f'kernel-{k.host.kernel_id}.json').stat().st_mode & 0o777 == 0o600
+            listener = psutil.Process(k.info['listener_pid'])
+            assert listener.num_threads() == 1 and listener.memory_info().rss < 16*2**20 and os.getsid(listener.pid) != os.getsid(k.proc.pid)
+            assert k.host.secret not in ''.join(psutil.Process(k.proc.pid).cmdline() + listener.cmdline())
+            assert 'Cryptodome' not in Path(f'/proc/{listener.pid}/maps').read_text()
+            c.shutdown()
+            assert k.proc.wait(20) == 0
+    finally:
+        local.stop_channels(); km.shutdown_kernel(now=True)
+    for secret in (k.host.secret, k.info['key'], k.info['control_key']): assert secret not in k.text()
+
+def test_interrupts_reach_busy_kernels_within_a_second(launch):
+    k = launch().up()
+    with client(k.info) as c:
+        for code in ('while True: pass', 'import time; time.sleep(1000)', 'import subprocess; subprocess.run(["sleep", "1000"])'):
+            sent = []
+            threading.Timer(1, lambda: sent.append(time.monotonic()) or ask(k.info, dict(signum=2))).start()
+            assert run(c, code).error.startswith('KeyboardInterrupt')
+            assert time.monotonic() - sent[0] < 1
+        assert run(c, 'print(6*7)').text == '42\n'
+
+def test_a_stopped_kernel_is_continued_by_its_listener(launch):
+    k = light(launch).up()
+    assert ask(k.info, dict(signum=signal.SIGSTOP)) == dict(alive=True)
+    until('stopped', lambda: psutil.Process(k.proc.pid).status() == psutil.STATUS_STOPPED)
+    assert ask(k.info, dict(signum=signal.SIGCONT)) == dict(alive=True)
+    until('running', lambda: psutil.Process(k.proc.pid).status() != psutil.STATUS_STOPPED)
+
+def test_kernel_classes(launch, spec, tmp_path):
+    d = tmp_path/'more'
+    d.mkdir()
+    (d/'mine.py').write_text('from ipykernel.ipkernel import IPythonKernel\nclass Mine(IPythonKernel): banner = "mine"\nclass NoKernel: pass\n')
+    wrap = ['env', f'PYTHONPATH={d}', sys.executable, str(spec/'launch_ipykernel.py')]
+    def start(name, host):
+        return subprocess.Popen([*wrap, *host.argv('--kernel-class-name', name)], env=dict(os.environ, KERNEL_LAUNCH_SECRET=host.secret, JUPYTER_RUNTIME_DIR=str(d/'r')),
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    host = Host()
+    proc = start('mine.Mine', host)
+    info = host.receive()
+    with client(info) as c: assert run(c, 'print(get_ipython().kernel.banner)').text == 'mine\n'
+    assert ask(info, dict(shutdown=1)) and proc.wait(10) == -signal.SIGTERM
+    for name in ('mine.NoKernel', 'mine.Nobody', 'nowhere.Kernel'):
+        proc = start(name, Host())
+        said = proc.communicate(timeout=30)[1]
+        assert proc.returncode == 1 and f'--kernel-class-name {name}' in said and 'Traceback' not in said
+
+def test_encrypted_channels(launch):
+    k = launch(Host(encrypt=True)).up()
+    with client(k.info) as c: assert run(c, 'print(6*7)').text == '42\n'
+    plain = BlockingKernelClient()
+    plain.load_connection_info({o: v for o, v in k.info.items() if not o.startswith('curve_')})
+    plain.start_channels()
+    with pytest.raises(RuntimeError): plain.wait_for_ready(timeout=2)
+    plain.stop_channels()
+    again = light(launch, '--curve', host=Host(encrypt=True, connection={o: k.info[o] for o in ('curve_publickey', 'curve_secretkey', 'key')})).up()
+    assert all(again.info[o] == k.info[o] for o in ('curve_publickey', 'curve_secretkey', 'key'))
+
+def test_curve_keys_without_zeromq(spec):
+    import zmq
+    code = 'import sys; sys.path.insert(0, sys.argv[1]); import server_listener as s; print(*(k.decode() for k in s.curve_keypair()))'
+    public, secret = subprocess.run([sys.executable, '-I', '-c', code, spec], capture_output=True, text=True, check=True).stdout.split()
+    assert zmq.curve_public(secret.encode()) == public.encode()
+
+# Ports -----------------------------------------------------------------------------------------------------------------
+
+def free_range(n):
+    "`n` ports in a row that nobody uses, below the system's own ephemeral range"
+    for lo in range(20000, 32000, n):
+        socks = []
+        try:
+            for p in range(lo, lo+n):
+                socks.append(socket.socket())
+                socks[-1].bind(('127.0.0.1', p))
+            return lo, lo+n-1
+        except OSError: pass
+        finally:
+            for s in socks: s.close()
+    raise RuntimeError('no free range')
+
+def ports(info): return [info[o] for o in (*CHANNELS, 'comm_port')]
+
+def test_forty_kernels_at_once_fill_a_range_exactly(launch):
+    lo, hi = free_range(240)
+    kernels = [launch(None, '--port-range', f'{lo}..{hi}') for _ in range(40)]
+    with ThreadPoolExecutor(40) as pool: list(pool.map(lambda k: k.up(), kernels))
+    assert sorted(p for k in kernels for p in ports(k.info)) == list(range(lo, hi+1))
+    def hello(k):
+        with client(k.info) as c: return run(c, 'import os; print(os.getpid())', 180).text == f'{k.proc.pid}\n'
+    with ThreadPoolExecutor(10) as pool: assert all(pool.map(hello, kernels))
+    one_more = launch(None, '--port-range', f'{lo}..{hi}')
+    assert one_more.proc.wait(20) == 1
+    assert f'fewer than 6 ports are free in {lo}..{hi}' in one_more.text() and one_more.text().count('\n') == 1
+
+def test_many_at_once_on_any_ports(launch):
+    kernels = [light(launch) for _ in range(60)]
+    with ThreadPoolExecutor(60) as pool: list(pool.map(lambda k: k.up(), kernels))
+    used = [p for k in kernels for p in ports(k.info)]
+    assert len(set(used)) == 360
+
+def test_a_restart_keeps_ports_and_key_past_time_wait(launch):
+    k = launch().up()
+    with client(k.info) as c: assert run(c, 'print(1)').text == '1\n'
+    os.killpg(k.proc.pid, signal.SIGKILL)
+    connection = {o: k.info[o] for o in (*CHANNELS, 'key')}
+    again = launch(Host(k.host.kernel_id, connection=connection)).up()
+    assert {o: again.info[o] for o in connection} == connection
+    with client(again.info) as c: assert run(c, 'print(2)').text == '2\n'
+    time.sleep(.5)
+    assert (again.runtime/f'kernel-{k.host.kernel_id}.json').exists() # the first listener removed its own only
+
+def test_ports_that_others_took_are_replaced(launch):
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        taken = other.getsockname()[1]
+        k = light(launch, host=Host(connection=dict(shell_port=taken, iopub_port=0, hb_port='x', key='same'))).up()
+        assert taken not in ports(k.info) and k.info['key'] == 'same'
+
+@pytest.mark.parametrize('text', ['9..3', 'abc', '1..', '1..70000', '-1..5', '10-20', '٣..٩'])
+def test_wrong_port_ranges(launch, text):
+    k = light(launch, f'--port-range={text}')
+    assert k.proc.wait(10) == 2 and 'is not LOWER..UPPER' in k.text()
+
+def test_addresses(spec):
+    code = ('import sys, json; sys.path.insert(0, sys.argv[1]); import server_listener as s; peer, ssh = sys.argv[2:]\n'
+            'try: print(s.bind_ip(peer, dict(SSH_CONNECTION=ssh)))\nexcept s.LaunchError as e: print(e)')
+    def bind_ip(peer, ssh=''): return subprocess.run([sys.executable, '-I', '-c', code, spec, peer, ssh], capture_output=True, text=True, check=True).stdout.strip()
+    assert bind_ip('127.0.0.1', '10.0.0.1 1 10.0.0.2 22') == bind_ip('::1') == bind_ip('127.0.5.5') == '127.0.0.1'
+    assert bind_ip('10.0.0.1', '10.0.0.1 1 10.0.0.2 22') == bind_ip('10.0.0.1', '::ffff:10.0.0.1 1 ::ffff:10.0.0.2 22') == '10.0.0.2'
+    here = bind_ip('127.0.0.1')
+    assert bind_ip('2001:db8::1', '2001:db8::1 1 2001:db8::2 22').startswith('no IPv4 address of this host reaches 2001:db8::1') and here
+
+# Launches that must not stand ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('answer', [b'', b'0'*64 + b'\n', b'\xff'*2000], ids=['none', 'wrong', 'long'])
+def test_an_unconfirmed_launch_leaves_nothing(launch, answer):
+    k = launch()
+    k.up(answer=answer)
+    assert k.proc.wait(10) == -signal.SIGTERM
+    until('nothing left', lambda: not k.left(), 5)
+    assert 'the host application did not confirm this launch' in k.text() and 'the launch failed: ending the kernel' in k.text()
+
+def test_an_unconfirmed_kernel_that_ignores_sigterm_is_killed(launch):
+    stubborn = LIGHT.replace('signal.signal(', 'signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); signal.signal(', 1)
+    k = launch(None, script='server_listener.py', command=[sys.executable, '-c', stubborn, '{connection_file}']).up(answer=b'no')
+    assert k.proc.wait(10) == -signal.SIGKILL
+    until('nothing left', lambda: not k.left(), 5)
+
+def test_a_host_application_that_is_gone(launch):
+    host = Host()
+    host.server.close()
+    k = launch(host)
+    assert k.proc.wait(10) == -signal.SIGTERM and f'cannot be reached at 127.0.0.1 port {host.address[10:]}' in k.text()
+
+def test_a_kernel_that_cannot_start(launch):
+    k = launch(None, script='server_listener.py', command=['/no/such/kernel', '{connection_file}'])
+    assert k.proc.wait(10) == 1 and "cannot run /no/such/kernel (No such file or directory)" in k.text() and 'Traceback' not in k.text()
+    k = launch(None, script='server_listener.py', command=[sys.executable, '-c', 'raise SystemExit(7)'])
+    assert k.proc.wait(10) == 7
+
+@pytest.mark.parametrize('secret,words', [('', 'needs a host application that speaks version 2'), ('AAAA', 'nothing that is a launch ticket'),
+    (b64(b'{"version": 3}'), 'install the kernelspec again'), (b64(b'[1]'), 'nothing that is a launch ticket'), (b64(b'{"version": 2}'), 'nothing that is'),
+    (b64(b'{"version": 2, "psk": "AAAA", "key": "AAAA"}'), 'holds no key')],
+    ids=['empty', 'no json', 'version 3', 'no object', 'incomplete', 'no key'])
+def test_tickets_that_are_none(launch, secret, words):
+    k = launch(None, env=dict(KERNEL_LAUNCH_SECRET=secret))
+    assert k.proc.wait(20) in (1, -signal.SIGTERM) and words in k.text() and 'Traceback' not in k.text()
+
+def test_arguments(launch, spec):
+    for args, words in ((['--unknown', '1'], 'unrecognized arguments: --unknown'), (['--spark-context-initialization-mode', 'later'], 'invalid choice'),
+                        (['--response-address', 'nowhere'], "'nowhere' is not IP:PORT")):
+        k = launch(None, *args)
+        assert k.proc.wait(10) == 2 and words in k.text() and k.text().count('\n') == 1
+    host = Host()
+    spelt = [o.replace('--', '--RemoteProcessProxy.') for o in host.argv('--port-range', '0..0')]
+    proc = subprocess.Popen([sys.executable, spec/'launch_ipykernel.py', *spelt], env=dict(os.environ, KERNEL_LAUNCH_SECRET=host.secret), start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert host.receive()['pid'] == proc.pid
+    os.killpg(proc.pid, signal.SIGKILL); proc.wait()
+
+def test_missing_packages_are_named(launch, tmp_path):
+    bare = tmp_path/'bare'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', bare], check=True)
+    python = str(bare/'bin'/'python')
+    host = Host()
+    got = subprocess.run([python, LAUNCHERS/'launch_ipykernel.py', *host.argv()], env=dict(os.environ, KERNEL_LAUNCH_SECRET=host.secret), capture_output=True, text=True)
+    assert got.returncode in (1, -signal.SIGTERM) and f'{python} -m pip install ' in got.stderr # whichever is missed first
+    got = subprocess.run([python, LAUNCHERS/'server_listener.py', *host.argv(), '--', 'sleep', '100'], capture_output=True, text=True, start_new_session=True,
+                         env=dict(os.environ, KERNEL_LAUNCH_SECRET=host.secret, JUPYTER_RUNTIME_DIR=str(tmp_path)))
+    assert got.returncode == -signal.SIGTERM and f'{python} -m pip install "pycryptodomex>=3.22"' in got.stderr
+
+def test_a_place_that_cannot_be_written(launch, tmp_path):
+    (tmp_path/'file').write_text('')
+    k = light(launch, env=dict(JUPYTER_RUNTIME_DIR=str(tmp_path/'file'/'below')))
+    assert k.proc.wait(10) == 1 and 'set JUPYTER_RUNTIME_DIR' in k.text()
+
+# Ends ------------------------------------------------------------------------------------------------------------------
+
+def test_a_killed_kernel_takes_listener_and_file_along(launch):
+    k = launch().up()
+    os.kill(k.proc.pid, signal.SIGKILL)
+    k.proc.wait()
+    until('nothing left', lambda: not k.left(), 1)
+
+def test_shutdown_is_for_the_whole_group(launch):
+    k = launch().up()
+    with client(k.info) as c: pid = int(run(c, 'import subprocess; print(subprocess.Popen(["sleep", "1000"]).pid)').text)
+    assert ask(k.info, dict(shutdown=1)) == dict(alive=True)
+    assert k.proc.wait(5) == -signal.SIGTERM
+    until('the child gone', lambda: gone(pid), 2)
+
+def test_the_listener_shrugs_off_signals(launch):
+    k = light(launch).up()
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): os.kill(k.info['listener_pid'], s)
+    assert ask(k.info, dict(signum=0)) == dict(alive=True)
+
+def test_a_kernel_does_not_outlive_who_led_its_launch(launch):
+    k = launch(None, wrap=['sh', '-c', '"$@" & wait', 'sh']).up()
+    assert k.info['pid'] != k.proc.pid and k.info['pgid'] == k.info['pid']
+    os.kill(k.proc.pid, signal.SIGKILL)
+    until('the kernel gone', lambda: gone(k.info['pid']), 2)
+    assert f'process {k.proc.pid}, which led this launch, has ended' in k.text()
+
+def test_the_form_for_launchers_that_are_not_python(launch, spec, tmp_path):
+    file = tmp_path/'deep'/'k.json'
+    script = f'''import os, subprocess, sys, time
+ticket, argv = os.environ, sys.argv[1:]
+subprocess.Popen([sys.executable, {str(spec/"server_listener.py")!r}, *argv, '--connection-file', {str(file)!r}, '--parent-pid', str(os.getpid())])
+del os.environ['KERNEL_LAUNCH_SECRET']
+while not os.path.exists({str(file)!r}): time.sleep(.01)
+sys.argv[1:] = [{str(file)!r}]
+''' + LIGHT
+    def start(host, *args):
+        return subprocess.Popen([sys.executable, '-c', script, *host.argv(*args)], env=dict(os.environ, KERNEL_LAUNCH_SECRET=host.secret), stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, start_new_session=True)
+    host = Host()
+    proc = start(host)
+    info = host.receive()
+    assert (info['pid'], info['pgid']) == (proc.pid, proc.pid) and file.exists()
+    assert ask(info, dict(signum=2)) == dict(alive=True) and proc.stdout.readline() == b'interrupted\n'
+    proc.kill(); proc.wait()
+    until('listener and file gone', lambda: not file.exists() and gone(info['listener_pid']), 2)
+    proc = start(Host(), '--port-range', '5..9')
+    assert proc.wait(10) == -signal.SIGTERM and b'fewer than 6 ports' in proc.stderr.read()
+
+# Strangers at the comm port --------------------------------------------------------------------------------------------
+
+def silent(f):
+    "Nothing comes but the end of the connection"
+    try: return f.readline() == b''
+    except ConnectionError: return True
+
+def test_forged_replayed_and_malformed_requests(launch):
+    k = light(launch).up()
+    key = bytes.fromhex(k.info['control_key'])
+    with control(k.info) as (s, f, nonce):
+        line = signed(k.info, nonce, dict(signum=0))
+        s.sendall(line)
+        assert f.readline()
+    def refused(line):
+        with control(k.info) as (s, f, nonce):
+            s.sendall(line(nonce) if callable(line) else line)
+            return silent(f)
+    kill = json.dumps(dict(signum=9))
+    text = lambda mac: lambda nonce: json.dumps(dict(request=kill, mac=mac(nonce))).encode() + b'\n'
+    assert refused(line) # the same request again
+    assert refused(text(lambda n: sign(bytes(32), b'request', n, kill.encode())))
+    assert refused(text(lambda n: sign(key, b'reply', n, kill.encode())))
+    assert refused(text(lambda n: sign(key, b'request', n, kill.encode())[:-1]))
+    assert refused(text(lambda n: sign(key, b'request', n, kill.encode()).upper().replace('0', '٠')))
+    for junk in (b'\n', b'{}\n', b'[' * 4000 + b'\n', b'\xff\xfe\n', b'{"request": 1, "mac": 2}\n', b'{"signum": 9}\n', b'"\n', b'null\n', b'x' * 5000, os.urandom(4000) + b'\n'):
+        assert refused(junk)
+    for odd in ('null', '[]', '{"signum": true}', '{"signum": -1}', '{"signum": 65}', '{"signum": "9"}', '{"signum": 9.0}', '{}', '{"shutdown": 0}'):
+        assert 'error' in ask(k.info, odd)
+    assert ask(k.info, dict(signum=0)) == dict(alive=True)
+    assert k.text().count('refused') == 1 # once a minute
+
+def test_ten_thousand_connections(launch):
+    k = light(launch).up()
+    listener = psutil.Process(k.info['listener_pid'])
+    ask(k.info, dict(signum=0))
+    before = listener.memory_info().rss
+    peer, most = (k.info['ip'], k.info['comm_port']), 0
+    def junk(i):
+        with socket.create_connection(peer, 30, source_address=('127.0.0.66', 0)) as s:
+            try: s.sendall((b'', b'{"request"', b'x\n', os.urandom(3000))[i % 4])
+            except OSError: pass
+    with ThreadPoolExecutor(16) as pool:
+        todo = [pool.submit(junk, i) for i in range(10000)]
+        while not todo[-1].done():
+            assert ask(k.info, dict(signum=0)) == dict(alive=True) # answered while they come
+            most = max(most, listener.num_fds())
+    for o in todo: o.result()
+    assert most < 64 + 32 and listener.memory_info().rss < before + 4*2**20
+    assert ask(k.info, dict(signum=0)) == dict(alive=True) and gone(k.proc.pid) is False
+
+def test_slow_connections_do_not_hold_up_others(launch):
+    k = light(launch).up()
+    with ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection((k.info['ip'], k.info['comm_port']), 20)) for _ in range(100)]
+        for s in slow[-60:]: s.sendall(b'{')
+        started = time.monotonic()
+        assert ask(k.info, dict(signum=0)) == dict(alive=True)
+        assert time.monotonic() - started < 1
+        for s in slow: # 36 gave way, the others ran out of time
+            with s.makefile('rb') as f: f.readline(); assert silent(f)
+        assert time.monotonic() - started < 7
+
+def test_an_idle_listener_does_nothing(launch):
+    k = light(launch).up()
+    ask(k.info, dict(signum=0))
+    p = Path(f'/proc/{k.info["listener_pid"]}/status')
+    def switches(): return [o for o in p.read_text().splitlines() if 'ctxt_switches' in o]
+    time.sleep(6) # its last connection is gone
+    before = switches()
+    time.sleep(3)
+    assert switches() == before
+
+# Spark -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def spark_env():
+    pytest.importorskip('pyspark')
+    if not shutil.which('java'): pytest.skip('no java')
+    return lambda master: dict(SPARK_LOCAL_IP='127.0.0.1', PYSPARK_SUBMIT_ARGS=f'--master {master} --conf spark.ui.enabled=false pyspark-shell')
+
+LONG = 'import time; sc.parallelize(range(4), 4).map(lambda x: time.sleep(300)).count()'
+ACTIVE = 'print(list(sc.statusTracker().getActiveJobsIds()))'
+
+def test_spark_lazy(launch, spark_env):
+    k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('local[2]')).up()
+    with client(k.info) as c:
+        assert run(c, 'print(type(sc).__name__)').text == 'Waiting\n' # the first reply is there before Spark is
+        assert run(c, 'import pyspark; print(isinstance(sc, pyspark.SparkContext), "parallelize" in dir(sc), type(sc).__name__)').text == 'True True Waiting\n'
+        assert "'local[2]'" in run(c, 'sc.master').text
+        assert 'Row(two=2)' in run(c, 'sql("select 1+1 as two").collect()').text
+        until('the real ones', lambda: run(c, 'print(type(sc).__name__, type(spark).__name__, type(sqlContext).__name__)').text == 'SparkContext SparkSession SQLContext\n')
+        for code in (LONG, '%%time\n' + LONG): # %%time swallows the exception that a cell ends with
+            threading.Timer(6, ask, (k.info, dict(signum=2))).start()
+            assert run(c, code).status == 'error' or '%%time' in code
+            assert run(c, ACTIVE).text.endswith('[]\n')
+            assert '10' in run(c, 'spark.range(10).count()').text
+        jvms = [p for p in psutil.Process(k.proc.pid).children() if p.name() == 'java']
+        assert len(jvms) == 1
+        c.shutdown()
+        assert k.proc.wait(30) == 0
+    until('the JVM gone', lambda: gone(jvms[0].pid), 20)
+
+def test_spark_that_cannot_start(launch, spark_env):
+    k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('nonsense')).up()
+    with client(k.info) as c:
+        got = run(c, 'sc.master')
+        assert got.status == 'error' and got.error.startswith('SparkUnavailable: Spark could not be started: ')
+        assert run(c, 'print(6*7)').text == '42\n'
+        assert run(c, 'sc').error.startswith('SparkUnavailable') and run(c, 'del sc; sc').error == "NameError: name 'sc' is not defined"
+    k = launch(None, '--spark-context-initialization-mode', 'eager', env=spark_env('nonsense'))
+    assert k.proc.wait(60) == 1 and 'Spark could not be started: ' in k.text().splitlines()[-1]
+
+def test_spark_eager_and_none(launch, spark_env):
+    k = launch(None, '--spark-context-initialization-mode', 'eager', env=spark_env('local[1]')).up()
+    with client(k.info) as c:
+        assert run(c, 'print(type(sc).__name__, sc.master)').text == 'SparkContext local[1]\n'
+        assert run(c, '%who').text == 'Interactive namespace is empty.\n'
+    k.end()
+    for args in (['--spark-context-initialization-mode', 'none'], ['--spark-context-initialization-mode', 'lazy', '--cluster-type', 'none'], []):
+        k = launch(None, *args, env=spark_env('local[1]')).up()
+        with client(k.info) as c: assert run(c, 'print({"spark", "sc", "sql", "sqlContext", "sqlCtx"} & set(globals()))').text == 'set()\n'
+
+def test_the_users_own_names_win(launch, spark_env):
+    k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('local[1]')).up()
+    with client(k.info) as c:
+        assert run(c, 'sc = "mine"').status == 'ok'
+        assert "'local[1]'" in run(c, 'spark.sparkContext.master').text
+        until('the real ones', lambda: run(c, 'print(type(spark).__name__)').text == 'SparkSession\n')
+        assert run(c, 'print(sc)').text == 'mine\n'
+
+def test_spark_without_pyspark(launch, tmp_path):
+    import ipykernel # in a Python that has the kernel's packages and no pyspark
+    bare = tmp_path/'bare'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', bare], check=True)
+    site = next(bare.glob('lib/python*/site-packages'))
+    for o in Path(ipykernel.__file__).parent.parent.iterdir():
+        if not o.name.startswith(('pyspark', '_', '__editable__', 'gateway')) : (site/o.name).symlink_to(o)
+    k = launch(None, '--spark-context-initialization-mode', 'lazy', python=bare/'bin'/'python').up()
+    with client(k.info) as c: assert run(c, 'print("sc" in globals())').text == 'False\n'
+    assert 'has no pyspark: the kernel starts without Spark names' in k.text()
