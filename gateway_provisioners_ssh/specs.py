@@ -227,7 +227,7 @@ def build_toree(
     place: Path # its directory so far
 ) -> list[str]: # warnings
     "Put the Toree kernel and its launcher, compiled for the Spark at `spec.spark_home`, into `lib`."
-    (lib := place/'lib').mkdir()
+    (lib := place/'lib').mkdir(exist_ok=True)
     try:
         toree = find_toree_assembly()
         shutil.copyfile(toree, lib/toree.name)
@@ -254,7 +254,7 @@ def place(
     try:
         new.mkdir()
         result = build(new)
-        for o in [new, *new.rglob('*')]: o.chmod(0o755 if o.is_dir() or o.suffix=='.sh' else 0o644)
+        for o in [new, *new.rglob('*')]: o.chmod(0o755 if o.is_dir() or o.suffix=='.sh' or o.stat().st_mode & 0o100 else 0o644)
         if os.path.lexists(target): os.rename(target, old)
         os.rename(new, target)
         return result
