@@ -245,9 +245,9 @@ def test_options_without_effect_are_pointed_out(bench, argv, what):
 
 # --- help
 
-SEED = {'remote-hosts': 'SshSpecInstaller', 'spark-master': 'SshSpecInstaller', 'log-level': 'Application', 'config': 'JupyterApp'} | dict.fromkeys(
+SEED = {'remote-hosts': 'SshSpecInstaller', 'spark-master': 'SshSpecInstaller', 'from-kernel': 'SshSpecInstaller', 'log-level': 'Application', 'config': 'JupyterApp'} | dict.fromkeys(
     ['prefix', 'kernel-name', 'display-name', 'language', 'spark-home', 'spark-init-mode', 'extra-spark-opts', 'authorized-users', 'unauthorized-users', 'port-range', 'launch-timeout', 'ipykernel-subclass-name', 'python'], 'BaseSpecApp')
-DEFAULTS = {'remote-hosts': "['localhost']", 'spark-master': "'yarn'", 'prefix': "''", 'kernel-name': "''", 'display-name': "''", 'language': "'Python'", 'spark-home': "'/opt/spark'", 'spark-init-mode': "'lazy'",
+DEFAULTS = {'remote-hosts': "['localhost']", 'from-kernel': "''", 'spark-master': "'yarn'", 'prefix': "''", 'kernel-name': "''", 'display-name': "''", 'language': "'Python'", 'spark-home': "'/opt/spark'", 'spark-init-mode': "'lazy'",
     'extra-spark-opts': "''", 'authorized-users': 'set()', 'unauthorized-users': "{'root'}", 'port-range': "'0..0'", 'launch-timeout': '30', 'ipykernel-subclass-name': "'ipykernel.ipkernel.IPythonKernel'", 'log-level': '30', 'config': "''"}
 
 def test_help_names_every_option_its_default_and_its_home(bench):
