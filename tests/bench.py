@@ -75,9 +75,9 @@ class Host(LoopbackHost):
 class Loopback(LoopbackLab): host, address = Host, "127.0.0.1"
 
 
-def lab(count, keep):
+def lab(count, keep, loopback=False):
     "Hosts in network namespaces where that can be had, else on loopback addresses."
-    return (Loopback if NetLab.missing() else NetLab)(count, keep=keep)
+    return (Loopback if loopback or NetLab.missing() else NetLab)(count, keep=keep)
 
 
 # --- subjects ---
@@ -276,6 +276,7 @@ def main():
     p.add_argument("--minutes", type=float, default=8, help="time for all rounds, environments not counted (default: %(default)s)")
     p.add_argument("--counts", type=int, nargs="+", default=[8, 16], help="kernels to start at once; the most is also left idle (default: 8 16)")
     p.add_argument("--hosts", type=int, default=4, help="sshd servers (default: %(default)s)")
+    p.add_argument("--loopback", action="store_true", help="hosts on loopback addresses, for root too")
     p.add_argument("--quick", action="store_true", help="one round of small numbers")
     p.add_argument("--cache", type=Path, default=Path("~/.cache/gateway_provisioners_ssh/bench").expanduser(), help="keeps the environments (default: %(default)s)")
     p.add_argument("--output", type=Path, help="write the results there as JSON")
@@ -290,7 +291,7 @@ def main():
     dir = Path(tempfile.mkdtemp(prefix="bench-"))
     dir.chmod(0o755)
     try:
-        with lab(args.hosts, [args.cache, dir]) as hosts: results = measure(Run(args, dir, hosts))
+        with lab(args.hosts, [args.cache, dir], args.loopback) as hosts: results = measure(Run(args, dir, hosts))
     finally:
         if args.keep: print(dir, file=sys.stderr)
         else: shutil.rmtree(dir, ignore_errors=True)
