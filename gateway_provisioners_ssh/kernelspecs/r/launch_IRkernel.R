@@ -17,8 +17,9 @@ fail <- function(...) {
 
 # Arguments ------------------------------------------------------------------------------------------------------------
 
-known <- c("kernel-id", "port-range", "response-address", "public-key", "spark-context-initialization-mode",
-           "kernel-class-name", "cluster-type", "customAppName", "connection-file")  # the last four: accepted, like GP's and EG's
+for_listener <- c("kernel-id", "port-range", "response-address", "public-key")
+known <- c(for_listener, "spark-context-initialization-mode", "cluster-type", "customAppName",
+           "kernel-class-name", "connection-file")   # these two mean nothing here, and are in specifications all the same
 
 parse_args <- function(argv) {
   opts <- list("port-range" = "0..0", "spark-context-initialization-mode" = "none")
@@ -61,7 +62,7 @@ kill -TERM $R_PID'
 start_listener <- function(opts, file) {
   vars <- c(R_PID = Sys.getpid(), R_TMP = tempdir())
   argv <- c("setsid", "sh", "-c", listener_script, "sh", file.path(here, "server_listener.py"), "--parent-pid", Sys.getpid(),
-            "--connection-file", file, "--curve", rbind(paste0("--", known[1:4]), unlist(opts[known[1:4]])))
+            "--connection-file", file, "--curve", rbind(paste0("--", for_listener), unlist(opts[for_listener])))
   system(paste(c(paste0(names(vars), "=", shQuote(vars)), shQuote(argv), "</dev/null"), collapse = " "), wait = FALSE)
 }
 
@@ -95,7 +96,7 @@ attach_sparkr <- function() {
 spark_session <- function(name) suspendInterrupts({
   session <- SparkR::sparkR.session(appName = name, enableHiveSupport = FALSE)
   sc <- SparkR::sparkR.callJStatic("org.apache.spark.sql.api.r.SQLUtils", "getJavaSparkContext", session)
-  cancel_on_interrupt(sc)
+  cancel_on_interrupt()
   list(spark = session, sc = sc)
 })
 
@@ -103,7 +104,7 @@ spark_session <- function(name) suspendInterrupts({
 # for that of the next call, while the jobs went on. So it cancels them, over a second connection to the backend in the
 # JVM, and the answer of the call that was broken off, an error then, is read before R goes on.
 
-cancel_on_interrupt <- function(sc) {
+cancel_on_interrupt <- function() {
   port <- Sys.getenv("EXISTING_SPARKR_BACKEND_PORT")
   if (!nzchar(port)) return()                     # SparkR started the JVM itself: only it knows the way there
   sparkr <- asNamespace("SparkR")
@@ -112,17 +113,21 @@ cancel_on_interrupt <- function(sc) {
   second <- socketConnection("localhost", as.integer(port), blocking = TRUE, open = "r+b", timeout = 6000)
   writeBin(string(Sys.getenv("SPARKR_BACKEND_AUTH_SECRET")), second)
   if (sparkr$readString(second) != "ok") stop("the JVM's R backend refused a second connection")
-  cancel <- c(int(0), string(sc$id), string("cancelAllJobs"), int(0))   # not static, object, method, no arguments
   answer <- function(con) {
     while (identical(status <- sparkr$readInt(con), 1L)) NULL           # a sign of life
     if (identical(status, 0L)) sparkr$readObject(con) else sparkr$readString(con)
+  }
+  cancel <- function() {
+    if (is.null(sc <- sparkr$.sparkREnv$.sparkRjsc)) return()
+    request <- c(int(0), string(sc$id), string("cancelAllJobs"), int(0))   # not static, object, method, no arguments
+    writeBin(c(int(length(request)), request), second)
+    answer(second)
   }
   call <- sparkr$invokeJava
   unlockBinding("invokeJava", sparkr)
   assign("invokeJava", function(...) tryCatch(call(...), interrupt = function(e) {
     suspendInterrupts({
-      writeBin(c(int(length(cancel)), cancel), second)
-      answer(second)
+      cancel()
       answer(sparkr$.sparkREnv$.sparkRCon)
     })
     signalCondition(e)
