@@ -334,6 +334,16 @@ def test_a_kernel_that_cannot_start(launch):
     k = launch(None, script='server_listener.py', command=[sys.executable, '-c', 'raise SystemExit(7)'])
     assert k.proc.wait(10) == 7
 
+def test_a_launch_cancelled_at_any_moment_leaves_nothing(launch):
+    def cancel(i):
+        k = launch()
+        time.sleep(i/50)
+        os.killpg(k.proc.pid, (signal.SIGTERM, signal.SIGKILL)[i % 2])
+        assert k.proc.wait(10) < 0
+        return k
+    with ThreadPoolExecutor(4) as pool: kernels = list(pool.map(cancel, range(40)))
+    until('nothing left', lambda: not any(k.left() for k in kernels), 10)
+
 @pytest.mark.parametrize('secret,words', [('', 'needs a host application that speaks version 2'), ('AAAA', 'nothing that is a launch ticket'),
     (b64(b'{"version": 3}'), 'install the kernelspec again'), (b64(b'[1]'), 'nothing that is a launch ticket'), (b64(b'{"version": 2}'), 'nothing that is'),
     (b64(b'{"version": 2, "psk": "AAAA", "key": "AAAA"}'), 'holds no key')],
@@ -506,21 +516,20 @@ ACTIVE = 'print(list(sc.statusTracker().getActiveJobsIds()))'
 def test_spark_lazy(launch, spark_env):
     k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('local[2]')).up()
     with client(k.info) as c:
-        assert run(c, 'print(type(sc).__name__)').text == 'Waiting\n' # the first reply is there before Spark is
+        assert run(c, 'print(type(sc).__name__); sqlCtx = "mine"').text == 'Waiting\n' # the first reply is there before Spark is
         assert run(c, 'import pyspark; print(isinstance(sc, pyspark.SparkContext), "parallelize" in dir(sc), type(sc).__name__)').text == 'True True Waiting\n'
         assert "'local[2]'" in run(c, 'sc.master').text
         assert 'Row(two=2)' in run(c, 'sql("select 1+1 as two").collect()').text
         until('the real ones', lambda: run(c, 'print(type(sc).__name__, type(spark).__name__, type(sqlContext).__name__)').text == 'SparkContext SparkSession SQLContext\n')
+        assert run(c, 'print(sqlCtx)').text == 'mine\n' # the user's own names win
         for code in (LONG, '%%time\n' + LONG): # %%time swallows the exception that a cell ends with
             threading.Timer(6, ask, (k.info, dict(signum=2))).start()
             assert run(c, code).status == 'error' or '%%time' in code
             assert run(c, ACTIVE).text.endswith('[]\n')
             assert '10' in run(c, 'spark.range(10).count()').text
         jvms = [p for p in psutil.Process(k.proc.pid).children() if p.name() == 'java']
-        assert len(jvms) == 1
-        c.shutdown()
-        assert k.proc.wait(30) == 0
-    until('the JVM gone', lambda: gone(jvms[0].pid), 20)
+        assert len(jvms) == 1 and ask(k.info, dict(shutdown=1))
+    until('the JVM gone', lambda: gone(jvms[0].pid) and gone(k.proc.pid), 10)
 
 def test_spark_that_cannot_start(launch, spark_env):
     k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('nonsense')).up()
@@ -541,14 +550,6 @@ def test_spark_eager_and_none(launch, spark_env):
     for args in (['--spark-context-initialization-mode', 'none'], ['--spark-context-initialization-mode', 'lazy', '--cluster-type', 'none'], []):
         k = launch(None, *args, env=spark_env('local[1]')).up()
         with client(k.info) as c: assert run(c, 'print({"spark", "sc", "sql", "sqlContext", "sqlCtx"} & set(globals()))').text == 'set()\n'
-
-def test_the_users_own_names_win(launch, spark_env):
-    k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('local[1]')).up()
-    with client(k.info) as c:
-        assert run(c, 'sc = "mine"').status == 'ok'
-        assert "'local[1]'" in run(c, 'spark.sparkContext.master').text
-        until('the real ones', lambda: run(c, 'print(type(spark).__name__)').text == 'SparkSession\n')
-        assert run(c, 'print(sc)').text == 'mine\n'
 
 def test_spark_without_pyspark(launch, tmp_path):
     import ipykernel # in a Python that has the kernel's packages and no pyspark

@@ -510,7 +510,7 @@ def lead(): # Process or None: what `leader_of` said before
     if os.getpgrp() != os.getpid(): os.setpgid(0, 0)
     return leader
 
-# %% ../../nbs/08_listener.ipynb #23fb82fc
+# %% ../../nbs/08_listener.ipynb #ca645337
 def attend(
     launch:Launch, # Of this kernel
     kernel:Process, # To answer for
@@ -537,6 +537,7 @@ def attend(
     finally:
         for pid in sender: os.kill(pid, signal.SIGKILL)
         remove(launch.file, kernel.pid)
+        remove(f'{launch.file}.{kernel.pid}') # a kernel that was killed while it wrote it
 
 # %% ../../nbs/08_listener.ipynb #69e1a3b1
 def when_listening(
