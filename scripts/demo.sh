@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 VENV=${VENV:-$PWD/.venv-demo}
 say "Installing into $VENV"
 venv "$VENV"
+rm -rf build   # what an earlier build left there would be installed too
 "$VENV/bin/python" -m pip install --quiet '.[kernel]'
 say "jupyter ssh-spec demo" "$@"
 PATH=$VENV/bin:$PATH exec jupyter ssh-spec demo "$@"

@@ -230,9 +230,10 @@ class SSHHost:
     def dirs(self): return [self.home, self.tmp]
 
     def inventory(self):
-        "Processes (without the shells of sessions), ports and files of now"
-        shells = {o.pid for o in self.shells()}
-        return dict(processes=[o for o in self.processes() if o.pid not in shells], ports=self.ports(), files=self.files())
+        "Processes (without the shells of sessions and their guards), ports and files of now"
+        ours = {o.pid for o in self.shells()}
+        naps = {o for p in self.processes() if p.name == 'sleep' and (q := _proc(p.ppid)) and q.ppid in ours for o in (p.pid, q.pid)}
+        return dict(processes=[o for o in self.processes() if o.pid not in ours | naps], ports=self.ports(), files=self.files())
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=10, ignore=()):
@@ -328,7 +329,7 @@ class NetHost(SSHHost):
 
     def inside(self, argv, user=None):
         if user not in (None, 'root'): argv = ['setpriv', f'--reuid={self.users[user]}', f'--regid={self.users[user]}', '--clear-groups', '--', *argv]
-        return ['nsenter', '-t', self.proc.pid, '-m', '-n', '-u', '--', *argv]
+        return ['nsenter', '-t', self.proc.pid, '-m', '-n', '-u', '-r', '--', *argv]
 
     # Users
 
@@ -387,7 +388,7 @@ class NetHost(SSHHost):
     def firewall(self, incoming=(22,), outgoing=()):
         "Let only these TCP ports in and out (None: all of them); what belongs to an accepted connection always passes"
         def chain(name, way, dev, ports): return f'chain {name} {{ type filter hook {name} priority 0; policy drop; {dev} "lo" accept; ' \
-            f'ct state established,related accept; meta l4proto ipv6-icmp accept; {way if ports is None else _accept(ports)} }}\n'
+            f'ct state established,related accept; meta l4proto 58 accept; {way if ports is None else _accept(ports)} }}\n'
         self.ns.nft('table inet fw {\n' + chain('input', 'accept;', 'iifname', incoming) + chain('output', 'accept;', 'oifname', outgoing) + '}\n')
     def no_firewall(self): self.ns.nft('')
 
