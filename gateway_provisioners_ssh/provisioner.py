@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request']
 
-# %% ../nbs/07_provisioner.ipynb #84e220af
-import abc, asyncio, getpass, ipaddress, os, re, signal, sys, time
-from contextlib import suppress
+# %% ../nbs/07_provisioner.ipynb #71300daa
+import abc, asyncio, ipaddress, os, re, signal, sys, time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread
 from .balance import Ledger, load_balancer
 from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, connection_info, control_nonce, port_names
-from .hosts import Host
+from .hosts import Host, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
 from .settings import HostSettings, LaunchError, seconds
-from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, spawn, sudo
+from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
 from .ssh import Forward, HostError, Login, Pool
 
-# %% ../nbs/07_provisioner.ipynb #64ab8e17
+# %% ../nbs/07_provisioner.ipynb #302a832d
 class Shared:
     "What the kernels of one host application have in common; lives in the background loop"
-    def __init__(self): self.pool,self.ledger,self.legacy,self.servers = Pool(),Ledger(),LegacyKey(),{}
+    def __init__(self): self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
 
     def server(self, port, retries, addr_any) -> ResponseServer:
         key = port,retries,addr_any
@@ -32,8 +32,17 @@ class Shared:
         return self.servers[key]
 
     async def close(self):
+        for p in list(self.watched): p.forget() # or they would connect again
         await self.pool.close()
         for s in self.servers.values(): await s.close()
+
+    async def leave(self, patience=2):
+        "When the interpreter exits: clean up after kernels that end now; true if others go on"
+        if self.watched: await asyncio.wait({p.exited for p in self.watched}, timeout=patience)
+        ended = {p for p in self.watched if p.returncode is not None}
+        await asyncio.gather(*(p.release(keep_log=p.returncode != 0) for p in ended))
+        self.watched -= ended
+        return bool(self.watched) or await self.close()
 
 _shared = {}
 def shared() -> Shared:
@@ -42,18 +51,18 @@ def shared() -> Shared:
     if bg not in _shared:
         _shared.clear()
         _shared[bg] = Shared()
-        at_exit(_shared[bg].close)
+        at_exit(_shared[bg].leave)
     return _shared[bg]
 
-# %% ../nbs/07_provisioner.ipynb #faa6d956
+# %% ../nbs/07_provisioner.ipynb #d2b99858
 class DistributedProvisioner(KernelProvisionerBase, HostSettings):
     "Runs kernels on a set of hosts, over SSH"
     def __init__(self, **kwargs):
         spec = {k: kwargs.pop(k) for k in list(kwargs) if k not in ('kernel_id', 'kernel_spec', 'parent', 'config', 'log')}
         super().__init__(**kwargs)
-        self.settle(spec, getattr(self.kernel_spec, 'display_name', ''))
+        with _withdrawn(self): self.settle(spec, getattr(self.kernel_spec, 'display_name', ''))
         self.conn = self.process = self.fields = self.claim = self.lost = None
-        self.forwards,self.requested,self.connection_info = {},False,{}
+        self.forwards,self.requested,self.connection_info,self.avoid = {},False,{},False
 
     @property
     def login(self):
@@ -91,13 +100,13 @@ def _pin(self:DistributedProvisioner, wanted):
     raise LaunchError(f'KERNEL_REMOTE_HOST={wanted!r} is not among the hosts of kernel {self.kernel_spec.display_name!r}: '
         + ', '.join(self.remote_hosts), 400)
 
-# %% ../nbs/07_provisioner.ipynb #16d4b760
+# %% ../nbs/07_provisioner.ipynb #6b0c7536
 @patch
 def _check(self:DistributedProvisioner, env, argv, cwd):
     "The checked `Request` of a start; raises `LaunchError`"
     keep = {k:v for k,v in env.items() if any(re.fullmatch(o, k) for o in self.inherited_envs)}
     kernel = {k:str(v) for k,v in env.items() if k.startswith('KERNEL_') and k != 'KERNEL_LAUNCH_SECRET'}
-    user = kernel.setdefault('KERNEL_USERNAME', getpass.getuser())
+    user = kernel.setdefault('KERNEL_USERNAME', this_user())
     self._authorize(user)
     if not _file_name.fullmatch(self.kernel_id): raise LaunchError(f'{self.kernel_id!r} cannot be the id of a kernel', 400)
     env = keep|kernel|dict(KERNEL_ID=self.kernel_id)
@@ -105,17 +114,26 @@ def _check(self:DistributedProvisioner, env, argv, cwd):
         timeout = seconds(kernel.get('KERNEL_LAUNCH_TIMEOUT', self.launch_timeout))
         start_script(argv, env, self.kernel_spec.env)
     except ValueError as e: raise LaunchError(f'the start request cannot be used: {e}', 400) from None
-    if any('{connection_file}' in o for o in argv):
-        raise LaunchError(f'kernel {self.kernel_spec.display_name!r} has no launcher for other hosts; make a kernelspec with: jupyter ssh-spec install', 400)
+    if any('{connection_file}' in o for o in argv) and not any('{response_address}' in o for o in argv):
+        raise LaunchError(f'kernel {self.kernel_spec.display_name!r} has no launcher for other hosts; make a kernelspec with: jupyter ssh-spec install --from-kernel NAME', 400)
     cwds = [str(o) for o in (kernel.get('KERNEL_WORKING_DIR'), cwd) if o]
     return Request(user, env, argv, timeout, self._pin(kernel.get('KERNEL_REMOTE_HOST')), cwds)
+
+@contextmanager
+def _withdrawn(self):
+    "Make a start that fails one that the host application does not wait for"
+    try: yield
+    except BaseException:
+        pending = getattr(getattr(self.parent, 'parent', None), '_pending_kernels', None)
+        if isinstance(pending, dict): pending.pop(self.kernel_id, None)
+        raise
 
 @patch
 async def pre_launch(self:DistributedProvisioner, **kwargs):
     "Check the start request; returns what `launch_kernel` needs. Raises `LaunchError`, with status 403 for a user who may not"
     env = dict(kwargs.pop('env', None) or os.environ)
     argv = [*self.kernel_spec.argv, *kwargs.pop('extra_arguments', [])]
-    request = self._check(env, argv, kwargs.pop('cwd', None))
+    with _withdrawn(self): request = self._check(env, argv, kwargs.pop('cwd', None))
     self._finalize_env(request.env)
     return kwargs | dict(cmd=argv, env=request.env, request=request)
 
@@ -151,11 +169,11 @@ def _script(self:DistributedProvisioner, conn, request, launch, address):
     if conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     return start_script(argv, request.env|dict(KERNEL_LAUNCH_SECRET=launch.ticket()), self.kernel_spec.env, request.cwds)
 
-# %% ../nbs/07_provisioner.ipynb #95b6f251
+# %% ../nbs/07_provisioner.ipynb #d626a02b
 @patch
 async def _start_on(self:DistributedProvisioner, conn, request, deadline):
     "Start the kernel on the host of `conn`; returns the process, the fields of its launch message, and whether they are to be tunnelled"
-    await conn.shell()
+    sh = await conn.answering()
     tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
     server,address = await self._response_address(conn, tunnel)
     launch = await self._launch(conn)
@@ -164,14 +182,19 @@ async def _start_on(self:DistributedProvisioner, conn, request, deadline):
             f'kernel {self.kernel_id} of {request.user}', self.kernel_log_max_bytes, sudo(request.user) if self.impersonation_enabled else '', self.orphan_timeout))
         try:
             process = await asyncio.wait_for(asyncio.shield(starting), max(0.1, deadline-time.monotonic()))
-            await asyncio.wait({expected.future, process.exited}, timeout=max(0, deadline-time.monotonic()), return_when=asyncio.FIRST_COMPLETED)
+            news = {expected.future, process.exited}
+            await _first(news|{sh.task}, deadline-time.monotonic())
+            if sh.task.done() and not tunnel: await _first(news, min(2*self.connect_timeout, deadline-time.monotonic()))
+            if sh.task.done() and not any(o.done() for o in news): raise ShellClosed('the connection broke while the kernel was being started')
             if not expected.future.done(): raise await self._why(conn, process, request)
             return process, expected.future.result(), tunnel
         except BaseException as e:
-            await asyncio.shield(_undo(starting))
+            await asyncio.shield(_undo(starting, 0 if isinstance(e, ShellClosed) else 5))
             if isinstance(e, (StartFailed, HandshakeError)): raise LaunchError(_message(conn, '\n'.join([f'{e}.', *_fix(str(e))]))) from None
             if isinstance(e, asyncio.TimeoutError): raise LaunchError(_message(conn, _late(request))) from None
             raise
+
+async def _first(futures, timeout): await asyncio.wait(futures, timeout=max(0, timeout), return_when=asyncio.FIRST_COMPLETED)
 
 async def _ready(process): return process
 
@@ -179,11 +202,9 @@ async def _undo(starting, patience=5):
     "End the process that the awaitable `starting` gives; one on a host that is out of reach is left to a task that waits for the host"
     async def undo():
         with suppress(StartFailed, ShellClosed):
-            process = await starting
-            await process.signal(signal.SIGKILL)
-            await process.exited
-            await process.release(keep_log=False)
-    await asyncio.wait({asyncio.ensure_future(undo())}, timeout=patience)
+            p = await starting
+            await sweep(p.shells, p.dir, p.log, p.become, p.pgids)
+    await asyncio.wait({later(undo())}, timeout=patience)
 
 # %% ../nbs/07_provisioner.ipynb #41136c07
 hints = {
@@ -209,15 +230,18 @@ async def _why(self:DistributedProvisioner, conn, process, request):
     with suppress(ShellClosed, asyncio.TimeoutError): tail = (await asyncio.wait_for(process.tail(), self.connect_timeout)).strip()
     return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), f'Last lines of {process.log} on that host:', tail or '(empty)'])))
 
-# %% ../nbs/07_provisioner.ipynb #08162fe8
+# %% ../nbs/07_provisioner.ipynb #5f5c1ccb
 @patch
 def _place(self:DistributedProvisioner, request):
     "A claim in the ledger, with the hosts to try in order"
     ledger,hosts = shared().ledger,[str(Host.parse(h)) for h in self.remote_hosts]
     was = str(self.conn.host) if self.conn else None
     if request.pinned: return ledger.claim(str(Host.parse(request.pinned)))
-    if was in hosts: return ledger.claim(was, dict.fromkeys([was, *hosts]))
-    return ledger.pick(load_balancer(self.load_balancing_algorithm), hosts)
+    if was in hosts and not self.avoid: return ledger.claim(was, dict.fromkeys([was, *hosts]))
+    rest = [h for h in hosts if not (self.avoid and h == was)]
+    claim = ledger.pick(load_balancer(self.load_balancing_algorithm), rest or hosts)
+    claim.order += [was] if rest and rest != hosts else []
+    return claim
 
 @patch
 async def _start(self:DistributedProvisioner, request):
@@ -237,14 +261,14 @@ async def _start(self:DistributedProvisioner, request):
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None
     except BaseException: claim.release(); raise
 
-# %% ../nbs/07_provisioner.ipynb #81f752da
+# %% ../nbs/07_provisioner.ipynb #3d108008
 def _reached_at(conn, fields):
     "The address to connect to: the one by which we reach the host; if that is our own loopback interface, the kernel knows better"
     own,ours = ipaddress.ip_address(fields['ip']),ipaddress.ip_address(conn.address)
     return str(own) if ours.is_loopback and not own.is_unspecified else str(ours)
 
 @patch
-async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunnel):
+async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunnel, ip=None):
     "Take over a process that has reported; returns its connection information"
     if tunnel:
         try: await self._aim(conn, fields)
@@ -253,7 +277,8 @@ async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunn
     process.exited.add_done_callback(lambda _: claim.release())
     process.pgids.add(fields.get('pgid', process.pid))
     self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,dict(fields),False
-    ip = '127.0.0.1' if tunnel else _reached_at(conn, fields)
+    shared().watched.add(process)
+    if not ip: ip = '127.0.0.1' if tunnel else _reached_at(conn, fields)
     self.connection_info = connection_info(fields|dict(ip=ip)|{k:f.port for k,f in self.forwards.items()})
     self.lost = asyncio.ensure_future(self._give_up(conn, process))
     self.log.info('kernel %s runs on host %s, pid %s', self.kernel_id, conn.host, fields.get('pid', process.pid))
@@ -285,21 +310,23 @@ async def _give_up(self:DistributedProvisioner, conn, process):
 async def launch_kernel(self:DistributedProvisioner, cmd, **kwargs):
     "Start the kernel; returns its connection information. Raises `LaunchError`"
     request = kwargs.get('request') or self._check(kwargs.get('env') or {}, cmd, kwargs.get('cwd'))
-    try: return await background().run(self._start(request))
-    except asyncio.CancelledError:
-        if self.process is not None: await background().run(self._abandon())
-        raise
+    with _withdrawn(self):
+        try: return await background().run(self._start(request))
+        except asyncio.CancelledError:
+            if self.process is not None: await background().run(self._abandon())
+            raise
 
 @patch
 async def _abandon(self:DistributedProvisioner):
     "End a kernel that was ready in the very moment in which its start was cancelled, so that nobody has it"
     process,self.process = self.process,None
+    shared().watched.discard(process)
     self.lost.cancel()
     self.claim.release()
     self._close_forwards()
     await _undo(_ready(process))
 
-# %% ../nbs/07_provisioner.ipynb #fbc39af7
+# %% ../nbs/07_provisioner.ipynb #b90783e6
 @patch(as_prop=True)
 def has_process(self:DistributedProvisioner) -> bool:
     "Whether there is a process, running or ended, that was not cleaned up"
@@ -319,13 +346,18 @@ async def wait(self:DistributedProvisioner):
 
 @patch
 async def send_signal(self:DistributedProvisioner, signum):
-    "Send `signum` to the kernel; raises `HostError` if nobody can be reached who would do it"
-    if self.process and self.process.returncode is None: await background().run(self._signal(self.process, signum))
+    "Send `signum` to the kernel; raises `HostError` if nobody can be reached who would do it, except on the way to a shutdown"
+    if self.process is None or self.process.returncode is not None: return
+    try: await background().run(self._signal(self.process, signum))
+    except HostError as e:
+        if not getattr(self.parent, 'shutting_down', False): raise
+        self.log.warning('%s', e)
 
 @patch
 async def _signal(self:DistributedProvisioner, process, signum):
     pgid = self.fields.get('pgid') if signum == signal.SIGINT else None
-    try: await asyncio.wait_for(process.signal(signum, pgid), self.connect_timeout)
+    patience = self.connect_timeout * (1 if self.conn.down_since else 4) # a host that is up may be busy
+    try: await asyncio.wait_for(process.signal(signum, pgid), patience)
     except asyncio.TimeoutError: await self._ask_listener(dict(signum=int(signum)))
 
 # %% ../nbs/07_provisioner.ipynb #52dea76c
@@ -371,7 +403,7 @@ async def shutdown_requested(self:DistributedProvisioner, restart=False):
     "Note that the end, when it comes, was asked for"
     self.requested = True
 
-# %% ../nbs/07_provisioner.ipynb #2cb265f6
+# %% ../nbs/07_provisioner.ipynb #2716ceaf
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
     "Forget the process and remove what it left on its host"
@@ -380,15 +412,15 @@ async def cleanup(self:DistributedProvisioner, restart=False):
 @patch
 async def _cleanup(self:DistributedProvisioner, restart):
     process,self.process = self.process,None
+    shared().watched.discard(process)
     self.lost.cancel()
     self.claim.release()
+    self.avoid = process.returncode == GONE
     if not restart: self._close_forwards()
-    if process.returncode is None: # it could not be ended in time: it will be when its host answers
-        return asyncio.ensure_future(_undo(_ready(process), None)) and None
-    with suppress(ShellClosed, asyncio.TimeoutError):
-        await asyncio.wait_for(process.release(keep_log=not self.requested), self.connect_timeout)
+    if process.returncode is None or (self.avoid and not self.conn.is_up): await _undo(_ready(process), 0) # when the host answers
+    else: await asyncio.wait({later(process.release(keep_log=not self.requested))}, timeout=self.connect_timeout)
 
-# %% ../nbs/07_provisioner.ipynb #6dc46a4d
+# %% ../nbs/07_provisioner.ipynb #f0fc28fa
 @patch
 async def get_provisioner_info(self:DistributedProvisioner):
     "What another process needs to go on with this kernel, as JSON-able values; secret"
@@ -413,9 +445,8 @@ async def _resume(self:DistributedProvisioner, info):
     conn = await shared().pool.connection(host, self.login)
     if info['tunnel']:
         self.forwards = {k: await Forward(conn, info['fields'][k]).start(info['connection_info'][k]) for k in port_names}
-    elif not conn.local: await conn.shell()
     process = RemoteProcess(conn.up, **info['process'])
-    await self._adopt(conn, shared().ledger.claim(str(host)), process, info['fields'], info['tunnel'])
+    await self._adopt(conn, shared().ledger.claim(str(host)), process, info['fields'], info['tunnel'], info['connection_info']['ip'])
 
 # %% ../nbs/07_provisioner.ipynb #e783124a
 for _k in [k for k in vars(DistributedProvisioner) if k.startswith('_orig_')]: delattr(DistributedProvisioner, _k)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GONE', 'ShellClosed', 'Done', 'Shell', 'run', 'ping', 'local_shell', 'detach', 'exit_code', 'sudo', 'StartFailed',
-           'RemoteProcess', 'signal', 'tail', 'release', 'spawn']
+           'RemoteProcess', 'signal', 'tail', 'release', 'sweep', 'later', 'spawn']
 
 # %% ../nbs/03_shell.ipynb #3b97c111
 import asyncio, re, secrets, shlex, signal
@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
-# %% ../nbs/03_shell.ipynb #d2c36de5
+# %% ../nbs/03_shell.ipynb #9c9dea72
 class ShellClosed(ConnectionError):
     "The shell ended, or the connection that carried it"
 
@@ -32,10 +32,17 @@ r
 ); s=$?; printf '%s' "$o" | ''' + _tell + '''$s; }} & )
 '''
 
-_hello = '''trap 'trap "" TERM; kill -TERM -$$ 2>/dev/null' EXIT; trap exit HUP TERM; printf '%s hello\\n' {token}
+_hello = '''trap 'trap "" TERM; kill -TERM -$$ 2>/dev/null' EXIT; trap exit HUP TERM
+{guard}printf '%s hello\\n' {token}
 '''
 
-# %% ../nbs/03_shell.ipynb #18a5d4c9
+_guard = '''trap '' USR1
+( trap f=1 USR1; while f=; sleep {patience} && [ -n "$f" ]; do :; done
+trap '' TERM; kill -TERM -$$; sleep 1; kill -KILL $$ ) </dev/null >/dev/null 2>&1 &
+guard=$!; trap - USR1
+'''
+
+# %% ../nbs/03_shell.ipynb #fb09bd6c
 class Shell:
     "A persistent `/bin/sh`; make it with `local_shell`, or from the two ends of an SSH channel, and `await start()`"
     def __init__(self,
@@ -43,8 +50,9 @@ class Shell:
         write, # Function of bytes: to the shell's standard input; never blocks
         close, # Function: end the shell and its transport
         name:str, # The host, for messages
+        patience:int=0, # Seconds without a ping, or at most twice as many, after which the host ends the shell; 0: never
     ):
-        self.reader,self._write,self._close,self.name = reader,write,close,name
+        self.reader,self._write,self._close,self.name,self.patience = reader,write,close,name,patience
         self.token,self.n,self.jobs,self.pings = 'gp'+secrets.token_hex(8),0,{},deque()
         self.noise,self.closed = deque(maxlen=20),False
 
@@ -54,7 +62,7 @@ class Shell:
         "Wait until the shell answers; returns `self`, raises `ShellClosed`"
         self.hello = asyncio.get_running_loop().create_future()
         self.task = asyncio.create_task(self._listen())
-        self._send(_hello.format(token=self.token))
+        self._send(_hello.format(token=self.token, guard=_guard.format(patience=self.patience) if self.patience else ''))
         try: await asyncio.shield(self.hello)
         except BaseException: self.close(); raise
         return self
@@ -113,7 +121,7 @@ def _submit(self:Shell, template, **parts):
 
 Shell._send,Shell._listen,Shell._line,Shell._submit = _send,_listen,_line,_submit
 
-# %% ../nbs/03_shell.ipynb #436dde0f
+# %% ../nbs/03_shell.ipynb #c29ae49f
 async def run(self:Shell,
     script:str, # POSIX shell commands; they see `/dev/null` as standard input
 ) -> Done:
@@ -123,19 +131,20 @@ async def run(self:Shell,
 async def ping(self:Shell):
     "Return when the shell answers; raises `ShellClosed`"
     self.pings.append(fut := asyncio.get_running_loop().create_future())
-    self._send(f"printf '%s pong\\n' {self.token}\n")
+    self._send(f"printf '%s pong\\n' {self.token}\n" + ('kill -USR1 $guard 2>/dev/null\n' if self.patience else ''))
     await fut
 
 Shell.run,Shell.ping = run,ping
 
-# %% ../nbs/03_shell.ipynb #9ded7cbe
+# %% ../nbs/03_shell.ipynb #ee8bfca0
 async def local_shell(
     env:dict=None, # Its whole environment; none of this process's other variables reach it
+    patience:int=0, # See `Shell`
 ) -> Shell:
     "A started `Shell` on this machine"
     p = await asyncio.create_subprocess_exec('/bin/sh', stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT, env=env, start_new_session=True)
-    return await Shell(p.stdout, p.stdin.write, p.stdin.close, 'this machine').start()
+    return await Shell(p.stdout, p.stdin.write, p.stdin.close, 'this machine', patience).start()
 
 # %% ../nbs/03_shell.ipynb #11b388f0
 _detach = '''setsid setsid /bin/sh 3>&1 >/dev/null 2>&1 <<'{eof}'
@@ -219,7 +228,7 @@ def sudo(
     "The prefix that makes a command run as `user`, with that user's home, without ever asking for a password"
     return f'sudo -n -H -E -u {shlex.quote(user)} --'
 
-# %% ../nbs/03_shell.ipynb #a6e3ef37
+# %% ../nbs/03_shell.ipynb #af7bddb0
 GONE = 255 # The exit code of a process of which only its end is known
 
 class StartFailed(RuntimeError):
@@ -243,9 +252,16 @@ class RemoteProcess:
 
     async def _watch(self):
         while self.returncode is None:
-            try: done = await (await self.shells()).run(_watch.format(dir=shlex.quote(self.dir), become=self.become))
-            except ShellClosed: await asyncio.sleep(0); continue
-            self.end(exit_code(int(done.output)) if done.output.strip().isdigit() else GONE)
+            said = (await self.run(_watch.format(dir=shlex.quote(self.dir), become=self.become))).output.strip()
+            if said.isdigit(): self.end(exit_code(int(said)))
+            elif said == 'gone': self.end(GONE)
+            else: await asyncio.sleep(1) # the host could not even ask
+
+    async def run(self, script) -> Done:
+        "Run `script` on the host, again on the next shell if this one ends meanwhile"
+        while True:
+            try: return await (await self.shells()).run(script)
+            except ShellClosed: await asyncio.sleep(0)
 
     def end(self, code:int):
         "Take `code` for the process's exit code and stop watching"
@@ -258,7 +274,7 @@ class RemoteProcess:
         "Stop watching; the process goes on"
         self._watcher.cancel()
 
-# %% ../nbs/03_shell.ipynb #890ee0fb
+# %% ../nbs/03_shell.ipynb #43f9d0af
 async def signal(self:RemoteProcess,
     signum:int, # The signal's number; 0 only asks whether the process is there
     pgid:int=None, # The process group that gets it (default: every group of the process)
@@ -267,7 +283,7 @@ async def signal(self:RemoteProcess,
     groups = [pgid] if pgid else sorted(self.pgids)
     kills = '; '.join(f'kill -{int(signum)} -{int(g)} && ok=1' for g in groups)
     script = shlex.quote(f'{kills}; [ -n "$ok" ]')
-    return (await (await self.shells()).run(f'{self.become} /bin/sh -c {script} 2>/dev/null')).status == 0
+    return (await self.run(f'{self.become} /bin/sh -c {script} 2>/dev/null')).status == 0
 
 _tail = '''n=$2
 while [ $n -gt 0 ]; do case $(tail -n 1 "$1") in "[ended with"*) break;; esac; n=$((n-1)); sleep .05; done
@@ -279,7 +295,7 @@ async def tail(self:RemoteProcess,
     "The end of the log"
     read = shlex.quote(_tail.format(lines=int(lines)))
     ended = f'[ -s {shlex.quote(self.dir)}/status ] && echo 20 || echo 0'
-    return (await (await self.shells()).run(f'{self.become} /bin/sh -c {read} sh {shlex.quote(self.log)} $({ended})')).output
+    return (await self.run(f'{self.become} /bin/sh -c {read} sh {shlex.quote(self.log)} $({ended})')).output
 
 async def release(self:RemoteProcess,
     keep_log:bool=True, # Whether the log stays on the host
@@ -287,18 +303,41 @@ async def release(self:RemoteProcess,
     "Remove what the supervisor left once the process has ended"
     log = shlex.quote(self.log)
     rm = '' if keep_log else f'; {self.become} rm -f {log} {log}.1'
-    await (await self.shells()).run(f'rm -rf {shlex.quote(self.dir)}{rm}')
+    await self.run(f'rm -rf {shlex.quote(self.dir)}{rm}')
 
 RemoteProcess.signal,RemoteProcess.tail,RemoteProcess.release = signal,tail,release
 
-# %% ../nbs/03_shell.ipynb #d6ff5910
-async def _sweep(shells, dir, log, become):
-    script = '''cd {dir} 2>/dev/null || exit
-read -r p <pid && {become} /bin/sh -c "kill -KILL -$p"
-cd /; rm -rf {dir}; {become} rm -f {log} {log}.1'''
-    with suppress(ShellClosed): await (await shells()).run(script.format(dir=shlex.quote(dir), become=become, log=shlex.quote(log)))
+# %% ../nbs/03_shell.ipynb #784e239e
+_sweep = '''d={dir}; pause() {{ n=40; while [ $n -gt 0 ] && ! [ -s $d/status ] && ! [ -s $d/$1 ]; do n=$((n-1)); sleep .05; done; }}
+[ -s $d/pid ] || pause pid
+read -r p <$d/pid && {{ {become} /bin/sh -c "kill -KILL -$p{groups}"; pause status; }} 2>/dev/null
+rm -rf $d; {become} rm -f {log} {log}.1'''
 
-# %% ../nbs/03_shell.ipynb #e66d1c0d
+async def sweep(
+    shells, # Coroutine function: a live `Shell` of the host, waiting until there is one
+    dir:str, # The supervisor's directory
+    log:str, # The log's path
+    become:str='', # Prefix of commands that concern the process, see `sudo`
+    pgids=(), # Process groups besides the one that the process leads
+):
+    "End a process, if there is one, and remove all it left, whenever the host can be reached"
+    groups = ''.join(f' -{int(g)}' for g in pgids)
+    script = _sweep.format(dir=shlex.quote(dir), become=become, log=shlex.quote(log), groups=groups)
+    while True:
+        try: return await (await shells()).run(script)
+        except ShellClosed: await asyncio.sleep(0)
+
+_kept = set() # an event loop keeps no task alive by itself
+
+def later(
+    coro, # A coroutine
+) -> asyncio.Task:
+    "A task that goes on even if nobody keeps it, and whose failure is news for whoever awaits it only"
+    _kept.add(task := asyncio.ensure_future(coro))
+    task.add_done_callback(lambda t: _kept.discard(t) or t.cancelled() or t.exception())
+    return task
+
+# %% ../nbs/03_shell.ipynb #8e6055a5
 async def spawn(
     shells, # Coroutine function: a live `Shell` of the host
     script:str, # POSIX shell commands that set up the environment and end with `launch WORD...`
@@ -317,8 +356,6 @@ async def spawn(
     try: done = await sh.detach(_supervise.format(dir=shlex.quote(dir), log=shlex.quote(log), become=become, create=shlex.quote(_create),
         title=shlex.quote(title), mark=mark, pump=shlex.quote(_pump), max_bytes=int(max_bytes), orphan=orphan, end=f'end_{tok}',
         script=launch+script))
-    except ShellClosed:
-        asyncio.ensure_future(_sweep(shells, dir, log, become))
-        raise
+    except (ShellClosed, asyncio.CancelledError): later(sweep(shells, dir, log, become)); raise
     if done.status: raise StartFailed(done.output.strip() or 'the process could not be started')
     return RemoteProcess(shells, dir, log, int(done.output), become)

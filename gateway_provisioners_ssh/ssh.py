@@ -4,26 +4,27 @@
 
 # %% auto #0
 __all__ = ['log', 'login_variables', 'HostError', 'fingerprint', 'explain', 'Login', 'Link', 'open_link', 'SSHConnection',
-           'shell', 'up', 'close', 'Forward', 'forward', 'reverse', 'LocalConnection', 'Pool']
+           'shell', 'answering', 'up', 'close', 'Forward', 'forward', 'reverse', 'LocalConnection', 'Pool']
 
-# %% ../nbs/04_ssh.ipynb #937a9787
-import asyncio, base64, getpass, hashlib, inspect, logging, os, socket, subprocess, time
+# %% ../nbs/04_ssh.ipynb #285a9d64
+import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
 import paramiko
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
 from .background import in_thread
-from .channels import ChannelIO, Relay, Wire
-from .hosts import Host, Route, hops
-from .shell import Shell, ShellClosed, local_shell
+from .channels import ChannelIO, Relay, Transport, Wire
+from .hosts import Host, Route, hops, this_user
+from .shell import Shell, ShellClosed, later, local_shell
 
-# %% ../nbs/04_ssh.ipynb #60d2074c
+# %% ../nbs/04_ssh.ipynb #9a73a7e9
 log = logging.getLogger('gateway_provisioners_ssh')
+atexit.unregister(getattr(paramiko.transport, '_join_lingering_threads', None)) # it would end our connections before their time
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
 if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # what matters of it is in our own messages
 
-# %% ../nbs/04_ssh.ipynb #6b183c6c
+# %% ../nbs/04_ssh.ipynb #79e02669
 class HostError(OSError):
     "A host that cannot be used; the message says what failed and what to do"
     def __init__(self, host, user, what, fix=''):
@@ -63,14 +64,14 @@ def explain(
     if isinstance(e, socket.gaierror): return err(f'the name {route.hostname} is not known', 'Check the entry in remote_hosts, or its HostName in ~/.ssh/config')
     if isinstance(e, ConnectionRefusedError): return err(f'nothing listens on {where}', 'Is sshd running there, and is the port right?')
     if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or 'No existing session' in str(e): return err(f'no answer from {where} within {timeout:g} s', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)')
-    if isinstance(e, (EOFError, ConnectionError)) or 'banner' in str(e).lower(): return err(f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)')
+    if isinstance(e, ConnectionError) or _shut_out(e): return err(f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)')
     return err(f'cannot connect to {where}: {e or type(e).__name__}')
 
 def _known_name(route):
     name = route.host_key_alias or route.hostname
     return f"'[{name}]:{route.port}'" if route.port != 22 and not route.host_key_alias else name
 
-# %% ../nbs/04_ssh.ipynb #591945f5
+# %% ../nbs/04_ssh.ipynb #221ace44
 @dataclass(frozen=True)
 class Login:
     "How to log in where an entry and the OpenSSH configuration leave it open"
@@ -94,7 +95,7 @@ def _authenticate(wire, route, login):
             raise SSHException(f'paramiko {paramiko.__version__} has no GSSAPI; install gateway_provisioners_ssh[gssapi]')
         gss = dict(gss_auth=True, gss_kex=False)
     keys = [f for f in route.identity_files if os.path.exists(f)]
-    client.connect(route.host_key_alias or route.hostname, 22 if route.host_key_alias else route.port, sock=wire, username=route.user,
+    client.connect(route.host_key_alias or route.hostname, 22 if route.host_key_alias else route.port, sock=wire, transport_factory=Transport, username=route.user,
         password=login.password, key_filename=keys or None, allow_agent=not route.identities_only and route.identity_agent != '',
         look_for_keys=not route.identities_only and not keys, compress=route.compression, timeout=login.connect_timeout,
         banner_timeout=login.connect_timeout, auth_timeout=2*login.connect_timeout, channel_timeout=login.connect_timeout, **gss)
@@ -120,12 +121,13 @@ def _proxy(command):
     with theirs: subprocess.Popen(f'exec {command}', shell=True, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, start_new_session=True)
     return ours
 
-# %% ../nbs/04_ssh.ipynb #63d1b2c9
+# %% ../nbs/04_ssh.ipynb #bd7c875d
 class Link:
     "An authenticated SSH connection, or the attempt at one"
     def __init__(self, client, wire, route):
         self.client,self.wire,self.route,self.loop = client,wire,route,asyncio.get_running_loop()
         self.transport = client.get_transport()
+        self.address,self.local_address = ((o or ('',))[0] for o in (wire.getpeername(), wire.getsockname()))
 
     @property
     def alive(self): return not self.wire.closed and self.transport.is_active()
@@ -142,11 +144,11 @@ class Link:
         await self.loop.create_connection(lambda: Relay(opening), sock=theirs)
         return ours
 
-    def close(self):
-        self.wire.close()
-        asyncio.ensure_future(in_thread(self.client.close))
+    def close(self, abort=False):
+        self.wire.close(abort)
+        later(in_thread(self.client.close))
 
-# %% ../nbs/04_ssh.ipynb #f756b09a
+# %% ../nbs/04_ssh.ipynb #534a6f95
 async def open_link(
     host, # The entry, for messages
     route:Route, # The last hop
@@ -162,16 +164,22 @@ async def open_link(
         else: sock = await in_thread(_dial, route, login.connect_timeout)
         wire = Wire(sock)
         return Link(await in_thread(_authenticate, wire, route, login), wire, route)
-    try: return await asyncio.wait_for(attempt(), 4*login.connect_timeout)
-    except BaseException as e:
-        if wire: wire.close()
-        if isinstance(e, (Exception, asyncio.TimeoutError)): raise explain(e, host, route, login.connect_timeout) from None
-        raise
+    for tries in 2,1,0:
+        begun = time.monotonic()
+        try: return await asyncio.wait_for(attempt(), 4*login.connect_timeout)
+        except BaseException as e:
+            if wire: wire.close()
+            if not isinstance(e, Exception): raise
+            busy = _shut_out(e) and time.monotonic()-begun < login.connect_timeout/2
+            if not (busy and tries): raise explain(e, host, route, login.connect_timeout) from None
+        await asyncio.sleep(random.uniform(.2, .8))
 
-# %% ../nbs/04_ssh.ipynb #a1eba04a
+def _shut_out(e): return isinstance(e, (EOFError, ConnectionResetError)) or 'banner' in str(e).lower()
+
+# %% ../nbs/04_ssh.ipynb #a902304d
 class SSHConnection:
     "The connection to one host; every method runs in the loop that made it"
-    beat,max_rest,local = 15,30,False
+    beat,patience,max_rest,local = 5,30,30,False
     def __init__(self,
         host:Host, # The entry
         routes:list[Route], # The hops, the host itself last
@@ -193,16 +201,28 @@ class SSHConnection:
     @property
     def user(self): return self.routes[-1].user
     @property
-    def address(self): return self.link.wire.getpeername()[0] # Where the host's own ports are, for a host that is not proxied
+    def address(self): return self.link.address # Where the host's own ports are, for a host that is not proxied
     @property
-    def local_address(self): return self.link.wire.getsockname()[0] # The address of this machine that the host can reach
+    def local_address(self): return self.link.local_address # The address of this machine that the host can reach
 
-# %% ../nbs/04_ssh.ipynb #e1abe800
+# %% ../nbs/04_ssh.ipynb #4ac88b84
 async def shell(self:SSHConnection) -> Shell:
     "The live shell, connecting if need be; raises `HostError`"
     if self.is_up: return self.sh
-    if self.opening is None or self.opening.done(): self.opening = asyncio.create_task(self._open())
+    if self.opening is None or self.opening.done(): self.opening = later(self._open())
     return await asyncio.shield(self.opening)
+
+async def answering(self:SSHConnection) -> Shell:
+    "The live shell, which has answered just now; raises `HostError`"
+    sh,timeout = await self.shell(),self.login.connect_timeout
+    try: await asyncio.wait_for(sh.ping(), timeout)
+    except ShellClosed: return await self.shell()
+    except asyncio.TimeoutError as e: self._rest(); raise explain(e, self.host, self.routes[-1], timeout) from None
+    return sh
+
+def _rest(self:SSHConnection):
+    self.failures += 1
+    self.rest_until = time.monotonic() + min(2**(self.failures-1), self.max_rest)
 
 async def _open(self:SSHConnection):
     try:
@@ -210,11 +230,10 @@ async def _open(self:SSHConnection):
         chan = await in_thread(_exec, link.transport)
         reader = asyncio.StreamReader(limit=2**24)
         io = ChannelIO(chan, link.wire, reader.feed_data, reader.feed_eof)
-        self.sh = await asyncio.wait_for(Shell(reader, io.write, lambda: self._down(io, link), str(self.host)).start(), 2*self.login.connect_timeout)
+        self.sh = await asyncio.wait_for(Shell(reader, io.write, lambda: self._down(io, link), str(self.host), self.patience).start(), 2*self.login.connect_timeout)
     except Exception as e:
         self.error = explain(e, self.host, self.routes[-1], self.login.connect_timeout)
-        self.failures += 1
-        self.rest_until = time.monotonic() + min(2**(self.failures-1), self.max_rest)
+        self._rest()
         if self.down_since is None: self.down_since = time.monotonic()
         raise self.error from None
     self.link,self.error,self.failures,self.rest_until,self.down_since,self.reverses = link,None,0,0,None,{}
@@ -232,14 +251,14 @@ async def _link(self:SSHConnection, routes):
     key = routes,self.login
     task = self.links.get(key)
     if task is None or (task.done() and (task.cancelled() or task.exception() or not task.result().alive)):
-        task = self.links[key] = asyncio.create_task(self._new_link(routes))
+        task = self.links[key] = later(self._new_link(routes))
     return await asyncio.shield(task)
 
 async def _new_link(self:SSHConnection, routes):
     via = await self._link(routes[:-1]) if len(routes) > 1 else None
     return await open_link(self.host, routes[-1], self.login, via)
 
-# %% ../nbs/04_ssh.ipynb #ec1dbb13
+# %% ../nbs/04_ssh.ipynb #966c734c
 def _down(self:SSHConnection, io, link):
     "The shell ended, for whatever reason: its connection is of no use any more"
     io.close()
@@ -255,12 +274,15 @@ async def _beat(self:SSHConnection, sh):
         except ShellClosed: return
         except asyncio.TimeoutError:
             log.warning('host %s does not answer; its kernels are left alone until it does', self.host)
+            self.link.close(abort=True)
             sh.close()
+        else:
+            if not self.resting: self.failures = 0
 
 async def up(self:SSHConnection) -> Shell:
     "The live shell, once there is one; keeps trying, with growing pauses"
     while not self.is_up:
-        if self.reviving is None or self.reviving.done(): self.reviving = asyncio.create_task(self._revive())
+        if self.reviving is None or self.reviving.done(): self.reviving = later(self._revive())
         await asyncio.shield(self.reviving)
     return self.sh
 
@@ -278,9 +300,9 @@ async def close(self:SSHConnection):
         self.sh.close()
         await in_thread(self.link.client.close)
 
-for _f in (shell, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
+for _f in (shell, answering, _rest, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
-# %% ../nbs/04_ssh.ipynb #4bf1d495
+# %% ../nbs/04_ssh.ipynb #074ab129
 class Forward:
     "A listening loopback port here that leads to a port of a host"
     def __init__(self, conn:SSHConnection, port:int): self.conn,self.target = conn,port
@@ -310,7 +332,7 @@ async def reverse(self:SSHConnection,
     "A loopback port of the host that leads to `port` here; made once per connection"
     await self.shell()
     link = self.link
-    if port not in self.reverses: self.reverses[port] = asyncio.create_task(_reverse(link, port))
+    if port not in self.reverses: self.reverses[port] = later(_reverse(link, port))
     return await asyncio.shield(self.reverses[port])
 
 async def _reverse(link, port):
@@ -325,31 +347,31 @@ async def _join(loop, chan, wire, port):
 
 SSHConnection.forward,SSHConnection.reverse = forward,reverse
 
-# %% ../nbs/04_ssh.ipynb #85df4367
+# %% ../nbs/04_ssh.ipynb #dd5215f7
 login_variables = 'HOME USER LOGNAME SHELL PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR XDG_RUNTIME_DIR'.split()
 
 class LocalConnection:
     "This machine, with the face of an `SSHConnection`"
     local,proxied,resting,address,local_address,error,down_since = True,False,False,'127.0.0.1','127.0.0.1',None,None
-    def __init__(self, host): self.host,self.user,self.sh,self.opening = host,getpass.getuser(),None,None
+    def __init__(self, host): self.host,self.user,self.sh,self.opening = host,this_user(),None,None
     def __repr__(self): return f'LocalConnection({str(self.host)!r})'
     @property
     def is_up(self): return self.sh is not None and not self.sh.closed
 
     async def shell(self):
         if self.is_up: return self.sh
-        if self.opening is None or self.opening.done(): self.opening = asyncio.create_task(self._open())
+        if self.opening is None or self.opening.done(): self.opening = later(self._open())
         return await asyncio.shield(self.opening)
 
     async def _open(self):
         self.sh = await local_shell({k:v for k in login_variables if (v := os.environ.get(k))})
         return self.sh
 
-    up = shell
+    up = answering = shell
     async def close(self):
         if self.is_up: self.sh.close()
 
-# %% ../nbs/04_ssh.ipynb #ddc30a31
+# %% ../nbs/04_ssh.ipynb #109949cc
 class Pool:
     "The connections of this process; every method runs in the loop that made it"
     def __init__(self): self.conns,self.links = {},{}
@@ -360,18 +382,23 @@ class Pool:
     ) -> SSHConnection|LocalConnection:
         "The connection to `host`, up or not; raises `ValueError` for an OpenSSH configuration that cannot be read"
         key = host,login
-        if key not in self.conns: self.conns[key] = asyncio.create_task(self._make(host, login))
+        if key not in self.conns: self.conns[key] = later(self._make(host, login))
         try: return await asyncio.shield(self.conns[key])
         except Exception: self.conns.pop(key, None); raise
 
     async def _make(self, host, login):
         if await in_thread(host.is_local, login.config): return LocalConnection(host)
-        user = login.user or getpass.getuser()
+        user = login.user or this_user()
         return SSHConnection(host, await in_thread(hops, host, user, login.port, login.config), login, self.links)
 
     async def close(self):
         "Close every connection; processes on the hosts go on"
         conns = [t.result() for t in self.conns.values() if t.done() and not t.cancelled() and not t.exception()]
         await asyncio.gather(*(c.close() for c in conns), return_exceptions=True)
+        links = list(self.links.values())
+        for t in links: t.cancel() # one that is being made ends
+        if links: await asyncio.wait(links)
+        for t in links:
+            if not t.cancelled() and not t.exception(): t.result().close() # jump hosts
         self.conns.clear()
         self.links.clear()
