@@ -94,12 +94,13 @@ class Ledger:
             if not order or not set(order) <= set(hosts): raise ValueError(f'load balancer {type(balancer).__name__} chose {order}, not among {list(hosts)}')
             return self.claim(order[0], dict.fromkeys([*order, *hosts]))
 
-# %% ../nbs/05_balance.ipynb #a70bb438
+# %% ../nbs/05_balance.ipynb #b2dbd853
 GROUP = 'gateway_provisioners_ssh.load_balancers'
 BUILT_IN = {'round-robin': RoundRobin, 'least-connection': LeastConnection}
 
+@lru_cache(maxsize=None) # to look through all installed packages takes tens of milliseconds, and every start asks
 def load_balancers() -> dict: # name: class, or entry point not loaded yet
-    "The load balancers that can be chosen."
+    "The load balancers that can be chosen; those of packages installed later are seen by the next process."
     return {o.name: o for o in entry_points(group=GROUP)} | BUILT_IN
 
 @lru_cache(maxsize=None)
