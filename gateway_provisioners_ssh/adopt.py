@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCHERS', 'ANY', 'check_kernel', 'read_kernel', 'stanza', 'launcher', 'Adopted', 'interpreter', 'expandable',
-           'words', 'whole', 'taken_over']
+           'led_to', 'words', 'whole', 'taken_over']
 
 # %% ../nbs/10a_adopt.ipynb #628a2a04
 import json, re, shutil
@@ -67,19 +67,21 @@ def launcher(
     if '{connection_file}' in words and '{response_address}' not in words: return ''
     raise ValueError(f'its command is neither a kernel with {{connection_file}} nor one of the launchers {", ".join(LAUNCHERS)} with {{response_address}}: {words[:200]}')
 
-# %% ../nbs/10a_adopt.ipynb #c19b1f0b
+# %% ../nbs/10a_adopt.ipynb #5ab448d2
 @dataclass
 class Adopted(Spec):
     "A kernelspec that exists, and is to be one for remote hosts"
     source: Path = None # its directory
     kernel: dict = None # contents of its kernel.json
     launch_timeout: int = 0 # seconds; 0: what the original says, if anything
+    spark_home: str = '' # Spark's directory on the hosts; empty: what the original says
 
     def __post_init__(self):
         self.changes, self.doubts, self.launcher = [], [], launcher(check_kernel(self.kernel))
+        self.asked_spark = self.spark_home
         self.spark, asked, env = self.launcher == 'run.sh', self.python, self.kernel.get('env') or {}
         self.language = self.kernel.get('language', '') if self.spark else 'R' if self.launcher.endswith('.R') else 'Python'
-        self.spark_home = env.get('SPARK_HOME') or self.spark_home
+        self.spark_home = self.spark_home or env.get('SPARK_HOME') or Spec.spark_home
         i = interpreter(self.kernel['argv'], self.launcher)
         self.python = asked or env.get('PYSPARK_PYTHON', '') or ('' if i is None or not self.launcher else self.kernel['argv'][i])
         self.kernel_name = self.kernel_name or re.sub('[^a-z0-9._-]+', '_', ('' if self.launcher else 'ssh_') + self.source.name.lower()).strip('_')
@@ -97,15 +99,20 @@ def interpreter(argv, launcher):
     before = range(names.index(launcher) if launcher in names else 0)
     return next((i for i in reversed(before) if re.fullmatch(r'python[0-9.]*', names[i])), None)
 
-# %% ../nbs/10a_adopt.ipynb #fac0ad37
+# %% ../nbs/10a_adopt.ipynb #2ecb5405
 def expandable(value: str) -> str:
     "`value` with every `$NAME` spelled `${NAME}`"
     return re.sub(r'(?<!\$)\$([A-Za-z_]\w*)', r'${\1}', value)
+
+def led_to(root, new, text) -> str:
+    "`text` with `new` in the place of the path `root`, wherever that stands or begins a longer one"
+    return re.sub(rf'(?<![^\s=:,"\']){re.escape(root)}(?=[/\s=:,"\']|$)', lambda _: str(new), text) if root else text
 
 @patch
 def _env(self:Adopted, target):
     old = self.kernel.get('env') or {}
     env = {k: self._moved(expandable(v), target) for k,v in old.items()}
+    if self.spark and self.asked_spark: env = {k: led_to(old.get('SPARK_HOME'), self.asked_spark, v) for k,v in env.items()} | dict(SPARK_HOME=self.asked_spark)
     if self.asked_python and self.launcher and self.language != 'Scala' and (self.spark or self.language == 'R'): env['PYSPARK_PYTHON'] = self.python
     self.changes += [f'env.{k}: {old.get(k, "(none)")} became {v}' for k,v in env.items() if v != old.get(k)]
     return env
@@ -128,7 +135,7 @@ def taken_over(
     keep = {k: v for k,v in config.items() if k in settings and settings[k].per_spec and v not in (None, '', [])}
     return {k: words(v) if k in ('remote_hosts', 'authorized_users', 'unauthorized_users') else v for k,v in keep.items()}, [k for k in config if k not in keep]
 
-# %% ../nbs/10a_adopt.ipynb #8920fa40
+# %% ../nbs/10a_adopt.ipynb #82dd15a4
 _needed = {'kernel-id': '{kernel_id}', 'response-address': '{response_address}', 'public-key': '{public_key}', 'port-range': '{port_range}'}
 _known = {*_needed, 'spark-context-initialization-mode', 'cluster-type', 'kernel-class-name', 'customAppName'}
 
@@ -137,7 +144,7 @@ def _moved(self:Adopted, word, target):
     "`word`, with paths into the original's directory, wherever that was installed, led to the new one"
     ends = [(o, LAUNCHERS[self.launcher]) for o in self.kernel['argv'] if self.launcher and PurePosixPath(o).name == self.launcher]
     roots = {str(self.source)} | {o.removesuffix('/'+end) for o,end in ends if o.endswith('/'+end)}
-    for root in roots - {''}: word = re.sub(rf'(?<![^\s=:,"\']){re.escape(root)}(?=/)', lambda _: str(target), word)
+    for root in roots: word = led_to(root, target, word)
     return word
 
 @patch

@@ -239,7 +239,7 @@ Every option can stand in a configuration file, here for --config=specs.py, unde
     @default('remote_hosts')
     def _remote_hosts_default(self): return names([variable('REMOTE_HOSTS', 'localhost')])
 
-# %% ../nbs/11_cli.ipynb #573eea63
+# %% ../nbs/11_cli.ipynb #d3aaa61e
 @patch
 def config_given(self:SshSpecInstaller) -> dict:
     "The provisioner's options for the kernelspec; ValueError names what is wrong"
@@ -257,7 +257,7 @@ def spec(self:SshSpecInstaller) -> Spec:
 @patch
 def adopted(self:SshSpecInstaller, source, kernel, launch_timeout) -> Adopted:
     return Adopted(kernel_name=self.kernel_name, display_name=self.display_name, python=self.python, launch_timeout=launch_timeout,
-        config=self.config_given(), source=source, kernel=kernel)
+        spark_home=self.spark_home if self.given('spark_home') else '', config=self.config_given(), source=source, kernel=kernel)
 
 def installed(
     name: str # as in `jupyter kernelspec list`
@@ -280,7 +280,7 @@ def start(self:SshSpecInstaller):
     for o in getattr(spec, 'doubts', ()): self.log.warning(o)
     print(next_steps(target, spec, parse_hosts(spec.config.get('remote_hosts', self.remote_hosts))))
 
-# %% ../nbs/11_cli.ipynb #e79979c1
+# %% ../nbs/11_cli.ipynb #d27f8682
 class SshSpecImporter(SshSpecInstaller):
     "Makes a kernelspec of an Enterprise Gateway, or any other, one whose kernels run on hosts reached by SSH."
     description = """Import a kernelspec of Enterprise Gateway or Gateway Provisioners: jupyter ssh-spec import DIR
@@ -298,7 +298,8 @@ One under another name, for yourself, and on other hosts than it says:
 """
     words = 1
     flags = BaseSpecApp.flags
-    aliases = {'remote-hosts': 'SshSpecInstaller.remote_hosts'} | _aliases('prefix kernel-name display-name python authorized-users unauthorized-users port-range launch-timeout') | {
+    aliases = {'remote-hosts': 'SshSpecInstaller.remote_hosts'} | _aliases(
+        'prefix kernel-name display-name python spark-home authorized-users unauthorized-users port-range launch-timeout') | {
         k: base_aliases[k] for k in ('log-level', 'config')}
 
     def idle(self): return []

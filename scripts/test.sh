@@ -20,13 +20,19 @@ programs() {
     packages iproute2/ip nftables/nft procps/ps sudo/sudo faketime/faketime     || ok=1   # links, firewalls, other users, clocks
     packages r-cran-irkernel                                                    || ok=1   # R kernels
     packages default-jdk-headless/javac maven/mvn                               || ok=1   # Spark, YARN and Scala kernels
+    packages nodejs/node npm/npm                                                || ok=1   # JavaScript kernels
     return $ok
 }
 environment() {
     local made
     made=$VENV/installed-$(cat settings.ini setup.py pyproject.toml | cksum | tr ' ' -)
     [ ! -e "$made" ] || return 0
-    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && touch "$made"
+    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && npm_packages && touch "$made"
+}
+npm_packages() {  # those that settings.ini names, into $VENV/node; without npm there are none, as `programs` has said
+    local names
+    mapfile -t names < <(sed -n '/^test_npm_requirements/,/^[a-z_]* *=/s/^ \+//p' settings.ini)
+    ! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix "$VENV/node" "${names[@]}" </dev/null
 }
 notebook() {  # one from top to bottom, in a process and a home of its own
     local t=$SECONDS log=$work/${1//\//-}.log
