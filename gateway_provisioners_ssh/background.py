@@ -73,19 +73,20 @@ def _forked():
 
 os.register_at_fork(after_in_child=_forked)
 
-# %% ../nbs/00_background.ipynb #21cdf116
+# %% ../nbs/00_background.ipynb #989f37d9
 _closers = []
 
 def at_exit(
-    close, # Coroutine function without arguments, run in the background loop when the interpreter exits
+    close, # Coroutine function without arguments, run in the background loop when the interpreter exits; returns true to go on
 ):
-    "Register `close`; the latest registered is run first"
+    "Register `close`; the latest registered is run first. If one wants to go on, so does everything in the loop"
     _closers.append(close)
 
 async def _finish(patience):
-    me = asyncio.current_task()
+    me,going_on = asyncio.current_task(),False
     for close in reversed(_closers):
-        with suppress(Exception, asyncio.CancelledError): await asyncio.wait_for(close(), patience)
+        with suppress(Exception, asyncio.CancelledError): going_on |= bool(await asyncio.wait_for(close(), patience))
+    if going_on: return
     rest = [t for t in asyncio.all_tasks() if t is not me]
     for t in rest: t.cancel()
     if rest: await asyncio.wait(rest, timeout=patience)
