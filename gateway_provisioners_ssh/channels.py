@@ -85,7 +85,7 @@ def close(self:Wire, abort=False):
 
 Wire._flush,Wire.close = _flush,close
 
-# %% ../nbs/03a_channels.ipynb #d05f1d0c
+# %% ../nbs/03a_channels.ipynb #f0778b24
 class _Settled(threading.Event):
     "The event that says that keys are settled; `then` is called, with paramiko's lock held, whenever they are"
     def __init__(self, then):
@@ -98,6 +98,8 @@ class _Settled(threading.Event):
 
 class Transport(paramiko.Transport):
     "A paramiko transport whose senders never wait"
+    _preferred_ciphers = tuple(sorted(paramiko.Transport._preferred_ciphers, key=lambda o: 'gcm' not in o)) # the rest in paramiko's order
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.held,self.clear_to_send = deque(),_Settled(self._release)
