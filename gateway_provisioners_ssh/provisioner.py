@@ -169,7 +169,7 @@ def _script(self:DistributedProvisioner, conn, request, launch, address):
     if conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     return start_script(argv, request.env|dict(KERNEL_LAUNCH_SECRET=launch.ticket()), self.kernel_spec.env, request.cwds)
 
-# %% ../nbs/07_provisioner.ipynb #d626a02b
+# %% ../nbs/07_provisioner.ipynb #83b3b93c
 @patch
 async def _start_on(self:DistributedProvisioner, conn, request, deadline):
     "Start the kernel on the host of `conn`; returns the process, the fields of its launch message, and whether they are to be tunnelled"
@@ -177,22 +177,35 @@ async def _start_on(self:DistributedProvisioner, conn, request, deadline):
     tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
     server,address = await self._response_address(conn, tunnel)
     launch = await self._launch(conn)
+    silence = later(_silence(sh, 2*self.connect_timeout))
     with server.expect(launch) as expected:
         starting = asyncio.ensure_future(spawn(conn.up, self._script(conn, request, launch, address), f'{self.kernel_log_dir}/kernel-{self.kernel_id}.log',
             f'kernel {self.kernel_id} of {request.user}', self.kernel_log_max_bytes, sudo(request.user) if self.impersonation_enabled else '', self.orphan_timeout))
         try:
-            process = await asyncio.wait_for(asyncio.shield(starting), max(0.1, deadline-time.monotonic()))
+            await _first({starting, silence}, deadline-time.monotonic())
+            if not starting.done(): raise ShellClosed(_broke) if silence.done() else asyncio.TimeoutError
+            process = starting.result()
             news = {expected.future, process.exited}
-            await _first(news|{sh.task}, deadline-time.monotonic())
-            if sh.task.done() and not tunnel: await _first(news, min(2*self.connect_timeout, deadline-time.monotonic()))
-            if sh.task.done() and not any(o.done() for o in news): raise ShellClosed('the connection broke while the kernel was being started')
+            await _first(news|{silence}, deadline-time.monotonic())
+            if sh.closed and not tunnel: await _first(news, min(self.connect_timeout, deadline-time.monotonic()))
+            if silence.done() and not any(o.done() for o in news): raise ShellClosed(_broke)
             if not expected.future.done(): raise await self._why(conn, process, request)
             return process, expected.future.result(), tunnel
         except BaseException as e:
-            await asyncio.shield(_undo(starting, 0 if isinstance(e, ShellClosed) else 5))
+            await asyncio.shield(_undo(starting, 0 if isinstance(e, ShellClosed) or silence.done() else 5))
             if isinstance(e, (StartFailed, HandshakeError)): raise LaunchError(_message(conn, '\n'.join([f'{e}.', *_fix(str(e))]))) from None
             if isinstance(e, asyncio.TimeoutError): raise LaunchError(_message(conn, _late(request))) from None
             raise
+        finally: silence.cancel()
+
+_broke = 'the connection broke while the kernel was being started'
+
+async def _silence(sh, timeout):
+    "Return when the host of `sh` does not answer any more"
+    with suppress(ShellClosed, asyncio.TimeoutError):
+        while True:
+            await asyncio.wait_for(sh.ping(), timeout)
+            await asyncio.sleep(1)
 
 async def _first(futures, timeout): await asyncio.wait(futures, timeout=max(0, timeout), return_when=asyncio.FIRST_COMPLETED)
 
