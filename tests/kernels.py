@@ -125,7 +125,9 @@ def forget():
 
 async def value(kc, expr, timeout=30):
     "What `expr` is in the kernel"
-    reply = await kc.execute_interactive('', user_expressions=dict(v=expr), silent=True, timeout=timeout, allow_stdin=False)
+    while True:   # a request may come just in time to be aborted together with an interrupted one
+        reply = await kc.execute_interactive('', user_expressions=dict(v=expr), silent=True, timeout=timeout, allow_stdin=False)
+        if reply['content']['status'] != 'aborted': break
     v = reply['content']['user_expressions']['v']
     assert v['status'] == 'ok', v
     return eval(v['data']['text/plain'])
