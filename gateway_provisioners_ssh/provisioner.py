@@ -190,7 +190,10 @@ async def _start_on(self:DistributedProvisioner, conn, request, deadline):
             if sh.closed and not tunnel: await _first(news, min(self.connect_timeout, deadline-time.monotonic()))
             if silence.done() and not any(o.done() for o in news): raise ShellClosed(_broke)
             if not expected.future.done(): raise await self._why(conn, process, request)
-            return process, expected.future.result(), tunnel
+            fields = expected.future.result()
+            if launch.encrypt and 'curve_publickey' not in fields: raise LaunchError(_message(conn, f'kernel {self.kernel_spec.display_name!r} '
+                'promises encryption (supported_encryption), but its launcher gives none. Install the kernelspec again, or take that promise out of its metadata'))
+            return process, fields, tunnel
         except BaseException as e:
             await asyncio.shield(_undo(starting, 0 if isinstance(e, ShellClosed) or silence.done() else 5))
             if isinstance(e, (StartFailed, HandshakeError)): raise LaunchError(_message(conn, '\n'.join([f'{e}.', *_fix(str(e))]))) from None
