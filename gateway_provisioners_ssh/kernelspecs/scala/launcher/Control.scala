@@ -104,14 +104,3 @@ final class Control(server: ServerSocketChannel, key: Array[Byte], act: JsonNode
     }
   }
 }
-
-object Log {
-  private val last = new java.util.concurrent.ConcurrentHashMap[String, java.lang.Long]()
-  def say(text: String): Unit = System.err.println(s"[launcher ${Self.pid}] ${text.replaceAll("\\s+", " ")}")
-  /** At most one line a minute of each kind. */
-  def rarely(kind: String, text: String): Unit = {
-    val now = System.nanoTime / 1000000000L
-    val before = last.put(kind, now)
-    if (before == null || now - before >= 60) say(text) else last.put(kind, before)
-  }
-}

@@ -3,6 +3,8 @@ package launcher
 import com.typesafe.config.{Config, ConfigFactory, ConfigValueFactory}
 import java.io.File
 import java.lang.reflect.Modifier
+import java.net.URLClassLoader
+import java.nio.file.Paths
 import java.util.concurrent.ConcurrentHashMap
 import java.util.jar.JarFile
 import org.apache.toree.boot.{CommandLineOptions, KernelBootstrap}
@@ -10,6 +12,7 @@ import org.apache.toree.boot.layer._
 import org.apache.toree.interpreter.{ExecuteError, Interpreter}
 import org.apache.toree.kernel.api.Kernel
 import org.apache.toree.kernel.interpreter.scala.ScalaInterpreter
+import org.apache.toree.kernel.protocol.v5.MessageType
 import org.apache.toree.kernel.protocol.v5.kernel.ActorLoader
 import org.apache.toree.plugins.{Plugin, PluginManager}
 import org.apache.toree.utils.{FileUtils, TaskManager}
@@ -27,6 +30,8 @@ import scala.util.Try
 final class ToreeKernel(config: Config, ready: (() => Unit) => Unit) extends KernelBootstrap(config)
     with StandardBareInitialization with StandardComponentInitialization with StandardHandlerInitialization with StandardHookInitialization {
   override val logger: Logger = NOPLogger.NOP_LOGGER
+
+  override protected def createActorSystem(name: String) = InOrder.during(super.createActorSystem(name))
 
   override def initializeComponents(config: Config, actorLoader: ActorLoader) = {
     val made = super.initializeComponents(config, actorLoader)
@@ -63,6 +68,26 @@ object ToreeKernel {
   }
 }
 
+/** One thread for the actors that pass messages on to the sockets. Toree has one such actor for each type of message,
+  * and they overtake each other: on a busy machine the result of a cell, or its error, came after the status "idle", by
+  * which a client knows that nothing more will come. What an actor system runs its actors on is configuration. */
+object InOrder {
+  private val dispatcher = Map("type" -> "Dispatcher", "executor" -> "thread-pool-executor", "thread-pool-executor.fixed-pool-size" -> "1",
+    "throughput" -> "1000000").map { case (k, v) => s"in-order.$k" -> v }
+  private def deployment = for {
+    library <- Seq("akka", "pekko")
+    message <- MessageType.values.toList.map(_.toString) if !message.endsWith("_request") && !message.startsWith("incoming")
+  } yield s"$library.actor.deployment./$message.dispatcher" -> "in-order"
+
+  /** What `make` makes while the configuration says so. */
+  def during[T](make: => T): T = {
+    val ours = deployment ++ dispatcher
+    ours.foreach { case (k, v) => sys.props(k) = v }
+    ConfigFactory.invalidateCaches()
+    try make finally ours.foreach { case (k, _) => sys.props -= k }
+  }
+}
+
 /** Toree's own magics. Toree looks for them by reading every class of its jar, which takes seconds and which Java 17
   * forbids (then there are none, and a stack trace in the log). Where they are is known, so they are loaded from there. */
 object Magics {
@@ -96,16 +121,25 @@ class CellInterpreter(config: Config) extends ScalaInterpreter(config) {
 
   override def newTaskManager(): TaskManager = cells
 
+  /** The compiler's class path, of paths: Toree makes it of URLs, in which a blank is %20 and no file is found. */
+  override def buildClasspath(classLoader: ClassLoader): String =
+    Iterator.iterate(classLoader)(_.getParent).takeWhile(_ != null).collect { case l: URLClassLoader => l.getURLs.toList }.flatten
+      .map(url => Try(Paths.get(url.toURI).toString).getOrElse(url.getPath)).mkString(File.pathSeparator)
+
   override def interrupt(): Interpreter = {
     cells.interrupt(if (Spark.cancelJobs()) 200.millis else 0.millis)
     this
   }
 
-  /** Stopped threads say so with JVM internals; what happened is that the cell was interrupted. */
+  /** The error as users should see it: that the cell was interrupted rather than by which JVM internals; and a text where
+    * an exception has none, for the protocol wants one. */
   override def interpretConstructExecuteError(output: String): ExecuteError = {
     val error = super.interpretConstructExecuteError(output)
     lastResultOut.reset()  // it holds "lastException = null", from Toree's own housekeeping
-    if (output.contains("java.lang.ThreadDeath")) ExecuteError("java.lang.InterruptedException", "the cell was interrupted", Nil) else error
+    val interrupted = "java.lang.InterruptedException"
+    if (output.contains("java.lang.ThreadDeath") || error.name == interrupted) ExecuteError(interrupted, "the cell was interrupted", Nil)
+    else if (error.value == null) error.copy(value = "")
+    else error
   }
 
   /** `spark` is a value, so that `import spark.implicits._` works; `sc` follows a session that was stopped and made anew. */

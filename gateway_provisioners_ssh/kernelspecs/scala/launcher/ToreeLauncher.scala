@@ -2,12 +2,8 @@ package launcher
 
 import com.fasterxml.jackson.databind.JsonNode
 import com.fasterxml.jackson.databind.node.ObjectNode
-import java.io.{File, RandomAccessFile}
-import java.lang.ProcessBuilder.Redirect.DISCARD
 import java.net.{InetAddress, InetSocketAddress}
-import java.nio.charset.StandardCharsets.{ISO_8859_1, UTF_8}
 import java.nio.file.{Files, Path, Paths}
-import java.nio.file.attribute.PosixFilePermissions
 import java.util.concurrent.{CountDownLatch, Executors}
 import java.util.concurrent.atomic.AtomicBoolean
 import scala.util.Try
@@ -40,107 +36,6 @@ object Options {
   }
 }
 
-/** The environment this process was started with, as far as it must not stay. */
-object Environment {
-  /** Takes a variable out of this process: its value, which afterwards neither `System.getenv`, nor child processes,
-    * nor `/proc/PID/environ` show any more where the JVM and the system allow that. */
-  def take(name: String): Option[String] = {
-    val value = Option(System.getenv(name)).filter(_.nonEmpty)
-    if (value.isDefined) { Try(forget(name)); Try(blank(name)) }
-    value
-  }
-
-  private def forget(name: String): Unit = {
-    val field = Class.forName("java.lang.ProcessEnvironment").getDeclaredField("theEnvironment")
-    field.setAccessible(true)
-    field.get(null).asInstanceOf[java.util.Map[AnyRef, AnyRef]].keySet.removeIf(k => k.toString == name)
-  }
-
-  /** Overwrites the value where the kernel put it at exec; /proc/self/stat tells where that is. */
-  private def blank(name: String): Unit = {
-    val stat = new String(Files.readAllBytes(Paths.get("/proc/self/stat")), ISO_8859_1)
-    val fields = stat.substring(stat.lastIndexOf(')') + 2).split(' ')
-    val (start, end) = (fields(47).toLong, fields(48).toLong)
-    val mem = new RandomAccessFile("/proc/self/mem", "rw")
-    try {
-      val block = new Array[Byte]((end - start).toInt)
-      mem.seek(start)
-      mem.readFully(block)
-      val text = "\u0000" + new String(block, ISO_8859_1)
-      val at = text.indexOf(s"\u0000$name=")
-      if (at >= 0) {
-        val from = at + name.length + 1
-        mem.seek(start + from)
-        mem.write(new Array[Byte](text.indexOf(0, from + 1) - 1 - from))
-      }
-    } finally mem.close()
-  }
-}
-
-object Self {
-  val pid: Long = ProcessHandle.current.pid
-  val pgid: Long = Try {
-    val stat = new String(Files.readAllBytes(Paths.get("/proc/self/stat")), ISO_8859_1)
-    stat.substring(stat.lastIndexOf(')') + 2).split(' ')(2).toLong
-  }.getOrElse(pid)
-
-  /** Sends a signal to the group that this process leads, or to this process alone if it leads none. */
-  def signal(signum: Int): Unit = { new ProcessBuilder("kill", s"-$signum", "--", (if (pgid == pid) "-" else "") + pid).start(); () }
-
-  private val failing = new AtomicBoolean()
-
-  /** One line that says why, and the end of this process; at once even if a shutdown hook hangs. What fails because
-    * the process ends is not told. */
-  def fail(reason: => String, status: Int = 1): Nothing = {
-    if (failing.compareAndSet(false, true)) Log.say(reason)
-    val halt = new Thread(() => { Thread.sleep(5000); Runtime.getRuntime.halt(status) })
-    halt.setDaemon(true)
-    halt.start()
-    sys.exit(status)
-  }
-}
-
-/** What must not outlive this process, however it ends. */
-object Leftovers {
-  private val script = "while IFS= read -r p; do set -- \"$@\" \"$p\"; done; rm -rf -- \"$@\""
-  private lazy val guard = Try(new ProcessBuilder("setsid", "sh", "-c", script, "sh").redirectOutput(DISCARD).redirectError(DISCARD).start())
-
-  /** Has `path` removed when this process is gone, even if it was killed: by a shell in a session of its own, which
-    * reads from a pipe that only this process holds open. Without `setsid` on the host, an orderly end removes it. */
-  def remove(path: Path): Unit = synchronized {
-    if (!path.toString.contains('\n') && guard.flatMap(g => Try { g.getOutputStream.write(s"$path\n".getBytes(UTF_8)); g.getOutputStream.flush() }).isFailure)
-      Runtime.getRuntime.addShutdownHook(new Thread(() => delete(path)))
-  }
-
-  private def delete(path: Path): Unit = Try {
-    val all = Files.walk(path)
-    try all.sorted(java.util.Comparator.reverseOrder[Path]).forEach(p => { Files.deleteIfExists(p); () }) finally all.close()
-  }
-
-  /** Has the directory removed that spark-submit made before this launcher began: it is among those of this user that
-    * Spark itself means to delete. */
-  def ofSparkSubmit(): Unit = Try {
-    val deletes = Class.forName("org.apache.spark.util.ShutdownHookManager").getMethod("hasShutdownDeleteDir", classOf[File])
-    Option(new File(sys.props("java.io.tmpdir")).listFiles((_, name) => name.startsWith("spark-"))).toList.flatten
-      .filter(d => deletes.invoke(null, d) == true).foreach(d => remove(d.toPath))
-  }
-
-  /** A directory for all temporary files of this JVM from now on: Spark copies jars there and spills to it. */
-  def temporaryDirectory(): Unit = {
-    val base = Option(System.getenv("TMPDIR")).map(Paths.get(_)).filter(Files.isWritable(_)).getOrElse(Paths.get(sys.props("java.io.tmpdir")))
-    val dir = Files.createDirectory(base.resolve(s"toree-${Self.pid}-${Hex.encode(Secrets.bytes(4))}"), Private.directory)
-    remove(dir)
-    sys.props("java.io.tmpdir") = dir.toString
-  }
-}
-
-/** Modes for what only this user may read. */
-object Private {
-  private def mode(text: String) = PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString(text))
-  val directory = mode("rwx------")
-  val file = mode("rw-------")
-}
-
 /** Starts Toree in this JVM for a host application elsewhere: reserves its ports, runs it, reports it once it listens,
   * and then does what the host application asks for. */
 object ToreeLauncher {
@@ -159,7 +54,7 @@ object ToreeLauncher {
   /** Where Jupyter on this host looks for the connection file of a kernel. */
   private def connectionFile(kernelId: String): Path = {
     def env(n: String) = Option(System.getenv(n)).filter(_.nonEmpty)
-    val data = env("JUPYTER_DATA_DIR").getOrElse(env("XDG_DATA_HOME").getOrElse(sys.props("user.home") + "/.local/share") + "/jupyter")
+    val data = env("JUPYTER_DATA_DIR").getOrElse(env("XDG_DATA_HOME").getOrElse(env("HOME").getOrElse(sys.props("user.home")) + "/.local/share") + "/jupyter")
     Paths.get(env("JUPYTER_RUNTIME_DIR").getOrElse(data + "/runtime")).resolve(s"kernel-${kernelId.replace('/', '_')}.json").toAbsolutePath
   }
 

@@ -81,4 +81,8 @@ case ${GP_IMPERSONATION_ENABLED:-$EG_IMPERSONATION_ENABLED} in [Tt][Rr][Uu][Ee]|
   fi
 esac
 
-exec "${become[@]}" "$submit" "${words[@]}" "${front[@]}" "$app" "${toree[@]}" "${launch[@]}" "$@"
+# a JVM that is started with SIGINT ignored, as commands behind an & are, could not be interrupted by it
+fresh=()
+env --default-signal=INT true 2>/dev/null && fresh=(env --default-signal=INT)
+
+exec "${become[@]}" "${fresh[@]}" "$submit" "${words[@]}" "${front[@]}" "$app" "${toree[@]}" "${launch[@]}" "$@"

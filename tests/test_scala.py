@@ -1,0 +1,356 @@
+"""Scala kernels: Toree under our launcher, compiled for this test's Spark and started by bin/run.sh as a kernelspec has them, by a test that plays
+the host application. Java, pyspark and apache-toree must be there: what is missing fails the test that needs it, by name."""
+import asyncio, base64, fcntl, hashlib, json, os, re, shutil, signal, socket, stat, subprocess, sys, time, uuid
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+import psutil, pytest
+from Cryptodome.Protocol import HPKE
+from Cryptodome.Protocol.DH import import_x25519_private_key
+from jupyter_client.asynchronous import AsyncKernelClient
+from gateway_provisioners_ssh import toree
+from gateway_provisioners_ssh.handshake import ControlKey, HandshakeError, Launch, connection_info, control_nonce, parse_message, port_names
+from gateway_provisioners_ssh.response import ResponseServer
+from installed import install, interrupted, remote_kernel, run
+from spark import CACHE, Missing, need, spark_home, until
+
+HERE = Path(__file__).parent
+QUICK = '-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData'   # JVM options of a test: quick to start, and nothing in /tmp/hsperfdata_*
+
+@pytest.fixture(scope='session', autouse=True)
+def needed():
+    "Java, Spark and Toree, or a failure that names what is missing."
+    try: return toree.find_java(), toree.find_spark(spark_home()), toree.find_toree_assembly()
+    except (Missing, toree.BuildError) as e: pytest.fail(str(e))
+
+@pytest.fixture(scope='session')
+def spec(tmp_path_factory, needed):
+    "An installed Scala kernelspec for local Spark, in a directory with a blank in its name: `dir` and the contents of kernel.json."
+    name, spec = install(tmp_path_factory.mktemp('spec scala'), '--language', 'Scala', '--spark', '--spark-master', 'local[2]', '--spark-home', spark_home())
+    d = Path(spec['argv'][0]).parent.parent
+    assert re.fullmatch(r'toree-launcher_\d\.\d+\.jar', next(d.glob('lib/toree-launcher*')).name) and name=='ssh_scala_spark'
+    return SimpleNamespace(dir=d, **spec)
+
+@pytest.fixture
+async def server():
+    s = ResponseServer()
+    yield s
+    await s.close()
+
+# The handshake ---------------------------------------------------------------------------------------------------------
+
+def compile_scala(java, jars, out, sources):
+    got = subprocess.run([java, '-cp', jars, 'scala.tools.nsc.Main', '-deprecation', '-classpath', jars, '-d', str(out), *map(str, sources)], capture_output=True, text=True)
+    assert not got.returncode, got.stdout + got.stderr
+    return got.stdout + got.stderr
+
+@pytest.fixture(scope='session')
+def answers(spec, needed, tmp_path_factory):
+    "What the launcher's code makes of some inputs: a function of dicts to dicts."
+    java, spark, _ = needed
+    jar, out = next(spec.dir.glob('lib/toree-launcher*')), tmp_path_factory.mktemp('check')/'check.jar'
+    compile_scala(java, f'{spark.classpath}:{jar}', out, [HERE/'scala'/'HandshakeCheck.scala'])
+    def ask(*inputs):
+        got = subprocess.run([java, '-cp', f'{spark.classpath}:{jar}:{out}', 'HandshakeCheck'], input='\n'.join(map(json.dumps, inputs)), capture_output=True, text=True)
+        assert not got.returncode, got.stderr
+        return [json.loads(o) for o in got.stdout.splitlines()]
+    return ask
+
+VECTOR = dict( # RFC 9180, appendix A.1.2: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-128-GCM, mode PSK, sequence number 0
+    info='4f6465206f6e2061204772656369616e2055726e', psk='0247fd33b913760fa1fa51e1892d9f307fbe65eb171e8132c2af18555a738b82',
+    psk_id='456e6e796e20447572696e206172616e204d6f726961', skEm='463426a9ffb42bb17dbe6044b9abd1d4e4d95f9041cef0e99d7824eef2b6f588',
+    pkEm='0ad0950d9fb9588e59690b74f1237ecdf1d775cd60be2eca57af5a4b0471c91b', pkRm='9fed7e8c17387560e92cc6462a68049657246a09bfa8ade7aefe589672016366',
+    aad='436f756e742d30', pt='4265617574792069732074727574682c20747275746820626561757479')
+SK_R = 'c5eb01eb457fe6c6f57577c5413b931550a162c71a03ac8d196babbd4e5ce0fd'
+SEALED = dict(key='15026dba546e3ae05836fc7de5a7bb26', base_nonce='9518635eba129d5ce0914555', enc=VECTOR['pkEm'],
+    ct='e52c6fed7f758d0cf7145689f21bc1be6ec9ea097fef4e959440012f4feb73fb611b946199e681f4cfc34db8ea')
+
+def test_rfc_9180(answers):
+    other = {**VECTOR, 'aad': '436f756e742d31', 'pt': '00'*1000}
+    first, second, short, weak = answers(VECTOR, other, {**VECTOR, 'psk': '00'*31}, {**VECTOR, 'pkRm': '00'*32})
+    assert first==SEALED
+    opened = HPKE.new(receiver_key=import_x25519_private_key(bytes.fromhex(SK_R)), aead_id=HPKE.AEAD.AES128_GCM, info=bytes.fromhex(VECTOR['info']),
+                      psk=(bytes.fromhex(VECTOR['psk_id']), bytes.fromhex(VECTOR['psk'])), enc=bytes.fromhex(second['enc']))
+    assert opened.unseal(bytes.fromhex(second['ct']), b'Count-1')==bytes(1000)
+    assert '32 bytes' in short['error'] and 'error' in weak, 'too short a secret, and a key that leads to a shared secret everybody knows, are refused'
+
+FIELDS = dict(ip='10.0.0.7', transport='tcp', signature_scheme='hmac-sha256', key='k'*64, pid=4711, pgid=4711, comm_port=40006, control_key='ab'*32,
+              **{n: 40001+i for i,n in enumerate(port_names)})
+
+def test_both_halves(answers):
+    launches = [Launch(f'k-{i}', encrypt=i==1, connection=FIELDS if i==2 else None) for i in range(3)]
+    launches.append(Launch('ключ "x" \\ '))
+    got = answers(*(dict(ticket=o.ticket(), kernel_id=o.kernel_id, fields=FIELDS|dict(kernel_id=o.kernel_id)) for o in launches))
+    for launch, sent in zip(launches, got):
+        message = parse_message(sent['message'].encode())
+        assert launch.open(message)==FIELDS|dict(kernel_id=launch.kernel_id)
+        assert launch.answer(message).decode().strip()==sent['ack']
+        with pytest.raises(HandshakeError): Launch(launch.kernel_id).open(message)
+    again, = answers(dict(ticket=launches[0].ticket(), kernel_id='k-0', fields=FIELDS|dict(kernel_id='k-0')))
+    assert again['message']!=got[0]['message'], 'each message has a key of its own'
+
+def test_refused_inputs(answers):
+    good = json.loads(base64.b64decode(Launch('k').ticket()))
+    def ticket(**changes): return base64.b64encode(json.dumps(good|changes).encode()).decode()
+    bad = ['', 'abc', '!', base64.b64encode(b'[]').decode(), ticket(version=3), ticket(psk=''), ticket(psk=base64.b64encode(b'short').decode()),
+           ticket(key=None), ticket(key=good['psk']), ticket(version='')]
+    for o in answers(*(dict(ticket=t, kernel_id='k', fields={}) for t in bad)):
+        assert o['error'].startswith('LaunchError: the host application sent ') and good['psk'] not in o['error'], o
+    for o in answers(*(dict(range=r) for r in ('9..3', 'abc', '', '1..70000', '1-2', '-1..5', '1..2..3'))): assert 'is not LOWER..UPPER' in o['error']
+    for o in answers(*(dict(address=a) for a in ('', '10.0.0.1', ':80', '10.0.0.1:0', '10.0.0.1:70000', '::1:80', '[::1]', 'a b:80'))): assert '--response-address' in o['error'], o
+    assert [o.get('range') or o['address'] for o in answers(dict(range='0..0'), dict(range='40000..41000'), dict(address='10.0.0.1:80'), dict(address='[::1]:80'))]==[
+        'PortRange(0,0)', 'PortRange(40000,41000)', '/10.0.0.1:80', '/[0:0:0:0:0:0:0:1]:80']
+
+def test_compiles_for_scala_2_13(needed, tmp_path):
+    "What does not touch Toree, which nobody distributes for 2.13."
+    java, spark, _ = needed
+    pom = HERE/'scala'/'pom.xml'
+    jars = CACHE/f'scala-{hashlib.sha256(pom.read_bytes()).hexdigest()[:12]}'
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE/'lock-scala', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (jars/'.complete').exists():
+            got = subprocess.run([need('mvn', 'maven'), '-B', '-ntp', '-q', '-f', str(pom), 'dependency:copy-dependencies', f'-DoutputDirectory={jars}'], capture_output=True, text=True)
+            assert not got.returncode, f'Scala 2.13 could not be fetched with Maven:\n{got.stdout + got.stderr}'
+            (jars/'.complete').touch()
+    jackson = ':'.join(map(str, spark.home.glob('jars/jackson-[acd]*-2.*.jar')))
+    said = compile_scala(java, f'{jars}/*:{jackson}', tmp_path/'out.jar', [toree.sources/f'{o}.scala' for o in ('Hpke', 'Handshake', 'Ports', 'Control', 'Self')])
+    assert 'warning' not in said
+
+# One kernel, launched by run.sh ----------------------------------------------------------------------------------------
+
+class LaunchFailed(Exception): pass
+
+@asynccontextmanager
+async def scala_kernel(server, spec, tmp, *extra, env={}, connection=None, encrypt=False, mode='lazy', spell='--{}', response=None, timeout=90, before=()):
+    "A launched kernel: its process, what it reported, a client; at the end nothing of it is left but its log."
+    launch = Launch(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
+    response = response or await server.address('127.0.0.1')
+    (home := tmp/launch.kernel_id).mkdir()
+    log = tmp/f'{launch.kernel_id}.log'
+    opts = {'kernel-id': launch.kernel_id, 'response-address': response, 'public-key': launch.public_key, 'port-range': '0..0', 'spark-context-initialization-mode': mode}
+    argv = [spec.argv[0], *(o for k,v in opts.items() for o in (spell.format(k), v)), *extra]
+    java = f"--driver-java-options '{QUICK} -Djava.io.tmpdir={home}' --conf spark.ui.enabled=false"
+    env = {**dict(PATH=os.environ['PATH'], HOME=str(home), TMPDIR=str(home), LANG='C.UTF-8', KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=launch.ticket(),
+        SPARK_HOME=spec.env['SPARK_HOME'], SPARK_LOCAL_IP='127.0.0.1', __TOREE_SPARK_OPTS__=f'--master local[2] {java}', __TOREE_OPTS__=spec.env['__TOREE_OPTS__']), **env}
+    with server.expect(launch) as told, open(log, 'wb') as out:
+        start = time.monotonic()
+        proc = await asyncio.create_subprocess_exec(*before, *argv, env=env, start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out)
+        exited = asyncio.ensure_future(proc.wait())
+        try:
+            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not told.future.done(): raise LaunchFailed(f'status {proc.returncode} after {time.monotonic()-start:.1f} s: {log.read_text()[-6000:]}')
+            fields = told.future.result()
+            k = SimpleNamespace(proc=proc, fields=fields, exited=exited, log=log, launch=launch, home=home, took=time.monotonic()-start)
+            k.client = AsyncKernelClient()
+            k.client.load_connection_info(connection_info(fields))
+            k.client.start_channels(hb=False)
+            try:
+                await k.client.wait_for_ready(timeout=timeout)
+                yield k
+            finally: k.client.stop_channels()
+        finally:
+            try: os.killpg(proc.pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+            await exited
+            until('all processes and files of the kernel gone', lambda: not left_of(launch.kernel_id) and not files(home), 10)
+
+def left_of(kernel_id):
+    "Processes with that kernel's id in their environment or command line."
+    def has(p):
+        try: return p.environ().get('KERNEL_ID')==kernel_id or kernel_id in p.cmdline()
+        except psutil.Error: return False
+    return [p for p in psutil.process_iter() if p.pid!=os.getpid() and has(p)]
+
+def files(d): return [o for o in d.rglob('*') if not o.is_dir() or o.name.startswith(('spark-', 'toree', 'blockmgr'))]
+
+async def control(k, request, nonce=None, mac=None):
+    "One signed request to the launcher's listener; its reply."
+    r, w = await asyncio.open_connection(k.fields['ip'], k.fields['comm_port'])
+    key = ControlKey(k.fields['control_key'])
+    nonce = control_nonce(await r.readline())
+    w.write(key.request(nonce, request))
+    reply = key.open_reply(nonce, await r.readline())
+    w.close()
+    return reply
+
+async def stopped(k, code, interrupt, after=1.5):
+    "Run a cell that does not end by itself, and interrupt it; what `run` gives, and the seconds that took in `took`."
+    cell = asyncio.ensure_future(run(k, code))
+    await asyncio.sleep(after)
+    assert not cell.done(), cell.result()
+    start = time.monotonic()
+    await interrupt()
+    got = await cell
+    got.took = time.monotonic() - start
+    return got
+
+def group(k):
+    async def interrupt(): os.killpg(k.fields['pgid'], signal.SIGINT)
+    return interrupt
+def listener(k):
+    async def interrupt(): assert await control(k, {'signum': 2})=={'alive': True}
+    return interrupt
+
+ENDLESS = 'sc.parallelize(1 to 4, 4).map { x => Thread.sleep(1000000); x }.count'
+
+async def test_a_kernel(server, spec, tmp_path):
+    async with scala_kernel(server, spec, tmp_path, '--port-range', '40000..42000', spell='--RemoteProcessProxy.{}') as k:
+        f = k.fields
+        assert f['pid']==f['pgid']==f['listener_pid']==k.proc.pid and f['ip']=='127.0.0.1'
+        assert all(40000 <= f[o] <= 42000 for o in (*port_names, 'comm_port'))
+        connection = k.home/f'.local/share/jupyter/runtime/kernel-{k.launch.kernel_id}.json'
+        assert stat.S_IMODE(connection.stat().st_mode)==0o600 and json.loads(connection.read_text())['key']==f['key']
+
+        got = await run(k, 'val x = 6 * 7; println(x)')                      # compute, print, fail
+        assert (got.status, got.text.strip())==('ok', '42')
+        assert '/ by zero' in (await run(k, '1 / 0')).error
+        assert 'lastException' not in str(vars(await run(k, '"grüezi"'))), "Toree's housekeeping is not the user's output"
+        assert 'not found: value nonsense' in (await run(k, 'nonsense')).error
+        assert '<b>' in str((await run(k, '%%html\n<b>bold</b>')).data), 'magics'
+
+        got = await run(k, 'println(Seq(sys.env.get("KERNEL_LAUNCH_SECRET"), System.getenv("KERNEL_LAUNCH_SECRET")))')
+        assert got.text.strip()=='List(None, null)', 'the ticket is gone'
+        environ = Path(f'/proc/{f["pid"]}/environ').read_bytes()
+        assert k.launch.ticket().encode() not in environ and b'\0KERNEL_LAUNCH_SECRET=\0' in b'\0'+environ and k.launch.kernel_id.encode() in environ
+        assert (await run(k, 'import sys.process._; println("env".!!)')).text.count('KERNEL_LAUNCH_SECRET=\n')<=1
+
+        got = await run(k, 'import spark.implicits._; println(Seq(1, 2, 3).toDF("a").count, sc.master)')   # Spark
+        assert got.text.strip()=='(3,local[2])', got.error
+        for code, how in (('while (true) {}', group), ('while (true) {}', listener), ('Thread.sleep(1000000)', group), ('import sys.process._; "sleep 1000".!', listener),
+                          (ENDLESS, group), (ENDLESS, listener)):
+            got = await stopped(k, code, how(k))
+            assert got.took < 1, (code, got.took)
+            assert (await run(k, 'println(sc.parallelize(1 to 10, 4).map(_ + x).sum)')).text.strip()=='475.0', 'the context is usable, nothing is lost'
+        assert re.search('cancelled', got.error)
+        for _ in range(30):                                                  # where no cell runs, and while one begins and ends
+            os.killpg(f['pgid'], signal.SIGINT)
+            await asyncio.sleep(.01)
+        await asyncio.sleep(1)
+        assert (await run(k, 'println(x)')).text.strip()=='42'
+
+        assert await control(k, {'signum': 0})=={'alive': True}
+        assert 'error' in await control(k, {'signum': 99}) and 'error' in await control(k, {})
+        await abuse(k)
+
+        await k.client.shutdown(reply=True, timeout=10)
+        assert await asyncio.wait_for(k.exited, 10)==0
+        until('files gone', lambda: not files(k.home), 5)
+        said = k.log.read_text()
+        for secret in (f['key'], f['control_key'], k.launch.ticket()): assert secret not in said
+        assert said.count('is not signed')==1, 'refusals are mentioned once'
+
+async def abuse(k):
+    "Requests that are not signed, replayed, endless or never made: none is answered, and none keeps the host application out."
+    address, key = (k.fields['ip'], k.fields['comm_port']), ControlKey(k.fields['control_key'])
+    def talk(make):
+        with socket.create_connection(address, 5) as s:
+            f = s.makefile('rwb')
+            nonce = control_nonce(f.readline())
+            f.write(make(nonce)); f.flush()
+            return f.readline()
+    request = {}
+    def sign(nonce): return request.setdefault('signed', key.request(nonce, {'signum': 15}))
+    forged = lambda nonce: json.dumps(dict(request='{"signum": 15}', mac='00'*32)).encode() + b'\n'
+    def replay(nonce): return ControlKey(k.fields['control_key']).request(os.urandom(32), {'signum': 15})
+    for o in (forged, replay, lambda n: b'nonsense\n', lambda n: b'\xff\xfe\n', lambda n: b'{}\n', lambda n: b'[' * 3000 + b'\n', lambda n: b'x' * 100000):
+        try: assert await asyncio.to_thread(talk, o)==b''
+        except ConnectionError: pass
+    idle = [socket.create_connection(address, 5) for _ in range(300)]
+    assert await asyncio.wait_for(control(k, {'signum': 0}), 2)=={'alive': True}
+    for s in idle: s.close()
+
+async def test_a_restart_and_a_kill(server, spec, tmp_path):
+    async with scala_kernel(server, spec, tmp_path, before=('sh', '-c', 'trap "" INT; exec "$@"', 'sh')) as k:
+        first = connection_info(k.fields)
+        assert (await stopped(k, 'while (true) {}', group(k))).took < 1, 'whoever started run.sh with SIGINT ignored'
+        assert await control(k, {'shutdown': 1})=={'alive': True}
+        assert await asyncio.wait_for(k.exited, 10)==143
+    async with scala_kernel(server, spec, tmp_path, connection=first) as k:
+        assert connection_info(k.fields)==first
+        assert (await run(k, 'println(1 + 1)')).text.strip()=='2'
+        os.kill(k.fields['pid'], signal.SIGUSR2)                             # __TOREE_OPTS__ of Enterprise Gateway's kernelspecs: --alternate-sigint USR2
+        async def usr2(): os.kill(k.fields['pid'], signal.SIGUSR2)
+        assert (await stopped(k, 'Thread.sleep(100000)', usr2)).took < 1
+        await run(k, 'sc.parallelize(1 to 10).count')
+        os.kill(k.fields['pid'], signal.SIGKILL)
+        assert await asyncio.wait_for(k.exited, 5)==-9
+        until('files gone, those of a killed kernel too', lambda: not files(k.home), 5)
+
+async def test_no_context(server, spec, tmp_path):
+    async with scala_kernel(server, spec, tmp_path, mode='none') as k:
+        for name in ('sc', 'spark'): assert f'not found: value {name}' in (await run(k, name)).error
+        await listener(k)()
+        assert (await run(k, 'println(org.apache.spark.sql.SparkSession.getDefaultSession)')).text.strip()=='None', 'an interrupt does not make a context'
+
+async def test_context_that_cannot_start(server, spec, tmp_path):
+    opts = dict(env=dict(SPARK_OPTS=f"--master spark://nowhere --driver-java-options '{QUICK} -Djava.io.tmpdir={tmp_path}'"))
+    async with scala_kernel(server, spec, tmp_path, **opts) as k:
+        for _ in range(2):
+            got = await run(k, 'spark.range(10).count')
+            assert got.status=='error' and 'spark://nowhere' in got.error
+        assert (await run(k, 'println(1 + 1)')).text.strip()=='2'
+    with pytest.raises(LaunchFailed, match='(?s)status 1 .*the kernel did not start.*spark://nowhere'):
+        async with scala_kernel(server, spec, tmp_path, mode='eager', **opts): pass
+
+async def test_refusals(server, spec, tmp_path):
+    taken = [socket.create_server(('127.0.0.1', p)) for p in range(45000, 45004)]
+    cases = [
+        (dict(env=dict(KERNEL_LAUNCH_SECRET='')), (), 'status 1 .*KERNEL_LAUNCH_SECRET is not set'),
+        (dict(env=dict(KERNEL_LAUNCH_SECRET='abc')), (), 'status 1 .*sent nothing that is a launch ticket'),
+        (dict(encrypt=True), (), 'status 1 .*Toree cannot encrypt.*transport_encryption'),
+        (dict(), ('--port-range', '9..3'), "status 2 .*--port-range '9..3' is not LOWER..UPPER"),
+        (dict(), ('--port-range', '45000..45003'), 'status 1 .*fewer than 6 ports are free in 45000..45003'),
+        (dict(mode='quick'), (), "status 2 .*lazy, eager or none, not 'quick'"),
+        (dict(response='nonsense'), (), "status 2 .*--response-address 'nonsense' is not IP:PORT"),
+        (dict(response='127.0.0.1:1'), (), 'status 1 .*cannot be reached at 127.0.0.1 port 1 .*GP_ENABLE_TUNNELING')]
+    slots = asyncio.Semaphore(3)
+    async def refused(how, extra, reason):
+        async with slots:
+            with pytest.raises(LaunchFailed) as e:
+                async with scala_kernel(server, spec, tmp_path, *extra, **how): pass
+        assert re.search(f'(?s){reason}', str(e.value)), (reason, str(e.value))
+        assert str(e.value).count('[launcher ')==1, 'one line says why'
+    try: await asyncio.gather(*(refused(*o) for o in cases))
+    finally:
+        for s in taken: s.close()
+
+async def test_unwanted(server, spec, tmp_path):
+    "A kernel that nobody asked for, and one whose report is not answered as it should be, end themselves."
+    def answer(reply):
+        async def serve(r, w):
+            await r.read()
+            w.write(reply)
+            w.close()
+        return serve
+    async def ends(reply):
+        liar = await asyncio.start_server(answer(reply), '127.0.0.1', 0)
+        with pytest.raises(LaunchFailed, match='(?s)status 1 .*did not confirm this launch'):
+            async with scala_kernel(server, spec, tmp_path, response='127.0.0.1:%d' % liar.sockets[0].getsockname()[1]): pass
+        liar.close()
+    await asyncio.gather(ends(b''), ends(b'00'*32 + b'\n'))
+
+# Over SSH, from kernelspecs that were installed ------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['spark_standalone', 'yarn'])
+async def test_spark_over_ssh(kind, request, hosts, tmp_path):
+    cluster = request.getfixturevalue(kind)
+    name, spec = install(tmp_path, '--language', 'Scala', '--spark', '--spark-master', cluster.master, '--spark-home', cluster.spark_home)
+    assert ('--deploy-mode client' in spec['env']['__TOREE_SPARK_OPTS__'])==(kind=='yarn')
+    with hosts.nothing_left(timeout=20, ignore=[r'kernel-.*\.log']):
+        async with remote_kernel(tmp_path, name, hosts.names[:1]) as k:
+            got = await run(k, 'println(spark.range(1000).filter("id % 7 = 0").count, sc.master, sys.env("GP_TEST_HOST"))')
+            assert got.text.strip()==f'(143,{cluster.master},{hosts.names[0]})', got.error
+            where = 'println(sc.parallelize(1 to 2, 2).map(_ => java.lang.ProcessHandle.current.pid).collect.contains(java.lang.ProcessHandle.current.pid))'
+            assert (await run(k, where)).text.strip()=='false', 'executors do the work'
+            cluster.wait_state(k.id, 'RUNNING')
+            for code in (ENDLESS, 'while (true) {}'): assert (await interrupted(k, code, after=1.5)).took < 1.5
+            assert (await run(k, 'println(sc.parallelize(1 to 10, 2).sum)')).text.strip()=='55.0'
+            before = k.km.get_connection_info()
+            await k.km.restart_kernel()
+            await k.client.wait_for_ready(timeout=60)
+            assert k.km.get_connection_info()==before
+            assert (await run(k, 'println(1 + 1)')).text.strip()=='2'
+            await k.km.shutdown_kernel()
+            assert not hosts.kernels(k.id)
+            until('no application runs', lambda: all(a['state'] in ('FINISHED', 'KILLED') for a in cluster.applications(k.id)), 20)
