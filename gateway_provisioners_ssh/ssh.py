@@ -82,6 +82,24 @@ class Login:
     connect_timeout:float = 5 # Seconds until a host counts as unreachable
     config:str|None = None # The OpenSSH client configuration file; None: the user's, then the system's
 
+def _public(f):
+    "What a public key file holds, in the form in which agents list keys; b'' if that is no public key"
+    try: return base64.b64decode(open(f).read().split()[1])
+    except (OSError, ValueError, IndexError): return b''
+
+class _Agent(paramiko.Agent):
+    "The agent that `route` names, if there is one, and the keys of it that may be used"
+    def __init__(self, route):
+        paramiko.agent.AgentSSH.__init__(self)
+        path = os.environ.get('SSH_AUTH_SOCK') if route.identity_agent is None else route.identity_agent
+        if not path: return
+        sock = socket.socket(socket.AF_UNIX)
+        try: sock.connect(path); self._connect(sock)
+        except (OSError, SSHException): return sock.close()
+        if not route.identities_only: return
+        named = {_public(o) for f in route.identity_files+route.certificate_files for o in (f, f'{f}.pub', f'{f}-cert.pub')}
+        self._keys = tuple(k for k in self._keys if k.asbytes() in named)
+
 def _authenticate(wire, route, login):
     "A logged-in `SSHClient` over `wire`; blocks"
     client = paramiko.SSHClient()
@@ -94,9 +112,10 @@ def _authenticate(wire, route, login):
         if 'gss_auth' not in inspect.signature(client.connect).parameters:
             raise SSHException(f'paramiko {paramiko.__version__} has no GSSAPI; install gateway_provisioners_ssh[gssapi]')
         gss = dict(gss_auth=True, gss_kex=False)
-    keys = [f for f in route.identity_files if os.path.exists(f)]
+    keys = [f for f in route.identity_files if os.path.exists(f) and not _public(f)]
+    client._agent = _Agent(route)
     client.connect(route.host_key_alias or route.hostname, 22 if route.host_key_alias else route.port, sock=wire, transport_factory=Transport, username=route.user,
-        password=login.password, key_filename=keys or None, allow_agent=not route.identities_only and route.identity_agent != '',
+        password=login.password, key_filename=keys or None, allow_agent=True,
         look_for_keys=not route.identities_only and not keys, compress=route.compression, timeout=login.connect_timeout,
         banner_timeout=login.connect_timeout, auth_timeout=2*login.connect_timeout, channel_timeout=login.connect_timeout, **gss)
     return client
