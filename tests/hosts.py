@@ -402,7 +402,7 @@ class NetHost(SSHHost):
         "Let the clock of new sessions be `seconds` off (needs Debian's faketime)"
         lib = next(iter(Path('/usr/lib').glob('*/faketime/libfaketime.so.1')), None)
         if not lib: raise FileNotFoundError('libfaketime.so.1: install Debian package faketime')
-        self.env |= dict(LD_PRELOAD=str(lib), FAKETIME=f'{seconds:+d}', DONT_FAKE_MONOTONIC='1')
+        self.env |= dict(LD_PRELOAD=str(lib), FAKETIME=f'{seconds:+d}')   # not DONT_FAKE_MONOTONIC: with that, time.sleep fails
         self.restart_sshd()
 
     @contextlib.contextmanager
