@@ -1,0 +1,78 @@
+"""A host application behind a NAT router that lets it open connections to port 22, and nothing in. `python laptop.py SOURCE CONFIG`: SOURCE is a
+port on node1's loopback interface that sends as many MiB as a first line asks for. Waits for a line when it says so; prints JSON at the end."""
+import asyncio, json, os, socket, subprocess, sys, time
+import psutil
+from jupyter_client import AsyncKernelManager
+from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.provisioner import shared
+from kernels import busy, forget, printed, reply_to, value
+
+def fetch(port, mib):
+    "MiB a second that come from the source through `port` of this machine"
+    start, n, buf = time.perf_counter(), 0, bytearray(2**20)
+    with socket.create_connection(('127.0.0.1', port)) as s:
+        s.sendall(b'%d\n' % mib)
+        while got := s.recv_into(buf): n += got
+    assert n == mib*2**20, n
+    return mib/(time.perf_counter()-start)
+
+async def openssh(config, port):
+    "`ssh -L` to the source, and its local port"
+    with socket.create_server(('127.0.0.1', 0)) as s: local = s.getsockname()[1]
+    p = subprocess.Popen(['ssh', '-F', config, '-N', '-L', f'{local}:127.0.0.1:{port}', 'node1'], stdin=subprocess.DEVNULL)
+    for _ in range(200):
+        if any(o.laddr.port == local for o in psutil.Process(p.pid).net_connections('tcp') if o.status == 'LISTEN'): return p, local
+        await asyncio.sleep(.05)
+    raise TimeoutError('ssh -L')
+
+async def compared(km, source, config, mib=64, rounds=3):
+    "The same bytes through a forwarded port and through `ssh -L`, in turn; the best of each"
+    conn = km.provisioner.conn
+    fwd = await background().run(conn.forward(source))
+    p, local = await openssh(config, source)
+    try: both = [[await asyncio.to_thread(fetch, port, mib) for port in (fwd.port, local)] for _ in range(rounds)]
+    finally: p.kill(); p.wait()
+    return [max(o) for o in zip(*both)]
+
+async def start(host):
+    km = AsyncKernelManager(kernel_name='ssh_python')
+    await km.start_kernel(env=os.environ | dict(KERNEL_REMOTE_HOST=host))
+    kc = km.client()
+    kc.start_channels()
+    await kc.wait_for_ready(timeout=60)
+    return km, kc
+
+async def main(source, config):
+    res = {}
+    kernels = await asyncio.gather(*map(start, ['node1', 'node1', 'node1', 'node2']))
+    km, kc = kernels[0]
+    t = time.monotonic()
+    text, status = await printed(kc, 'for i in range(200): print(chr(97+i%26)*100_000)', timeout=60)
+    res['output'], res['output_s'] = len(text), time.monotonic()-t
+    msg = await busy(kc, 'print("on", flush=True)\nwhile True: pass')
+    t = time.monotonic()
+    await km.interrupt_kernel()
+    res['interrupted'], res['interrupt_s'] = (await reply_to(kc, msg))['ename'], time.monotonic()-t
+    before = km.get_connection_info()
+    await printed(kc, 'x = 1')
+    await km.restart_kernel()
+    await kc.wait_for_ready(timeout=60)
+    res['restarted'] = [km.get_connection_info() == before, await value(kc, '"x" in globals()')]
+    await printed(kc, 'import os; x = 41')
+    print('cut', flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    t = time.monotonic()
+    res['after the cut'] = [await value(kc, 'x + 1', timeout=60), await km.is_alive()]
+    res['reconnect_s'] = time.monotonic()-t
+    t = time.monotonic()
+    res['others'] = [await value(o, '6*7', timeout=60) for _, o in kernels[1:]]
+    res['mib_s'], res['openssh_mib_s'] = await compared(km, source, config)
+    print('count', flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    for km, kc in kernels:
+        kc.stop_channels()
+        await km.shutdown_kernel(now=True)
+    print(json.dumps(res), flush=True)
+    await asyncio.to_thread(forget)
+
+if __name__ == '__main__': asyncio.run(main(int(sys.argv[1]), sys.argv[2]))

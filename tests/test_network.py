@@ -1,0 +1,285 @@
+"""What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out of a network that lets
+nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
+import asyncio, contextlib, json, os, shutil, subprocess, sys, textwrap, time
+from pathlib import Path
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from traitlets.config import Config
+from gateway_provisioners_ssh import balance
+from gateway_provisioners_ssh.settings import LaunchError
+from conftest import need
+from hosts import SBIN, sh, wait
+from kernels import Remote, busy, forget, printed, reply_to, value
+
+HERE = Path(__file__).parent
+
+@pytest.fixture(scope='module')
+def on_net(_net):
+    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix', patch)
+
+@pytest.fixture
+def remote(on_net, net):
+    "Kernelspec ssh_python on hosts in network namespaces"
+    yield on_net
+    forget()
+
+@contextlib.asynccontextmanager
+async def running(remote, *hosts, spec=None, encryption='disabled', config={}):
+    "A kernel on the first of `hosts` that will have it, and a client"
+    balance._balancer.cache_clear()
+    name = spec or remote.spec('_'.join(['ssh', *hosts]), hosts=list(hosts))
+    km = AsyncKernelManager(kernel_name=name, kernel_spec_manager=KernelSpecManager(), config=Config(DistributedProvisioner=config),
+                            transport_encryption=encryption)
+    await km.start_kernel()
+    kc = km.client()
+    kc.start_channels()
+    try:
+        await kc.wait_for_ready(timeout=60)
+        yield km, kc
+    finally:
+        kc.stop_channels()
+        await km.shutdown_kernel(now=True)
+
+async def after_a_break(kc, expr, timeout=60):
+    "What `expr` is, asked again for as long as requests get lost in a connection that has ended"
+    end = time.monotonic() + timeout
+    while True:
+        try: return await value(kc, expr, timeout=3)
+        except TimeoutError:
+            if time.monotonic() > end: raise
+
+# Encryption of the channels
+
+CURVE = 'curve_publickey', 'curve_secretkey'
+
+def encryption_of(remote, name, offered):
+    "Let the kernelspec `name` offer this encryption"
+    path = remote.specs_dir/name/'kernel.json'
+    kernel = json.loads(path.read_text())
+    kernel['metadata'].pop('supported_encryption', None)
+    if offered: kernel['metadata']['supported_encryption'] = offered
+    path.write_text(json.dumps(kernel))
+    return name
+
+@pytest.mark.parametrize('tunnel', [False, True], ids=['direct', 'tunnel'])
+@pytest.mark.parametrize('policy', ['disabled', 'auto', 'required'])
+async def test_transport_encryption(remote, net, policy, tunnel):
+    "Who captures every packet of a host reads a cell and its output only if nothing encrypts them; a restart keeps the keys"
+    cell, output = 'cell seen by nobody 1797', 'output seen by nobody 3594'
+    with net[0].capture() as packets:
+        async with running(remote, 'node1', encryption=policy, config=dict(tunneling_enabled=tunnel)) as (km, kc):
+            async def ask():
+                assert (await printed(kc, f'# {cell}\nprint("output", "seen by nobody", 2*1797)'))[0] == output+'\n'
+            await ask()
+            info, fields = km.get_connection_info(), dict(km.provisioner.fields)
+            assert info['ip'] == ('127.0.0.1' if tunnel else net[0].address)
+            assert all(k in info for k in CURVE) == (policy != 'disabled')
+            await km.restart_kernel()
+            await kc.wait_for_ready(timeout=60)
+            await ask()
+            assert km.get_connection_info() == info
+            assert {k: km.provisioner.fields.get(k) for k in (*CURVE, 'key', 'shell_port')} == {k: fields.get(k) for k in (*CURVE, 'key', 'shell_port')}
+    seen = packets.read_bytes()
+    assert len(seen) > 50_000, 'there was something to see'
+    plain = policy == 'disabled' and not tunnel
+    assert [o.encode() in seen for o in (cell, output)] == [plain, plain]
+    secrets = [info['key'], *(info[k] for k in CURVE[1:] if k in info), fields['control_key']]
+    assert not [o for o in secrets if (o if isinstance(o, bytes) else o.encode()) in seen], 'a key is in no packet'
+
+async def test_encryption_that_a_kernel_does_not_offer(remote):
+    name = encryption_of(remote, remote.spec('plain', hosts=['node1']), None)
+    with pytest.raises(RuntimeError, match='does not declare'):
+        async with running(remote, spec=name, encryption='required'): pass
+    async with running(remote, spec=name, encryption='auto') as (km, kc):
+        assert not set(CURVE) & set(km.get_connection_info()) and await value(kc, '6*7') == 42
+
+LEGACY = [sys.executable, str(HERE/'legacy_launcher.py'), '--RemoteProcessProxy.kernel-id', '{kernel_id}', '--RemoteProcessProxy.response-address',
+          '{response_address}', '--RemoteProcessProxy.public-key', '{public_key}']
+
+@pytest.mark.parametrize('policy', ['auto', 'required'])
+async def test_encryption_that_a_launcher_does_not_give(remote, net, policy):
+    "A kernelspec may promise what its launcher cannot do: then there is no kernel, and no plaintext"
+    name = encryption_of(remote, remote.spec('promise', argv=lambda _: LEGACY, hosts=['node1']), ['curve'])
+    with net[0].nothing_left(ignore=['/kernel-.*log', '/tmp.*json', r'/\.']):
+        with pytest.raises(LaunchError, match='encrypt'):
+            async with running(remote, spec=name, encryption=policy, config=dict(allow_legacy_launchers=True)): pass
+
+# One connection, outwards
+
+SOURCE = textwrap.dedent('''
+    import os, socket
+    s = socket.create_server(("127.0.0.1", 0))
+    print(s.getsockname()[1], flush=True)
+    data = os.urandom(2**20)
+    while True:
+        c, _ = s.accept()
+        try:
+            for _ in range(int(c.makefile().readline())): c.sendall(data)
+        except OSError: pass
+        c.close()''')
+
+def test_behind_nat(remote, net):
+    "All there is to have of kernels, through one connection to port 22 of each host"
+    source = subprocess.Popen([str(o) for o in net[0].inside([sys.executable, '-c', SOURCE])], stdout=subprocess.PIPE, text=True)
+    env = net.client.environ() | {k: v for k, v in os.environ.items() if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))} | dict(
+        PATH=os.environ['PATH'], GP_ENABLE_TUNNELING='True', GP_CONNECT_TIMEOUT='2')
+    with remote.lab.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
+        app = net.laptop().popen(sys.executable, HERE/'laptop.py', source.stdout.readline().strip(), net.client.config, env=env,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            assert app.stdout.readline() == 'cut\n'
+            assert [h.connections() for h in net] == [1, 1, 0, 0], 'one connection a host, however many kernels'
+            net[0].cut()
+            time.sleep(12)   # so long that the connection is given up here
+            net[0].heal()
+            app.stdin.write('\n'); app.stdin.flush()
+            assert app.stdout.readline() == 'count\n'
+            counts = [h.connections() for h in net]
+            app.stdin.write('\n'); app.stdin.flush()
+            out, _ = app.communicate(timeout=60)
+        finally:
+            app.kill(); app.wait()
+            source.kill(); source.wait(); source.stdout.close()
+    res = json.loads(out)
+    print(json.dumps(res), f"ratio to ssh -L: {res['mib_s']/res['openssh_mib_s']:.2f}", counts)
+    assert res['output'] == 200*100_001
+    assert res['interrupted'] == 'KeyboardInterrupt' and res['interrupt_s'] < 3
+    assert res['restarted'] == [True, False]
+    assert res['after the cut'] == [42, True] and res['others'] == [42]*3
+    assert res['mib_s'] > 0.2*res['openssh_mib_s']
+    assert counts[1] == 1
+
+# Ways to a host
+
+def only_from(host, other):
+    "Let `host` answer `other` only"
+    host.ns.nft(f'''table inet fw {{ chain input {{ type filter hook input priority 0; policy drop; iifname "lo" accept; meta l4proto 58 accept;
+        ct state established,related accept; ip saddr {other.address} tcp dport 22 accept; }}
+    }}\n''')
+
+WHENCE = '__import__("os").environ["SSH_CONNECTION"].split()[0]'
+
+@pytest.fixture
+def far(net):
+    "node3, which can be reached from node2 only, which can be reached from node1 only"
+    only_from(net[2], net[1]); only_from(net[1], net[0])
+    c = net.client
+    yield lambda **options: c.alias('far', HostName=net[2].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts, **options)
+    for o in 'far', 'behind':
+        if o in c.aliases: del c.aliases[o]
+    c.write()
+
+async def test_two_jump_hosts(remote, net, far):
+    "Everything goes over one connection to each host on the way, restarts, interrupts and other kernels included"
+    far(ProxyJump='node1,node2')
+    with pytest.raises(LaunchError, match='no answer'):
+        async with running(remote, 'node3', config=dict(connect_timeout=1)): pass
+    with net.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
+        async with running(remote, 'far') as (km, kc), running(remote, 'far') as (_, other):
+            assert await value(kc, WHENCE) == net[1].address
+            assert [h.connections() for h in net] == [1, 1, 1, 0]
+            assert km.get_connection_info()['ip'] == '127.0.0.1', 'a host behind another is tunnelled to'
+            msg = await busy(kc, 'print(1, flush=True)\nimport time; time.sleep(1000)')
+            await km.interrupt_kernel()
+            assert (await reply_to(kc, msg))['ename'] == 'KeyboardInterrupt'
+            await km.restart_kernel()
+            await kc.wait_for_ready(timeout=60)
+            net[1].drop()
+            assert [await after_a_break(o, '6*7') for o in (kc, other)] == [42, 42]
+
+async def test_jump_hosts_that_jump(remote, net, far):
+    "The chain is spread over the configuration: far is behind node2, which is behind node1"
+    c = net.client
+    c.alias('behind', HostName=net[1].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts, ProxyJump='node1')
+    far(ProxyJump='behind')
+    async with running(remote, 'far') as (_, kc): assert await value(kc, WHENCE) == net[1].address
+
+async def test_a_jump_host_that_is_down(remote, net, far):
+    far(ProxyJump='node1,node2')
+    net[0].stop()
+    with pytest.raises(LaunchError, match='host far .*nothing listens'):
+        async with running(remote, 'far'): pass
+    async with running(remote, 'far', 'node4') as (km, _): assert str(km.provisioner.conn.host) == 'node4'
+
+async def test_proxy_command(remote, net, far):
+    "OpenSSH's own client carries the bytes, in a chain of its own"
+    far(ProxyCommand=f'ssh -F {net.client.config} -J node1 -W %h:%p node2')
+    async with running(remote, 'far') as (km, kc):
+        assert await value(kc, WHENCE) == net[1].address
+        net[0].drop()
+        assert await after_a_break(kc, '6*7') == 42
+    await asyncio.to_thread(forget)
+    wait(lambda: not [h for h in net if h.connections()], what='the proxy command ended')
+
+# Ways in
+
+@pytest.fixture
+def agent(tmp_path_factory):
+    "A running ssh-agent: its socket, and a function that adds a key with a passphrase"
+    sock = tmp_path_factory.mktemp('agent')/'socket'
+    p = subprocess.Popen(['ssh-agent', '-D', '-a', sock], stdout=subprocess.DEVNULL)
+    def add(key, passphrase):
+        (ask := sock.with_name('ask')).write_text(f'#!/bin/sh\necho {passphrase}\n')
+        ask.chmod(0o700)
+        sh('ssh-add', key, env=os.environ | dict(SSH_AUTH_SOCK=str(sock), SSH_ASKPASS=str(ask), SSH_ASKPASS_REQUIRE='force'))
+    wait(sock.exists)
+    yield sock, add
+    p.kill(); p.wait()
+
+@pytest.fixture
+def alias(net):
+    "Define aliases of node4 for one test, without a key of their own"
+    made, base = [], dict(HostName=net[3].address, UserKnownHostsFile=net.client.known_hosts)
+    def make(name, **options):
+        made.append(name)
+        net.client.alias(name, **base, **options)
+        return name
+    yield make
+    for o in made: del net.client.aliases[o]
+    net.client.write()
+
+def locked_key(net, user, passphrase):
+    "A key with a passphrase, which lets `user` of node4 in, and no other key does"
+    key = net.client.ssh/f'locked-{user}'
+    sh('ssh-keygen', '-q', '-t', 'ed25519', '-N', passphrase, '-C', user, '-f', key)
+    net[3].add_user(user, key=False)
+    (f := net[3].keys/user).write_text(key.with_suffix('.pub').read_text())
+    f.chmod(0o644)
+    return key
+
+WHO = '__import__("getpass").getuser()'
+
+async def test_key_with_a_passphrase_in_an_agent(remote, net, alias, agent, monkeypatch):
+    key, (sock, add) = locked_key(net, 'grace', 'correct horse'), agent
+    name = alias('locked', User='grace', IdentityFile=key)
+    with pytest.raises(LaunchError, match='protected by a passphrase.*ssh-add'):
+        async with running(remote, name): pass
+    add(key, "'correct horse'")
+    monkeypatch.setenv('SSH_AUTH_SOCK', str(sock))
+    await asyncio.to_thread(forget)
+    for options in dict(), dict(IdentitiesOnly='yes'):
+        async with running(remote, alias('locked-'+'only'*len(options), User='grace', IdentityFile=key, **options)) as (_, kc):
+            assert await value(kc, WHO) == 'grace'
+    with pytest.raises(LaunchError, match='refused the login|no key'):   # the agent's key is not the one named
+        async with running(remote, alias('other', User='grace', IdentityFile=net.client.key, IdentitiesOnly='yes')): pass
+    monkeypatch.delenv('SSH_AUTH_SOCK')
+    async with running(remote, alias('named', User='grace', IdentityAgent=sock)) as (_, kc): assert await value(kc, WHO) == 'grace'
+
+@pytest.mark.parametrize('options', [dict(UsePAM='no'), dict(UsePAM='yes'), dict(UsePAM='yes', PasswordAuthentication='no', KbdInteractiveAuthentication='yes')],
+                         ids=['password', 'PAM', 'keyboard-interactive'])
+async def test_password(remote, net, alias, monkeypatch, caplog, options):
+    host, password = net[3], 'sesame & "open" $HOME'
+    if (user := f'pat{len(options)}') not in host.users: host.add_user(user, password=password, key=False)
+    host.options = options
+    host.restart_sshd()
+    try:
+        name = alias(f'by-{user}', User=user)
+        monkeypatch.setenv('GP_REMOTE_PWD', password)
+        async with running(remote, name) as (_, kc): assert await value(kc, WHO) == user
+        monkeypatch.setenv('GP_REMOTE_PWD', 'sesame, close')
+        await asyncio.to_thread(forget)
+        with pytest.raises(LaunchError, match='refused the login') as e:
+            async with running(remote, name): pass
+        assert 'sesame' not in str(e.value)+caplog.text
+    finally: host.options = {}; host.restart_sshd()
