@@ -81,6 +81,9 @@ case ${GP_IMPERSONATION_ENABLED:-$EG_IMPERSONATION_ENABLED} in [Tt][Rr][Uu][Ee]|
   fi
 esac
 
+# a JVM reads its arguments by the locale; where a host sets none, what is not ASCII would be lost
+[ -n "$LC_ALL$LC_CTYPE$LANG" ] || export LC_CTYPE=C.UTF-8
+
 # a JVM that is started with SIGINT ignored, as commands behind an & are, could not be interrupted by it
 fresh=()
 env --default-signal=INT true 2>/dev/null && fresh=(env --default-signal=INT)
