@@ -111,7 +111,7 @@ def _authenticate(wire, route, login):
     if login.gss_auth:
         if 'gss_auth' not in inspect.signature(client.connect).parameters:
             raise SSHException(f'paramiko {paramiko.__version__} has no GSSAPI; install gateway_provisioners_ssh[gssapi]')
-        gss = dict(gss_auth=True, gss_kex=False)
+        gss = dict(gss_auth=True, gss_kex=False, gss_host=route.hostname)
     keys = [f for f in route.identity_files if os.path.exists(f) and not _public(f)]
     client._agent = _Agent(route)
     client.connect(route.host_key_alias or route.hostname, 22 if route.host_key_alias else route.port, sock=wire, transport_factory=Transport, username=route.user,

@@ -21,18 +21,24 @@ programs() {
     packages r-cran-irkernel                                                    || ok=1   # R kernels
     packages default-jdk-headless/javac maven/mvn                               || ok=1   # Spark, YARN and Scala kernels
     packages nodejs/node npm/npm                                                || ok=1   # JavaScript kernels
+    packages krb5-kdc/krb5kdc krb5-admin-server/kadmin.local krb5-user/kinit    || ok=1   # Kerberos,
+    packages libkrb5-dev gcc/gcc python3-dev                                    || ok=1   # and what its Python package is built with
     return $ok
 }
 environment() {
     local made
     made=$VENV/installed-$(cat settings.ini setup.py pyproject.toml | cksum | tr ' ' -)
     [ ! -e "$made" ] || return 0
-    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && npm_packages && touch "$made"
+    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && npm_packages && kerberos && touch "$made"
 }
 npm_packages() {  # those that settings.ini names, into $VENV/node; without npm there are none, as `programs` has said
     local names
     mapfile -t names < <(sed -n '/^test_npm_requirements/,/^[a-z_]* *=/s/^ \+//p' settings.ini)
     ! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix "$VENV/node" "${names[@]}" </dev/null
+}
+kerberos() {  # an environment with the extra `gssapi`, which needs an older paramiko than all others
+    venv "$VENV/gssapi" && "$VENV/gssapi/bin/python" -m pip install --quiet -e '.[gssapi]' ||
+        loud "No environment with the extra gssapi: the tests of Kerberos are skipped"
 }
 notebook() {  # one from top to bottom, in a process and a home of its own
     local t=$SECONDS log=$work/${1//\//-}.log

@@ -1,6 +1,6 @@
 """What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out of a network that lets
 nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
-import asyncio, contextlib, json, os, shutil, subprocess, sys, textwrap, time
+import asyncio, contextlib, json, os, shutil, socket, subprocess, sys, textwrap, time
 from pathlib import Path
 import pytest
 from jupyter_client import AsyncKernelManager
@@ -283,3 +283,100 @@ async def test_password(remote, net, alias, monkeypatch, caplog, options):
             async with running(remote, name): pass
         assert 'sesame' not in str(e.value)+caplog.text
     finally: host.options = {}; host.restart_sshd()
+
+# Kerberos
+
+KRB5 = '''[libdefaults]
+ default_realm = HOSTS.TEST
+ dns_lookup_kdc = false
+ dns_canonicalize_hostname = false
+ rdns = false
+[realms]
+ HOSTS.TEST = {{
+  kdc = 127.0.0.1:{port}
+ }}
+'''
+KDC = '''[kdcdefaults]
+ kdc_ports = {port}
+ kdc_tcp_ports = {port}
+[realms]
+ HOSTS.TEST = {{
+  database_name = {dir}/principal
+  key_stash_file = {dir}/stash
+  max_life = 1h
+ }}
+'''
+
+class Realm:
+    "A Kerberos realm with a key distribution centre on this machine; `env` is what its clients need"
+    def __init__(self, dir):
+        self.dir = dir
+        with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+        for f, text in ('krb5.conf', KRB5), ('kdc.conf', KDC): (dir/f).write_text(text.format(dir=dir, port=port))
+        self.env = dict(KRB5_CONFIG=str(dir/'krb5.conf'), KRB5CCNAME=f'FILE:{dir}/tickets')
+        self.run('kdb5_util', 'create', '-s', '-P', 'master')
+        self.log = open(dir/'kdc.log', 'w')
+        self.kdc = subprocess.Popen([shutil.which('krb5kdc', path=SBIN), '-n'], env=self.all, stdout=self.log, stderr=self.log)
+        def listening():
+            with contextlib.suppress(OSError): socket.create_connection(('127.0.0.1', port)).close(); return True
+        wait(listening, what='KDC')
+
+    @property
+    def all(self): return os.environ | self.env | dict(KRB5_KDC_PROFILE=str(self.dir/'kdc.conf'), PATH=SBIN)
+    def run(self, *argv, **kw): return sh(*argv, env=self.all, **kw)
+    def user(self, name, password): self.run('kadmin.local', 'addprinc', '-pw', password, name)
+    def host(self, address):
+        "The file with the keys of an SSH server"
+        self.run('kadmin.local', 'addprinc', '-randkey', f'host/{address}')
+        self.run('kadmin.local', 'ktadd', '-k', self.dir/'keytab', f'host/{address}')
+        return str(self.dir/'keytab')
+    def close(self): self.kdc.kill(); self.kdc.wait(); self.log.close()
+
+TICKET_KERNEL = '''
+import asyncio, sys
+from jupyter_client import AsyncKernelManager
+async def main():
+    km = AsyncKernelManager(kernel_name=sys.argv[1])
+    try: await km.start_kernel()
+    except Exception as e: return print('refused:', e)
+    kc = km.client()
+    kc.start_channels()
+    await kc.wait_for_ready(timeout=60)
+    reply = await kc.execute_interactive('', user_expressions=dict(v='__import__("getpass").getuser()'), silent=True, timeout=30)
+    print('runs as', reply['content']['user_expressions']['v']['data']['text/plain'])
+    kc.stop_channels()
+    await km.shutdown_kernel()
+asyncio.run(main())
+'''
+
+def test_kerberos(remote, net, alias, tmp_path, monkeypatch):
+    "A ticket is all there is to log in with; in an environment with the extra `gssapi`, since paramiko 5 has none of it"
+    python = Path(sys.prefix)/'gssapi/bin/python'
+    need(None if python.exists() else f'no environment with the extra gssapi in {python.parents[1]} (scripts/test.sh makes it)')
+    need(None if shutil.which('krb5kdc', path=SBIN) and shutil.which('kinit') else 'not installed: krb5kdc, kinit (Debian packages krb5-kdc, krb5-user)')
+    host, realm = net[3], Realm(tmp_path)
+    try:
+        if 'lise' not in host.users: host.add_user('lise', key=False)
+        realm.user('lise', 'fission')
+        monkeypatch.setenv('KRB5_KTNAME', realm.host(host.address))
+        monkeypatch.setenv('KRB5_CONFIG', realm.env['KRB5_CONFIG'])
+        host.options = dict(GSSAPIAuthentication='yes', GSSAPIStrictAcceptorCheck='no', PasswordAuthentication='no', PubkeyAuthentication='no')
+        host.restart_sshd()
+        name = remote.spec('ticket', hosts=[alias('by-ticket', User='lise')])
+        start = lambda **env: sh(python, '-c', TICKET_KERNEL, name, env=os.environ | realm.env | dict(GP_REMOTE_GSS_SSH='True') | env, timeout=120)
+        with net.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
+            assert start().startswith('refused: host by-ticket (user lise)')
+            realm.run('kinit', 'lise', input='fission\n')
+            assert start() == "runs as 'lise'\n"
+            assert 'Accepted gssapi-with-mic for lise' in host.log()
+            assert start(GP_REMOTE_GSS_SSH='False').startswith('refused: host by-ticket (user lise)')
+    finally:
+        host.options = {}
+        host.restart_sshd()
+        realm.close()
+
+async def test_kerberos_without_the_extra(remote, net):
+    import paramiko
+    if int(paramiko.__version__.split('.')[0]) < 5: pytest.skip('this paramiko has GSSAPI')
+    with pytest.raises(LaunchError, match=r'no GSSAPI; install gateway_provisioners_ssh\[gssapi\]'):
+        async with running(remote, 'node4', config=dict(gss_auth=True)): pass
