@@ -196,7 +196,7 @@ async def _start_on(self:DistributedProvisioner, conn, request, deadline):
             return process, fields, tunnel
         except BaseException as e:
             await asyncio.shield(_undo(starting, 0 if isinstance(e, ShellClosed) or silence.done() else 5))
-            if isinstance(e, (StartFailed, HandshakeError)): raise LaunchError(_message(conn, '\n'.join([f'{e}.', *_fix(str(e))]))) from None
+            if isinstance(e, (StartFailed, HandshakeError)): raise LaunchError(_message(conn, '\n'.join([f'{e}.', *_fix(str(e))])), 403 if 'sudo: unknown user' in str(e) else 500) from None
             if isinstance(e, asyncio.TimeoutError): raise LaunchError(_message(conn, _late(request))) from None
             raise
         finally: silence.cancel()
@@ -226,7 +226,9 @@ async def _undo(starting, patience=5):
 hints = {
     r"No module named '?ipykernel": 'Install ipykernel for that interpreter on the host',
     r"No module named '?(Cryptodome|HPKE)": 'Install pycryptodomex (3.22 or newer) for that interpreter on the host',
-    r'sudo:': 'Impersonation needs a sudoers rule on the host that lets this login run commands as the user without a password',
+    r'sudo: unknown user': 'With impersonation_enabled a kernel runs as KERNEL_USERNAME, who must be a user of the host',
+    r'sudo:': 'Impersonation needs a sudoers rule on the host that lets this login run commands as the user, without a password and in its own '
+        'environment: LOGIN ALL=(USER) NOPASSWD:SETENV: ALL',
     r'cannot write the log': 'Choose a directory on the host that exists and has room (GP_KERNEL_LOG_DIR)',
     r"not found|No such file or directory|can't open file": 'The interpreter and the kernelspec must be on the host, at the paths that kernel.json has (jupyter ssh-spec install --python sets the interpreter)',
     r'Permission denied': 'Check the permissions of the kernelspec on the host',

@@ -177,11 +177,11 @@ done'''
 _create = r'umask 077; rm -f "$1" "$1.1"; set -C; : >"$1" || exit; printf "%s\n" "$2" | cat >>"$1" || { rm -f "$1"; exit 1; }'
 
 _supervise = r'''
-umask 077
+mask=$(umask); umask 077
 dir={dir} log={log}
 fail() {{ rm -rf "$dir"; tell 1; exit 1; }}
 e=$(mkdir "$dir" 2>&1 && mkfifo "$dir/alive" "$dir/out" "$dir/watched" 2>&1) || {{ printf '%s' "$e" | fail; }}
-e=$({become} /bin/sh -c {create} sh "$log" {title} 2>&1) || {{ printf 'cannot write the log %s: %s' "$log" "$e" | fail; }}
+e=$({become} /bin/sh -c {create} sh "$log" {title} 2>&1) || {{ case $e in *sudo:*) ;; *) e="cannot write the log $log: $e";; esac; printf '%s' "$e" | fail; }}
 exec 9<>"$dir/alive"
 ( exec 9>&-
   while IFS= read -r l; do case $l in "{mark} "*) p=${{l#* }}; break;; esac; e="$e$l
@@ -193,6 +193,7 @@ exec 9<>"$dir/alive"
 exec 3>&-
 {orphan}
 exec 8>"$dir/out"
+umask "$mask"
 {become} /bin/sh >&8 2>&1 8>&- 9>&- <<'{end}'
 k() {{
 {script}
@@ -226,7 +227,7 @@ def sudo(
     user:str, # Who the process shall run as; a local user of the host
 ) -> str: # Words to put before a command
     "The prefix that makes a command run as `user`, with that user's home, without ever asking for a password"
-    return f'sudo -n -H -E -u {shlex.quote(user)} --'
+    return f'sudo -n -H -E -u {shlex.quote(user)} PATH="$PATH" --'
 
 # %% ../nbs/03_shell.ipynb #af7bddb0
 GONE = 255 # The exit code of a process of which only its end is known

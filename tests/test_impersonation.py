@@ -1,0 +1,179 @@
+"""Impersonation, with OS users and sudo on a real sshd host: the host application logs in as one user (`gateway`), and each kernel is the process of
+the user it was started for. Hosts of their own /home and sudoers need root; so do these tests."""
+import asyncio, json, os, re, shutil, signal, sys
+import psutil, pytest
+from conftest import need
+from jupyter_client.kernelspec import KernelSpecManager
+from gateway_provisioners_ssh.provisioner import DistributedProvisioner
+from gateway_provisioners_ssh.settings import LaunchError
+from hosts import wait
+from installed import interrupted, run
+from kernels import Remote, Timer, forget, value
+from types import SimpleNamespace
+
+RULE = 'gateway ALL=(ada, grace) NOPASSWD:SETENV: ALL'
+HABITS = [r'/home.*/\.(ipython|cache|config|local/share/jupyter/runtime$)', r'/nbsignatures', r'/homes/[^/]*/\.']
+
+@pytest.fixture
+def remote(net, tmp_path, tmp_path_factory, monkeypatch):
+    "Kernelspecs for the login `gateway` on node1, with sudo for ada and grace, readable by them"
+    need(None if shutil.which('sudo') else 'sudo is not installed')
+    node = net['node1']
+    for user in ('gateway', 'ada', 'grace', 'eve'):
+        if user not in node.users: node.add_user(user, key=user == 'gateway')
+    node.sudoers(RULE)
+    for o in (tmp_path_factory.getbasetemp(), *tmp_path.parents, tmp_path):
+        if o.is_relative_to(tmp_path_factory.getbasetemp()): o.chmod(0o755)
+    for user in ('ada', 'grace'): need(node.run('sh', '-c', f'test -x {sys.executable} -a -r {tmp_path} || echo other users cannot read {sys.prefix}', user=user).strip())
+    r = Remote(net, tmp_path/'prefix', monkeypatch)
+    monkeypatch.setenv('GP_IMPERSONATION_ENABLED', 'True')
+    r.node, r.users = node, node.users
+    r.install('--replace', hosts=['gateway@node1'])
+    yield r
+    node.sudoers('')
+    forget()
+
+def uid_of(pid): return psutil.Process(pid).uids().effective
+def at(node, path): return node.dir/'homes'/path.removeprefix('/home/') if path.startswith('/home/') else node.tmp/path.removeprefix('/tmp/')
+def owner(node, path): return (s := at(node, path).stat()).st_uid, s.st_mode & 0o777
+def both(km, kc): return SimpleNamespace(km=km, client=kc)
+
+async def start(remote, user, name='ssh_python', **env):
+    km = remote.manager(name)
+    await km.start_kernel(env=dict(os.environ, KERNEL_USERNAME=user, **env))
+    kc = km.client()
+    kc.start_channels()
+    await kc.wait_for_ready(timeout=60)
+    return km, kc
+
+async def end(km, kc):
+    kc.stop_channels()
+    await km.shutdown_kernel(now=True)
+
+async def test_the_kernel_is_the_users(remote):
+    node, ada = remote.node, remote.users['ada']
+    with remote.nothing_left(ignore=HABITS):
+        km, kc = await start(remote, 'ada')
+        p = km.provisioner
+        assert await value(kc, '(__import__("os").getuid(), __import__("os").getgid(), __import__("os").getgroups())') == (ada, ada, [ada])
+        env = await value(kc, 'dict(__import__("os").environ)')
+        assert (env['HOME'], env['USER'], env['KERNEL_USERNAME'], await value(kc, '__import__("os").getcwd()')) == ('/home/ada', 'ada', 'ada', '/home/ada')
+        assert env['PATH'].startswith(f'{sys.prefix}/bin:') and 'KERNEL_LAUNCH_SECRET' not in env
+        # log, connection file and listener are the user's, and nobody else's
+        assert uid_of(p.fields['pid']) == uid_of(p.fields['listener_pid']) == ada
+        assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
+        assert owner(node, f'/home/ada/.local/share/jupyter/runtime/kernel-{km.kernel_id}.json') == (ada, 0o600)
+        assert owner(node, p.process.dir) == (remote.users['gateway'], 0o700)
+        # it is interrupted, in whatever it does
+        assert (await interrupted(both(km, kc), 'while True: pass')).took < 1
+        assert (await interrupted(both(km, kc), 'import subprocess; subprocess.run(["sleep", "1000"])')).took < 1
+        # it is restarted, and killed: its end is known at once, with the status
+        before = km.get_connection_info()
+        await km.restart_kernel()
+        await kc.wait_for_ready(timeout=60)
+        assert km.get_connection_info() == before and uid_of(km.provisioner.fields['pid']) == ada
+        t = Timer()
+        os.kill(km.provisioner.fields['pid'], signal.SIGKILL)
+        assert await asyncio.wait_for(km.provisioner.wait(), 5) == -9 and t < 1
+        assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
+        km.provisioner.requested = True # its log is not wanted
+        await end(km, kc)
+
+async def test_kill_and_shutdown(remote):
+    for how in ('kill', 'terminate', 'shutdown'):
+        with remote.nothing_left(ignore=HABITS):
+            km, kc = await start(remote, 'ada')
+            pid = km.provisioner.fields['pid']
+            child = await value(kc, '__import__("subprocess").Popen(["sleep", "1000"]).pid')
+            t = Timer()
+            if how == 'shutdown': await km.shutdown_kernel()
+            else: await getattr(km.provisioner, how)()
+            wait(lambda: gone(pid), 10, how)
+            if how == 'kill': wait(lambda: gone(child), 5, 'what it started')
+            elif not gone(child): os.kill(child, signal.SIGKILL)
+            await end(km, kc)
+
+def gone(pid): return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+@pytest.mark.parametrize('user, impersonation', [('ada', 'True'), ('gateway', 'False')])
+async def test_files_that_a_kernel_writes_have_the_modes_of_the_login(remote, monkeypatch, user, impersonation):
+    monkeypatch.setenv('GP_IMPERSONATION_ENABLED', impersonation)
+    km, kc = await start(remote, 'ada')
+    try:
+        assert (await run(both(km, kc), 'open("report.txt", "w").close(); import os; os.mkdir("shared")')).status == 'ok'
+        assert owner(remote.node, f'/home/{user}/report.txt') == (remote.users[user], 0o644)
+        assert owner(remote.node, f'/home/{user}/shared') == (remote.users[user], 0o755)
+    finally: await end(km, kc)
+
+async def test_users_have_nothing_of_each_other(remote):
+    (a, ac), (g, gc) = await asyncio.gather(start(remote, 'ada'), start(remote, 'grace'))
+    try:
+        assert await value(gc, '__import__("getpass").getuser()') == 'grace' and owner(remote.node, f'/tmp/kernel-{g.kernel_id}.log')[0] == remote.users['grace']
+        pid, home = a.provisioner.fields['pid'], '/home/ada/.local/share/jupyter/runtime'
+        for path in (f'/tmp/kernel-{a.kernel_id}.log', f'{home}/kernel-{a.kernel_id}.json', f'/proc/{pid}/environ', f'{a.provisioner.process.dir}/pid'):
+            assert (await run(both(g, gc), f'open({path!r})')).error.startswith('[Errno 13] Permission denied'), path
+        assert (await run(both(g, gc), f'import os; os.kill({pid}, 2)')).error.startswith('[Errno 1] Operation not permitted')
+    finally: await asyncio.gather(end(a, ac), end(g, gc))
+
+async def test_r_kernel(remote):
+    need(None if shutil.which('Rscript') else 'Rscript is not installed')
+    remote.install('--language', 'R', hosts=['gateway@node1'], name='ssh_r')
+    with remote.nothing_left(ignore=HABITS):
+        km, kc = await start(remote, 'ada', 'ssh_r')
+        assert (await run(both(km, kc), 'cat(Sys.info()[["effective_user"]], Sys.getenv("HOME"))')).text == 'ada /home/ada'
+        assert (await interrupted(both(km, kc), 'repeat x <- 1')).took < 1
+        assert owner(remote.node, f'/tmp/kernel-{km.kernel_id}.log') == (remote.users['ada'], 0o600)
+        await end(km, kc)
+
+async def test_another_host_application_takes_over(remote):
+    with remote.nothing_left(ignore=HABITS):
+        km, kc = await start(remote, 'ada')
+        info = json.loads(json.dumps(await km.provisioner.get_provisioner_info()))
+        other = DistributedProvisioner(kernel_id=km.kernel_id, kernel_spec=KernelSpecManager().get_kernel_spec('ssh_python'))
+        await other.load_provisioner_info(info)
+        cell = asyncio.ensure_future(run(both(km, kc), 'while True: pass'))
+        await asyncio.sleep(.5)
+        await other.send_signal(signal.SIGINT)
+        assert (await asyncio.wait_for(cell, 5)).status == 'error'
+        await other.kill()
+        assert await asyncio.wait_for(other.wait(), 5) == -9
+        await other.cleanup()
+        await end(km, kc)
+
+async def test_a_start_given_up_leaves_nothing(remote):
+    with remote.nothing_left(ignore=HABITS):
+        given_up = 0
+        for after in (.01, .05, .1, .2, .3):
+            km = remote.manager()
+            task = asyncio.ensure_future(km.start_kernel(env=dict(os.environ, KERNEL_USERNAME='ada')))
+            await asyncio.sleep(after)
+            task.cancel()
+            try: await task
+            except asyncio.CancelledError: given_up += 1
+            else: await km.shutdown_kernel(now=True)
+        assert given_up > 1
+
+# Refusals: before anything runs, or at once, and with nothing left
+
+async def refused(remote, user, words, status=500):
+    with remote.nothing_left(ignore=HABITS):
+        t = Timer()
+        with pytest.raises(LaunchError) as e: await start(remote, user)
+        assert re.search(words, str(e.value)) and e.value.status_code == status, str(e.value)
+        assert t < 5
+
+@pytest.mark.parametrize('user', ['"; touch /tmp/x; "', '-g root', '#0', '%sudo', 'a b', 'ada;id', '../ada', 'ada\n', 'ünï', ''])
+async def test_what_cannot_be_a_user(remote, user): await refused(remote, user, "cannot be the name of a user to run it as", 403)
+
+async def test_a_user_whom_the_host_does_not_know(remote):
+    await refused(remote, 'nobody-of-that-name', '(?s)host gateway@node1.*unknown user.*KERNEL_USERNAME, who must be a user of the host', 403)
+
+async def test_a_user_who_is_not_authorized(remote): await refused(remote, 'root', 'unauthorized_users', 403)
+
+@pytest.mark.parametrize('rule, words', [('', 'a password is required'), (RULE.replace('SETENV: ALL', '/bin/true'), 'a password is required'),
+    (RULE.replace('SETENV: ALL', ' /bin/sh'), 'not allowed to (preserve the environment|set the following)')])
+async def test_sudo_that_does_not_permit_it(remote, rule, words):
+    remote.node.sudoers(rule)
+    await refused(remote, 'ada', f'(?s)host gateway@node1 .user gateway.: sudo: .*{words}.*sudoers rule on the host.*NOPASSWD:SETENV: ALL')
+
+async def test_sudo_that_permits_another_user_only(remote): await refused(remote, 'eve', '(?s)sudo: .*sudoers rule')
