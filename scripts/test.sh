@@ -37,7 +37,7 @@ npm_packages() {  # those that settings.ini names, into $VENV/node; without npm 
     ! command -v npm >/dev/null || npm install --silent --no-audit --no-fund --prefix "$VENV/node" "${names[@]}" </dev/null
 }
 kerberos() {  # an environment with the extra `gssapi`, which needs an older paramiko than all others
-    venv "$VENV/gssapi" && "$VENV/gssapi/bin/python" -m pip install --quiet -e '.[gssapi]' ||
+    { venv "$VENV/gssapi" && "$VENV/gssapi/bin/python" -m pip install --quiet -e '.[gssapi]'; } ||
         loud "No environment with the extra gssapi: the tests of Kerberos are skipped"
 }
 notebook() {  # one from top to bottom, in a process and a home of its own
