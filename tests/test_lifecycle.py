@@ -74,6 +74,30 @@ def test_jupyter_console(remote):
         wait(lambda: not psutil.pid_exists(int(re.search(r'pid (\d+)', r.stdout)[1])))
         assert not os.path.exists(re.search(r'dir (/tmp/gpssh-\w+)', r.stdout)[1])
 
+def test_jupyter_run_and_kernel(remote, tmp_path):
+    "Each ends its kernel in a way of its own; the first also passes arguments on to it"
+    (tmp_path/'script.py').write_text(WHERE + 'print(6*7)')
+    with remote.nothing_left():
+        r = run(BIN/'jupyter', 'run', '--kernel=ssh_python', tmp_path/'script.py')
+        assert r.returncode == 0 and '42' in r.stdout, (r.stdout, r.stderr)
+        assert not os.path.exists(re.search(r'dir (/tmp/gpssh-\w+)', r.stdout)[1])
+        p = subprocess.Popen([BIN/'jupyter', 'kernel', '--kernel=ssh_python'], stderr=subprocess.PIPE, text=True)
+        kernel_id = next(m[1] for line in p.stderr if (m := re.search(r'kernel (\S+) runs on host host1', line)))
+        wait(lambda: 'To connect a client' in p.stderr.readline())
+        p.send_signal(signal.SIGTERM)
+        p.communicate(timeout=30)
+        assert p.returncode == 0 and not remote.lab.kernels(kernel_id) and not list(Path('/tmp').glob(f'kernel-{kernel_id}.log*'))
+
+@pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
+def test_jupyter_execute_stopped(remote, tmp_path, sig):
+    "In the middle of a cell"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell('import time; open("running", "w").close(); time.sleep(1000)')]), tmp_path/'long.ipynb')
+    with remote.nothing_left(ignore=['/running$']):
+        p = subprocess.Popen([BIN/'jupyter', 'execute', '--kernel_name=ssh_python', 'long.ipynb'], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        wait(lambda: (tmp_path/'running').exists(), 30)
+        p.send_signal(sig)
+        p.wait(30)
+
 @pytest.mark.parametrize('first', [True, False], ids=['registered before', 'registered after'])
 def test_exit_handler(remote, first):
     "Exit handlers run in the reverse order of their registration, so some run after ours"
