@@ -75,6 +75,7 @@ class Setting:
     default:object
     read:object=str
     per_spec:bool=False
+    older:str='' # how the variable was called in Enterprise Gateway, where that is another name
 
 def _hosts(v): return [str(h) for h in parse_hosts(v)]
 def _users(v): return set(_words(v) if isinstance(v, str) else v)
@@ -99,7 +100,7 @@ settings = dict(
     authorized_users=Setting('AUTHORIZED_USERS', '', _users, True),
     unauthorized_users=Setting('UNAUTHORIZED_USERS', 'root', _users, True),
     port_range=Setting('PORT_RANGE', '0..0', _range, True),
-    launch_timeout=Setting('LAUNCH_TIMEOUT', 30, seconds, True),
+    launch_timeout=Setting('LAUNCH_TIMEOUT', 30, seconds, True, 'KERNEL_LAUNCH_TIMEOUT'),
     impersonation_enabled=Setting('IMPERSONATION_ENABLED', False, _flag),
     remote_user=Setting('REMOTE_USER', '', str),
     remote_password=Setting('REMOTE_PWD', '', str),
@@ -162,7 +163,7 @@ class HostSettings(LoggingConfigurable):
 # %% ../nbs/06a_settings.ipynb #3f80b0a5
 def _default(name, s):
     def read(self):
-        try: return s.read(variable(s.var, s.default))
+        try: return s.read(variable(s.var, variable(s.older, s.default) if s.older else s.default))
         except ValueError as e: _refuse(name, s.var, e)
     return read
 
