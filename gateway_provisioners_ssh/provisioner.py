@@ -169,7 +169,7 @@ def _script(self:DistributedProvisioner, conn, request, launch, address):
     if conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     return start_script(argv, request.env|dict(KERNEL_LAUNCH_SECRET=launch.ticket()), self.kernel_spec.env, request.cwds)
 
-# %% ../nbs/07_provisioner.ipynb #83b3b93c
+# %% ../nbs/07_provisioner.ipynb #eef4431f
 @patch
 async def _start_on(self:DistributedProvisioner, conn, request, deadline):
     "Start the kernel on the host of `conn`; returns the process, the fields of its launch message, and whether they are to be tunnelled"
@@ -188,7 +188,8 @@ async def _start_on(self:DistributedProvisioner, conn, request, deadline):
             news = {expected.future, process.exited}
             await _first(news|{silence}, deadline-time.monotonic())
             if sh.closed and not tunnel: await _first(news, min(self.connect_timeout, deadline-time.monotonic()))
-            if silence.done() and not any(o.done() for o in news): raise ShellClosed(_broke)
+            broke = (sh.closed or silence.done()) and not expected.future.done()
+            if broke and (tunnel or not process.exited.done()): raise ShellClosed(_broke) # through a broken tunnel no launcher can report
             if not expected.future.done(): raise await self._why(conn, process, request)
             fields = expected.future.result()
             if launch.encrypt and 'curve_publickey' not in fields: raise LaunchError(_message(conn, f'kernel {self.kernel_spec.display_name!r} '
@@ -208,7 +209,7 @@ async def _silence(sh, timeout):
     with suppress(ShellClosed, asyncio.TimeoutError):
         while True:
             await asyncio.wait_for(sh.ping(), timeout)
-            await asyncio.sleep(1)
+            await asyncio.wait({sh.task}, timeout=1)
 
 async def _first(futures, timeout): await asyncio.wait(futures, timeout=max(0, timeout), return_when=asyncio.FIRST_COMPLETED)
 

@@ -6,12 +6,13 @@
 __all__ = ['log', 'login_variables', 'HostError', 'fingerprint', 'explain', 'Login', 'Link', 'open_link', 'SSHConnection',
            'shell', 'answering', 'up', 'close', 'Forward', 'forward', 'reverse', 'LocalConnection', 'Pool']
 
-# %% ../nbs/04_ssh.ipynb #285a9d64
+# %% ../nbs/04_ssh.ipynb #a2f5f589
 import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
 import paramiko
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakSet
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
 from .background import in_thread
 from .channels import ChannelIO, Relay, Transport, Wire
@@ -321,22 +322,29 @@ async def close(self:SSHConnection):
 
 for _f in (shell, answering, _rest, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
-# %% ../nbs/04_ssh.ipynb #074ab129
+# %% ../nbs/04_ssh.ipynb #1d9c2067
 class Forward:
     "A listening loopback port here that leads to a port of a host"
-    def __init__(self, conn:SSHConnection, port:int): self.conn,self.target = conn,port
+    def __init__(self, conn:SSHConnection, port:int): self.conn,self.target,self.relays = conn,port,WeakSet()
 
     async def start(self, port=0):
-        self.server = await asyncio.get_running_loop().create_server(lambda: Relay(self._opening), '127.0.0.1', port)
+        self.server = await asyncio.get_running_loop().create_server(self._relay, '127.0.0.1', port)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
+
+    def _relay(self):
+        self.relays.add(relay := Relay(self._opening))
+        return relay
 
     async def _opening(self):
         await self.conn.up()
         link = self.conn.link
         return await link.open_channel('direct-tcpip', ('127.0.0.1', self.target)), link.wire
 
-    def aim(self, conn, port): self.conn,self.target = conn,port
+    def aim(self, conn, port):
+        if (conn,port) != (self.conn,self.target):
+            for r in list(self.relays): r.tr and r.tr.abort() # whoever waits for the old host should come again
+        self.conn,self.target = conn,port
     def close(self): self.server.close()
 
 async def forward(self:SSHConnection,

@@ -28,14 +28,10 @@ def net_remote(on_net, net):
     yield on_net
     forget()
 
-@pytest.fixture(scope='module')
-def on_loopback(_loopback, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_loopback, tmp_path_factory.mktemp('spec'), patch)
-
 @pytest.fixture
-def remote(on_loopback, hosts):
+def remote(hosts, tmp_path, monkeypatch):
     "Kernelspec ssh_python on loopback hosts"
-    yield on_loopback
+    yield Remote(hosts, tmp_path, monkeypatch)
     forget()
 
 def said(what, timer): print(f'{what}: {float(timer):.1f} s')
@@ -211,7 +207,7 @@ async def test_link_cut_in_the_middle_of_a_launch(net_remote, net):
     "The launch goes on elsewhere; what the first host started ends once it is back"
     with net_remote.nothing_left(30):
         async with running(net_remote, 'node1'): pass   # a connection
-        task = asyncio.ensure_future(running(net_remote, 'node1', 'node2').__aenter__())
+        task = asyncio.ensure_future((cm := running(net_remote, 'node1', 'node2')).__aenter__())
         await until(lambda: net[0].kernels(), 10, 'something started')
         net[0].cut()
         t = Timer()
@@ -219,8 +215,7 @@ async def test_link_cut_in_the_middle_of_a_launch(net_remote, net):
         said('on another host after a cut', t)
         assert km.provisioner.conn.host.name == 'node2'
         net[0].heal()
-        kc.stop_channels()
-        await km.shutdown_kernel(now=True)
+        await cm.__aexit__(None, None, None)
         await until(lambda: not run_dirs(net[0]) and not net[0].kernels(), 40, 'nothing on the host where it began')
 
 def down(h): h.stop()
