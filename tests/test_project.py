@@ -60,7 +60,7 @@ def test_site():
     assert not (REPO/'_quarto.yml').is_symlink() and (REPO/'nbs/_quarto.yml').resolve() == (REPO/'_quarto.yml').resolve()
     assert all((REPO/'nbs'/f).exists() for f in [*conf['_quarto.yml']['metadata-files'], conf['_quarto.yml']['format']['html']['css']])
     def listed(o):
-        if isinstance(o, str): yield o
+        if isinstance(o, str): yield from [str(p.relative_to(REPO/'nbs')) for p in (REPO/'nbs').glob(o)] if '*' in o else [o]
         elif isinstance(o, list): yield from (x for p in o for x in listed(p))
         else: yield from listed([o[k] for k in ('href', 'contents') if k in o])
     pages = list(listed(conf['nbs/sidebar.yml']['website']['sidebar']['contents']))
