@@ -198,7 +198,8 @@ async def test_connection_killed_in_the_middle_of_a_launch(net_remote, net):
                 await asyncio.sleep(pause)
                 await asyncio.to_thread(net[0].drop)
         t = Timer()
-        await asyncio.gather(disturb(), *(start(i) for i in range(9)))
+        ends = await asyncio.gather(disturb(), *(start(i) for i in range(9)), return_exceptions=True)
+        assert not [repr(o) for o in ends if isinstance(o, BaseException)]
         said(f'{ok} started, {failed} said why not', t)
         assert ok >= 6
         await until(lambda: not run_dirs(net[0]) and not run_dirs(net[1]), 30, 'run directories')
