@@ -190,7 +190,8 @@ def kernel_json(self:Adopted,
     self.changes, self.doubts, (who, old) = [], [], stanza(self.kernel)
     config = self.config | (dict(launch_timeout=self.launch_timeout) if self.timed else {})
     new = dict(provisioner_name='distributed-provisioner', config=config)
-    if old != new: self.changes.append(f'metadata: {who or "no provisioner"} became distributed-provisioner, with {json.dumps(config)}')
+    if old != new: self.changes.append(f'metadata: {who or "no provisioner"} became distributed-provisioner, with {json.dumps(config)}' if who != new['provisioner_name']
+        else f'metadata: its config became {json.dumps(config)}')
     self.doubts += [f'config.{o} of {who} was left out: it is for the host application to set (c.DistributedProvisioner), or has no meaning here' for o in self.left_out]
     keep = {k: v for k,v in (self.kernel.get('metadata') or {}).items() if k not in ('process_proxy', 'kernel_provisioner')}
     kernel = {k: v for k,v in self.kernel.items() if k != 'process_proxy'} | dict(argv=self._argv(target), env=self._env(target), display_name=self.display_name,
@@ -220,8 +221,9 @@ def write(self:Adopted,
         (place/to).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, place/to)
     kernel = self.kernel_json(target)
-    for names,verb in (([o.relative_to(self.source) for o in out if o.name != 'kernel.json'], 'left out'), (self.files(), 'put in')):
-        if names: self.changes.append(f'files {verb}: {", ".join(sorted(map(str, names)))}')
+    old, ours = {str(o.relative_to(self.source)) for o in out} - {'kernel.json'}, set(self.files())
+    for names,verb in ((old & ours, 'replaced'), (old - ours, 'left out'), (ours - old, 'put in')):
+        if names: self.changes.append(f'files {verb}: {", ".join(sorted(names))}')
     (place/'kernel.json').write_text(json.dumps(kernel, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
     return BUILDS[self.lang.build](self, place) if self.lang.build else []
 

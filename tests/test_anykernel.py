@@ -132,7 +132,7 @@ async def test_files_of_the_kernelspec_come_along_and_interrupts_by_message_stay
 
 @pytest.mark.parametrize('argv, words', [
     (['sh', '-c', 'echo "no licence for this" >&2; exit 3', '{connection_file}'], '(?s)ended with status 3 before the kernel was ready.*no licence for this'),
-    (['/opt/no-such/kernel', '{connection_file}'], '(?s)status 127.*/opt/no-such/kernel: No such file or directory: install the kernel on this host'),
+    (['/opt/no-such/kernel', '{connection_file}'], '(?s)status 127.*there is no /opt/no-such/kernel on this host: install the kernel here'),
     ([sys.executable, '-c', 'raise ImportError("libkernel")', '{connection_file}'], '(?s)status 1 .*ImportError: libkernel')])
 async def test_a_kernel_that_dies_at_its_start(remote, argv, words):
     remote.make('bad', argv)

@@ -35,7 +35,9 @@ def become(
     for name in ('SIGPIPE', 'SIGXFSZ'):
         if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_DFL)
     try: os.execvp(command[0], [o.replace('{connection_file}', file) for o in command])
-    except OSError as e: raise LaunchError(f'{command[0]}: {e.strerror}: install the kernel on this host, or correct its command in kernel.json', 127) from None
+    except FileNotFoundError: why = f'there is no {command[0]} on this host'
+    except OSError as e: why = f'{command[0]} cannot be run on this host: {e.strerror}'
+    raise LaunchError(f'{why}: install the kernel here, or correct its command in kernel.json', 127)
 
 def main(
     argv=None, # Default: the command line
