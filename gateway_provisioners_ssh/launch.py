@@ -22,8 +22,10 @@ _name = re.compile(r'[A-Za-z_][A-Za-z0-9_]*')
 def literal(
     value:str, # Any text without NUL
 ) -> str:
-    "A shell word that stands for exactly `value`; raises `ValueError` for a NUL character"
+    "A shell word that stands for exactly `value`; raises `ValueError` for a NUL character, and for half a surrogate pair"
     if '\0' in value: raise ValueError('a value with a NUL character cannot be passed to a process')
+    try: value.encode('utf-8', 'surrogateescape') # how the script will travel
+    except UnicodeEncodeError: raise ValueError('a value that is no Unicode text cannot be passed to a process') from None
     return shlex.quote(value)
 
 def assign(name, word):
@@ -55,5 +57,5 @@ def start_script(
     if not argv: raise ValueError('the kernelspec has no command (argv is empty)')
     lines = [assign(k, literal(str(v))) for k,v in env.items()]
     lines += [assign(k, template(str(v))) for k,v in spec_env.items() if not (k.startswith('KERNEL_') and k in env)]
-    lines += [' || '.join([*(f'cd -- {literal(o)} 2>/dev/null' for o in cwds), 'cd'])]
+    lines += [' || '.join([*(f'cd -- {literal(o if o[:1] == "/" else "./"+o)} 2>/dev/null' for o in cwds), 'cd'])]
     return '\n'.join([*lines, 'launch ' + ' '.join(literal(o) for o in argv)])
