@@ -207,7 +207,7 @@ def resume(self:ChannelIO):
 
 for _f in (_pump, write, _flush, _shutdown, write_eof, close, pause, resume): setattr(ChannelIO, _f.__name__, _f)
 
-# %% ../nbs/03a_channels.ipynb #caf7c9ee
+# %% ../nbs/03a_channels.ipynb #8cdd9612
 class Relay(asyncio.Protocol):
     "Copies between a socket and a channel that `opening` opens"
     high = 2**20 # Bytes the channel may owe before the socket is no longer read
@@ -217,7 +217,7 @@ class Relay(asyncio.Protocol):
 
     def connection_made(self, tr):
         self.tr = tr
-        tr.pause_reading()
+        asyncio.get_running_loop().call_soon(tr.pause_reading) # Python 3.10 begins to read after this method, whatever it did
         self.task = asyncio.ensure_future(self._attach())
 
     async def _attach(self):
