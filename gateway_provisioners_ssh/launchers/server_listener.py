@@ -79,9 +79,10 @@ class Arguments(argparse.ArgumentParser):
 def address(text:str) -> tuple: # `(ip, port)`
     "Split `IP:PORT`, where an IPv6 address is in brackets"
     ip,_,port = text.rpartition(':')
+    ip = ip.strip('[]')
     if not (ip and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise LaunchError(f'--response-address {text!r} is not IP:PORT', 2)
-    return ip.strip('[]'),int(port)
+    return ip,int(port)
 
 def port_range(
     text:str, # `LOWER..UPPER`, both included
