@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread
 from .balance import Ledger, load_balancer
-from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, connection_info, control_nonce, port_names
+from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
 from .hosts import Host, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
@@ -295,7 +295,7 @@ async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunn
     else: self._close_forwards()
     process.exited.add_done_callback(lambda _: claim.release())
     process.pgids.add(fields.get('pgid', process.pid))
-    self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,dict(fields),False
+    self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,Secretive(fields),False
     shared().watched.add(process)
     if not ip: ip = '127.0.0.1' if tunnel else _reached_at(conn, fields)
     self.connection_info = connection_info(fields|dict(ip=ip)|{k:f.port for k,f in self.forwards.items()})
