@@ -1,6 +1,6 @@
 """A kernel's whole life on real hosts, as host applications lead it: notebooks, consoles, managers of every kind, forty at once, every way in
 which a launch can fail or be given up, and what is left afterwards, which is nothing."""
-import asyncio, contextlib, json, os, re, shutil, signal, socket, subprocess, sys, textwrap, threading, time
+import asyncio, contextlib, gc, json, logging, os, re, shutil, signal, socket, subprocess, sys, textwrap, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import jupyter_kernel_test, nbformat, psutil, pytest
@@ -18,10 +18,12 @@ def installed(_loopback, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch: yield Remote(_loopback, tmp_path_factory.mktemp('spec'), patch)
 
 @pytest.fixture
-def remote(installed, hosts):
-    "Kernelspec ssh_python on four hosts; every test begins without connections"
+def remote(installed, hosts, caplog):
+    "Kernelspec ssh_python on four hosts; every test begins without connections, and leaves no task to complain of"
     yield installed
     forget()
+    gc.collect()
+    for when in ('setup', 'call'): assert not [o.getMessage() for o in caplog.get_records(when) if o.name == 'asyncio' and o.levelno >= logging.ERROR]
 
 cell, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
 
