@@ -224,7 +224,7 @@ async def test_async_multi_kernel_manager(remote):
         assert all([await mkm.is_alive(i) for i in ids])
         await mkm.shutdown_all(now=True)
 
-def test_fork(remote):
+def test_fork(remote, tmp_path):
     "A process with threads that forks: the child starts kernels of its own, and what is the parent's stays the parent's"
     with remote.nothing_left():
         km = KernelManager(kernel_name=remote.spec('first', hosts=['host1']))
@@ -235,10 +235,13 @@ def test_fork(remote):
         if not (pid := os.fork()):
             out = b'failed'
             try:
+                os.dup2(os.open(tmp_path/'stderr', os.O_CREAT|os.O_WRONLY), 2)
+                logging.getLogger().handlers[:] = [logging.StreamHandler(open(2, 'w', closefd=False))]
                 kid = KernelManager(kernel_name='first')
                 kid.start_kernel()
                 out = b'%s %d' % (compute(kid).encode(), remote.lab[0].connections())
                 kid.shutdown_kernel()
+                gc.collect()
             except BaseException as e: out = repr(e).encode()
             finally:
                 os.write(w, out)
@@ -246,6 +249,7 @@ def test_fork(remote):
         os.close(w)
         with open(r) as f: assert f.read() == '42 2'
         os.waitpid(pid, 0)
+        assert 'Task' not in (said := (tmp_path/'stderr').read_text()) and 'Error' not in said, said
         assert conn.is_up and conn.sh is sh and compute(km) == '42'
         km.shutdown_kernel()
 
