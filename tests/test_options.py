@@ -7,6 +7,7 @@ from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError, settings
+from kernels import forget
 
 @pytest.fixture
 def spec(hosts, tmp_path, monkeypatch):
@@ -231,6 +232,7 @@ async def test_response_port_and_retries(spec, hosts, monkeypatch):
         assert [c for c in psutil.Process().net_connections() if c.status == 'LISTEN' and c.laddr.ip == '0.0.0.0' and c.laddr.port >= port+50]
 
 async def test_tunneling(spec, hosts):
+    await asyncio.to_thread(forget)   # connections that other tests made with other logins
     async with running(spec(remote_hosts=['host1']), config=dict(tunneling_enabled=True)) as (km, kc):
         info = km.get_connection_info()
         assert info['ip'] == '127.0.0.1' and not set(km.ports) & {km.provisioner.fields[k] for k in ('shell_port', 'iopub_port')}
