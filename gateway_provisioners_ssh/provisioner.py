@@ -112,11 +112,11 @@ def _check(self:DistributedProvisioner, env, argv, cwd):
     env = keep|kernel|dict(KERNEL_ID=self.kernel_id)
     try:
         timeout = seconds(kernel.get('KERNEL_LAUNCH_TIMEOUT', self.launch_timeout))
-        start_script(argv, env, self.kernel_spec.env)
+        cwds = [str(o) for o in (kernel.get('KERNEL_WORKING_DIR'), cwd) if o]
+        start_script(argv, env, self.kernel_spec.env, cwds)
     except ValueError as e: raise LaunchError(f'the start request cannot be used: {e}', 400) from None
     if any('{connection_file}' in o for o in argv) and not any('{response_address}' in o for o in argv):
         raise LaunchError(f'kernel {self.kernel_spec.display_name!r} has no launcher for other hosts; make a kernelspec with: jupyter ssh-spec install --from-kernel NAME', 400)
-    cwds = [str(o) for o in (kernel.get('KERNEL_WORKING_DIR'), cwd) if o]
     return Request(user, env, argv, timeout, self._pin(kernel.get('KERNEL_REMOTE_HOST')), cwds)
 
 @contextmanager
