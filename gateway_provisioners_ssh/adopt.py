@@ -152,7 +152,8 @@ def _argv(self:Adopted, target):
     "The command; notes what was changed in it"
     argv = [self._moved(o, target) for o in self.kernel['argv']]
     if not self.launcher:
-        curve = ['--curve'] if 'curve' in ((self.kernel.get('metadata') or {}).get('supported_encryption') or ()) else []
+        offered = (self.kernel.get('metadata') or {}).get('supported_encryption')
+        curve = ['--curve'] if isinstance(offered, (str, list)) and 'curve' in offered else []
         own = [{'<python>': self.python}.get(o, o).replace('<dir>', str(target)) for o in ANY.argv]
         self.changes.append(f'argv: {own[1]} comes before the kernel\'s command')
         return own + curve + ['--', *argv]

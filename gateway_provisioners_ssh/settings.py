@@ -47,7 +47,7 @@ def _flag(text):
 def _number(kind, least, most):
     def convert(text):
         try: n = kind(text)
-        except (TypeError, ValueError): raise ValueError(f'{text!r} is not a number') from None
+        except (TypeError, ValueError, OverflowError): raise ValueError(f'{text!r:.80} is not a number') from None
         if not least <= n <= most: raise ValueError(f'{text} is not between {least} and {most}')
         return n
     return convert
