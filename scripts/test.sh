@@ -62,5 +62,5 @@ stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 [ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=15 "$@" || failed=1
+python -m pytest tests --durations=25 -n "${WORKERS:-$(nproc)}" --dist loadfile "$@" || failed=1
 [ -z "$failed" ]
