@@ -26,7 +26,7 @@ def literal(
     if '\0' in value: raise ValueError('a value with a NUL character cannot be passed to a process')
     try: value.encode('utf-8', 'surrogateescape') # how the script will travel
     except UnicodeEncodeError: raise ValueError('a value that is no Unicode text cannot be passed to a process') from None
-    return shlex.quote(value)
+    return shlex.quote(value).replace('\n', "\n''")
 
 def assign(name, word):
     if not _name.fullmatch(name): raise ValueError(f'{name[:80]!r} cannot be the name of an environment variable')
