@@ -223,7 +223,7 @@ async def _undo(starting, patience=5):
             await sweep(p.shells, p.dir, p.log, p.become, p.pgids)
     await asyncio.wait({later(undo())}, timeout=patience)
 
-# %% ../nbs/07_provisioner.ipynb #41136c07
+# %% ../nbs/07_provisioner.ipynb #e5d0f216
 hints = {
     r"No module named '?ipykernel": 'Install ipykernel for that interpreter on the host',
     r"No module named '?(Cryptodome|HPKE)": 'Install pycryptodomex (3.22 or newer) for that interpreter on the host',
@@ -233,7 +233,7 @@ hints = {
     r'cannot write the log': 'Choose a directory on the host that exists and has room (GP_KERNEL_LOG_DIR)',
     r"not found|No such file or directory|can't open file": 'The interpreter and the kernelspec must be on the host, at the paths that kernel.json has (jupyter ssh-spec install --python sets the interpreter)',
     r'Permission denied': 'Check the permissions of the kernelspec on the host',
-    r'refused|unreachable|timed out': 'The launcher could not report back. Does a firewall keep the host from GP_RESPONSE_PORT here? GP_ENABLE_TUNNELING=True needs no way back',
+    r'host application cannot be reached': 'The launcher could not report back. Does a firewall keep the host from GP_RESPONSE_PORT here? GP_ENABLE_TUNNELING=True needs no way back',
 }
 
 def _message(conn, what): return f'host {conn.host} (user {conn.user}): {what}'
