@@ -390,7 +390,7 @@ def test_a_killed_kernel_takes_listener_and_file_along(launch):
 def test_shutdown_is_for_the_whole_group(launch):
     k = launch().up()
     with client(k.info) as c: pid = int(run(c, 'import subprocess; print(subprocess.Popen(["sleep", "1000"]).pid)').text)
-    assert ask(k.info, dict(shutdown=1)) == dict(alive=True)
+    assert set(ask(k.info, dict(shutdown=1))) == {'alive'}   # it may have ended by now
     assert k.proc.wait(5) == -signal.SIGTERM
     until('the child gone', lambda: gone(pid), 2)
 
