@@ -229,7 +229,7 @@ def sudo(
     "The prefix that makes a command run as `user`, with that user's home, without ever asking for a password"
     return f'sudo -n -H -E -u {shlex.quote(user)} PATH="$PATH" --'
 
-# %% ../nbs/03_shell.ipynb #af7bddb0
+# %% ../nbs/03_shell.ipynb #9b834304
 GONE = 255 # The exit code of a process of which only its end is known
 
 class StartFailed(RuntimeError):
@@ -254,7 +254,7 @@ class RemoteProcess:
     async def _watch(self):
         while self.returncode is None:
             said = (await self.run(_watch.format(dir=shlex.quote(self.dir), become=self.become))).output.strip()
-            if said.isdigit(): self.end(exit_code(int(said)))
+            if re.fullmatch('[0-9]{1,3}', said): self.end(exit_code(int(said)))
             elif said == 'gone': self.end(GONE)
             else: await asyncio.sleep(1) # the host could not even ask
 
