@@ -322,7 +322,7 @@ async def close(self:SSHConnection):
 
 for _f in (shell, answering, _rest, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
-# %% ../nbs/04_ssh.ipynb #1d9c2067
+# %% ../nbs/04_ssh.ipynb #27a9653e
 class Forward:
     "A listening loopback port here that leads to a port of a host"
     def __init__(self, conn:SSHConnection, port:int): self.conn,self.target,self.relays = conn,port,WeakSet()
@@ -360,7 +360,11 @@ async def reverse(self:SSHConnection,
     await self.shell()
     link = self.link
     if port not in self.reverses: self.reverses[port] = later(_reverse(link, port))
-    return await asyncio.shield(self.reverses[port])
+    try: return await asyncio.shield(self.reverses[port])
+    except (SSHException, EOFError, OSError) as e:
+        self.reverses.pop(port, None)
+        if not link.alive: raise HostError(self.host, self.user, 'the connection broke while a port was being forwarded') from None
+        raise HostError(self.host, self.user, f'the SSH server does not forward ports ({e})', 'Tunnelling needs AllowTcpForwarding in its sshd_config') from None
 
 async def _reverse(link, port):
     loop = link.loop

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope='module')
 def on_net(_net):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix', patch)
+    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix-network', patch)
 
 @pytest.fixture
 def remote(on_net, net):

@@ -15,7 +15,7 @@ PASSWORD = 'Xyzzy-Plugh-1797-plover'
 
 @pytest.fixture(scope='module')
 def on_net(_net):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix', patch)
+    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix-redaction', patch)
 
 @pytest.fixture
 def remote(on_net, net):
