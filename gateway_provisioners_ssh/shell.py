@@ -79,7 +79,7 @@ class Shell:
         self.pings.clear()
         if self.task is not asyncio.current_task(): self.task.cancel() # what it waits for may never come
 
-# %% ../nbs/03_shell.ipynb #b7e41f30
+# %% ../nbs/03_shell.ipynb #fd8aea63
 def _send(self:Shell, text):
     if self.closed: raise ShellClosed(f'the shell on {self.name} ended')
     if '\0' in text: raise ValueError('a script cannot hold a NUL character')
@@ -93,6 +93,7 @@ async def _listen(self:Shell):
     finally: self.close()
 
 def _line(self:Shell, line):
+    if not self.hello.done(): line = line[max(0, line.find(self.token)):] # a login shell's greeting may end without a newline
     tok,_,rest = line.partition(' ')
     if tok != self.token: return self.noise.append(line[:500])
     kind,_,rest = rest.partition(' ')
@@ -164,14 +165,13 @@ async def detach(self:Shell,
 
 Shell.detach = detach
 
-# %% ../nbs/03_shell.ipynb #1e825b85
+# %% ../nbs/03_shell.ipynb #22e61580
 _pump = r'''
 n=$(($2/8192)); [ $n -gt 0 ] || n=1
+had() { r=${r%% records in*}; r=${r##*[!0-9+]}; : ${r:=0+0}; [ "$((${r%+*} + ${r#*+}))" = $1 ] || exec cat >/dev/null; } # dd may warn first
 while :; do
-  r=$(LC_ALL=C dd bs=4096 count=$n 2>&1 >>"$1"); r=${r%% *}
-  case $r in [0-9]*+[0-9]*) [ $((${r%+*} + ${r#*+})) -eq $n ] || exit 0; mv -f "$1" "$1.1" 2>/dev/null; continue;; esac
-  r=$(LC_ALL=C dd bs=4096 count=64 2>&1 >/dev/null); r=${r%% *}
-  [ $((${r%+*} + ${r#*+})) -eq 64 ] || exit 0
+  if r=$(LC_ALL=C dd bs=4096 count=$n 2>&1 >>"$1"); then had $n; mv -f "$1" "$1.1" 2>/dev/null
+  else r=$(LC_ALL=C dd bs=4096 count=64 2>&1 >/dev/null); had 64; fi
 done'''
 
 _create = r'umask 077; rm -f "$1" "$1.1"; set -C; : >"$1" || exit; printf "%s\n" "$2" | cat >>"$1" || { rm -f "$1"; exit 1; }'
