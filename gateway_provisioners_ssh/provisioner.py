@@ -69,7 +69,7 @@ class DistributedProvisioner(KernelProvisionerBase, HostSettings):
         "How to log in to hosts"
         return Login(self.remote_user or None, self.remote_password or None, self.ssh_port, self.gss_auth, self.connect_timeout, self.ssh_config or None)
 
-# %% ../nbs/07_provisioner.ipynb #64645b5e
+# %% ../nbs/07_provisioner.ipynb #c03b2db2
 @dataclass
 class Request:
     "A checked start request"
@@ -86,7 +86,8 @@ _file_name = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}')
 @patch
 def _authorize(self:DistributedProvisioner, user):
     what = f'user {user!r} may not start kernel {self.kernel_spec.display_name!r}'
-    if user in self.unauthorized_users: raise LaunchError(f'{what}: the name is in unauthorized_users', 403)
+    hint = '. Set KERNEL_USERNAME to the name of the person, or GP_UNAUTHORIZED_USERS= to allow root' if user == 'root' else ''
+    if user in self.unauthorized_users: raise LaunchError(f'{what}: the name is in unauthorized_users{hint}', 403)
     if self.authorized_users and user not in self.authorized_users: raise LaunchError(f'{what}: the name is not in authorized_users', 403)
     if self.impersonation_enabled and not _user_name.fullmatch(user):
         raise LaunchError(f'{what}: that cannot be the name of a user to run it as', 403)
