@@ -960,6 +960,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                      'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner.DistributedProvisioner._authorize': ( 'provisioner.html#distributedprovisioner._authorize',
                                                                                                                                   'gateway_provisioners_ssh/provisioner.py'),
+                                                      'gateway_provisioners_ssh.provisioner.DistributedProvisioner._call_off': ( 'provisioner.html#distributedprovisioner._call_off',
+                                                                                                                                 'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner.DistributedProvisioner._check': ( 'provisioner.html#distributedprovisioner._check',
                                                                                                                               'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner.DistributedProvisioner._cleanup': ( 'provisioner.html#distributedprovisioner._cleanup',

@@ -54,14 +54,14 @@ def shared() -> Shared:
         at_exit(_shared[bg].leave)
     return _shared[bg]
 
-# %% ../nbs/07_provisioner.ipynb #d2b99858
+# %% ../nbs/07_provisioner.ipynb #202c41f8
 class DistributedProvisioner(KernelProvisionerBase, HostSettings):
     "Runs kernels on a set of hosts, over SSH"
     def __init__(self, **kwargs):
         spec = {k: kwargs.pop(k) for k in list(kwargs) if k not in ('kernel_id', 'kernel_spec', 'parent', 'config', 'log')}
         super().__init__(**kwargs)
         with _withdrawn(self): self.settle(spec, getattr(self.kernel_spec, 'display_name', ''))
-        self.conn = self.process = self.fields = self.claim = self.lost = None
+        self.conn = self.process = self.fields = self.claim = self.lost = self.starting = None
         self.forwards,self.requested,self.connection_info,self.avoid = {},False,{},False
 
     @property
@@ -69,7 +69,7 @@ class DistributedProvisioner(KernelProvisionerBase, HostSettings):
         "How to log in to hosts"
         return Login(self.remote_user or None, self.remote_password or None, self.ssh_port, self.gss_auth, self.connect_timeout, self.ssh_config or None)
 
-# %% ../nbs/07_provisioner.ipynb #c03b2db2
+# %% ../nbs/07_provisioner.ipynb #3c56a43c
 @dataclass
 class Request:
     "A checked start request"
@@ -79,6 +79,7 @@ class Request:
     timeout:float # Seconds
     pinned:str|None = None # The entry of `remote_hosts` that KERNEL_REMOTE_HOST names
     cwds:list = field(default_factory=list) # Directories to start in, the first that exists
+    called_off:bool = False # Whether the kernel was shut down before it had started
 
 _user_name = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?')
 _file_name = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}')
@@ -250,7 +251,7 @@ async def _why(self:DistributedProvisioner, conn, process, request):
     with suppress(ShellClosed, asyncio.TimeoutError): tail = (await asyncio.wait_for(process.tail(), self.connect_timeout)).strip()
     return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), f'Last lines of {process.log} on that host:', tail or '(empty)'])))
 
-# %% ../nbs/07_provisioner.ipynb #5f5c1ccb
+# %% ../nbs/07_provisioner.ipynb #15a49aa8
 @patch
 def _place(self:DistributedProvisioner, request):
     "A claim in the ledger, with the hosts to try in order"
@@ -266,6 +267,7 @@ def _place(self:DistributedProvisioner, request):
 @patch
 async def _start(self:DistributedProvisioner, request):
     "Start the kernel on the first host that will have it"
+    self.starting = asyncio.current_task(),request
     deadline,claim,errors = time.monotonic()+request.timeout,self._place(request),[]
     try:
         conns = [await shared().pool.connection(Host.parse(h), self.login) for h in claim.order]
@@ -281,7 +283,7 @@ async def _start(self:DistributedProvisioner, request):
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None
     except BaseException: claim.release(); raise
 
-# %% ../nbs/07_provisioner.ipynb #3d108008
+# %% ../nbs/07_provisioner.ipynb #5a1f1870
 def _reached_at(conn, fields):
     "The address to connect to: the one by which we reach the host; if that is our own loopback interface, the kernel knows better"
     own,ours = ipaddress.ip_address(fields['ip']),ipaddress.ip_address(conn.address)
@@ -333,8 +335,18 @@ async def launch_kernel(self:DistributedProvisioner, cmd, **kwargs):
     with _withdrawn(self):
         try: return await background().run(self._start(request))
         except asyncio.CancelledError:
+            if request.called_off: raise LaunchError(f'kernel {self.kernel_id} was shut down while it was starting') from None
             if self.process is not None: await background().run(self._abandon())
             raise
+
+@patch
+async def _call_off(self:DistributedProvisioner):
+    "End a start that is under way, and wait until what it started is gone"
+    task,request = self.starting
+    if task.done() or self.process is not None: return
+    request.called_off = True
+    task.cancel()
+    await asyncio.wait({task}, timeout=10)
 
 @patch
 async def _abandon(self:DistributedProvisioner):
@@ -423,10 +435,11 @@ async def shutdown_requested(self:DistributedProvisioner, restart=False):
     "Note that the end, when it comes, was asked for"
     self.requested = True
 
-# %% ../nbs/07_provisioner.ipynb #2716ceaf
+# %% ../nbs/07_provisioner.ipynb #c453c457
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
     "Forget the process and remove what it left on its host"
+    if self.starting is not None: await background().run(self._call_off())
     if self.process is not None: await background().run(self._cleanup(restart))
 
 @patch

@@ -611,3 +611,15 @@ async def ended(ps):
         await asyncio.wait_for(p.wait(), 30)
         await p.cleanup()
     await asyncio.gather(*map(end, ps))
+
+async def test_shutdown_and_restart_while_starting(remote):
+    """A start that is not wanted any more is called off, says so to whoever asked for it, and leaves nothing. (KernelManager itself keeps
+    one `ready` future for both calls and complains when the second of them sets it.)"""
+    for stop in 'shutdown_kernel', 'restart_kernel':
+        with remote.nothing_left():
+            km = remote.manager()
+            start = asyncio.ensure_future(km.start_kernel())
+            await asyncio.sleep(.1)
+            with contextlib.suppress(asyncio.InvalidStateError): await getattr(km, stop)(now=True)
+            with pytest.raises((LaunchError, asyncio.InvalidStateError)): await start
+            with contextlib.suppress(asyncio.InvalidStateError): await km.shutdown_kernel(now=True)
