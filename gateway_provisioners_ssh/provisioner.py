@@ -283,7 +283,7 @@ async def _start(self:DistributedProvisioner, request):
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None
     except BaseException: claim.release(); raise
 
-# %% ../nbs/07_provisioner.ipynb #5a1f1870
+# %% ../nbs/07_provisioner.ipynb #f90a051c
 def _reached_at(conn, fields):
     "The address to connect to: the one by which we reach the host; if that is our own loopback interface, the kernel knows better"
     own,ours = ipaddress.ip_address(fields['ip']),ipaddress.ip_address(conn.address)
@@ -317,6 +317,7 @@ def _close_forwards(self:DistributedProvisioner):
     for f in self.forwards.values(): f.close()
     self.forwards = {}
 
+# %% ../nbs/07_provisioner.ipynb #58aa553d
 @patch
 async def _give_up(self:DistributedProvisioner, conn, process):
     "Report the kernel lost once its host has been out of reach for too long"
@@ -328,6 +329,7 @@ async def _give_up(self:DistributedProvisioner, conn, process):
             return process.end(GONE)
         await asyncio.wait({process.exited}, timeout=left)
 
+# %% ../nbs/07_provisioner.ipynb #c7040261
 @patch
 async def launch_kernel(self:DistributedProvisioner, cmd, **kwargs):
     "Start the kernel; returns its connection information. Raises `LaunchError`"

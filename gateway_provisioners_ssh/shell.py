@@ -12,7 +12,7 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
-# %% ../nbs/03_shell.ipynb #9c9dea72
+# %% ../nbs/03_shell.ipynb #05cf71cc
 class ShellClosed(ConnectionError):
     "The shell ended, or the connection that carried it"
 
@@ -33,7 +33,8 @@ r
 '''
 
 _hello = '''trap 'trap "" TERM; kill -TERM -$$ 2>/dev/null' EXIT; trap exit HUP TERM
-{guard}printf '%s hello\\n' {token}
+{guard}for c in dd mkfifo od setsid wc; do command -v $c >/dev/null || lacks="$lacks $c"; done
+printf '%s hello%s\\n' {token} "$lacks"
 '''
 
 _guard = '''trap '' USR1
@@ -42,7 +43,7 @@ trap '' TERM; kill -TERM -$$; sleep 1; kill -KILL $$ ) </dev/null >/dev/null 2>&
 guard=$!; trap - USR1
 '''
 
-# %% ../nbs/03_shell.ipynb #fb09bd6c
+# %% ../nbs/03_shell.ipynb #ddeb614c
 class Shell:
     "A persistent `/bin/sh`; make it with `local_shell`, or from the two ends of an SSH channel, and `await start()`"
     def __init__(self,
@@ -59,12 +60,13 @@ class Shell:
     def __repr__(self): return f'Shell({self.name!r}, {"closed" if self.closed else "open"})'
 
     async def start(self):
-        "Wait until the shell answers; returns `self`, raises `ShellClosed`"
+        "Wait until the shell answers; returns `self`, raises `ShellClosed`, also where the host lacks a command that is needed"
         self.hello = asyncio.get_running_loop().create_future()
         self.task = asyncio.create_task(self._listen())
         self._send(_hello.format(token=self.token, guard=_guard.format(patience=self.patience) if self.patience else ''))
-        try: await asyncio.shield(self.hello)
+        try: lacks = await asyncio.shield(self.hello)
         except BaseException: self.close(); raise
+        if lacks: self.close(); raise ShellClosed(f'{self.name} lacks what every kernel needs there: {lacks}. Packages coreutils and util-linux have it')
         return self
 
     def close(self):
@@ -79,7 +81,7 @@ class Shell:
         self.pings.clear()
         if self.task is not asyncio.current_task(): self.task.cancel() # what it waits for may never come
 
-# %% ../nbs/03_shell.ipynb #fd8aea63
+# %% ../nbs/03_shell.ipynb #f340fceb
 def _send(self:Shell, text):
     if self.closed: raise ShellClosed(f'the shell on {self.name} ended')
     if '\0' in text: raise ValueError('a script cannot hold a NUL character')
@@ -97,7 +99,7 @@ def _line(self:Shell, line):
     tok,_,rest = line.partition(' ')
     if tok != self.token: return self.noise.append(line[:500])
     kind,_,rest = rest.partition(' ')
-    if kind == 'hello' and not self.hello.done(): self.hello.set_result(None)
+    if kind == 'hello': _resolve(self.hello, rest)
     elif kind == 'pong' and self.pings: _resolve(self.pings.popleft(), None)
     elif kind == 'o':
         n,_,hexes = rest.partition(' ')
@@ -165,12 +167,16 @@ async def detach(self:Shell,
 
 Shell.detach = detach
 
-# %% ../nbs/03_shell.ipynb #22e61580
+# %% ../nbs/03_shell.ipynb #f0138485
 _pump = r'''
-n=$(($2/8192)); [ $n -gt 0 ] || n=1
+half=$(($2/2))
 had() { r=${r%% records in*}; r=${r##*[!0-9+]}; : ${r:=0+0}; [ "$((${r%+*} + ${r#*+}))" = $1 ] || exec cat >/dev/null; } # dd may warn first
+room() { n=$(((half - $(wc -c <"$1" || echo 0)) / 4096)); }
 while :; do
-  if r=$(LC_ALL=C dd bs=4096 count=$n 2>&1 >>"$1"); then had $n; mv -f "$1" "$1.1" 2>/dev/null
+  room "$1"
+  [ $n -gt 0 ] || { { [ ! -d "$1.1" ] && mv -f "$1" "$1.1"; } || : >"$1"; n=$((half/4096)); } 2>/dev/null
+  [ $n -gt 0 ] || n=1
+  if r=$(LC_ALL=C dd bs=4096 count=$n 2>&1 >>"$1"); then had $n
   else r=$(LC_ALL=C dd bs=4096 count=64 2>&1 >/dev/null); had 64; fi
 done'''
 

@@ -25,7 +25,7 @@ atexit.unregister(getattr(paramiko.transport, '_join_lingering_threads', None)) 
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
 if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # what matters of it is in our own messages
 
-# %% ../nbs/04_ssh.ipynb #79e02669
+# %% ../nbs/04_ssh.ipynb #e398beaa
 class HostError(OSError):
     "A host that cannot be used; the message says what failed and what to do"
     def __init__(self, host, user, what, fix=''):
@@ -52,6 +52,7 @@ def explain(
     err = partial(HostError, host, route.user)
     where = f'{route.hostname} port {route.port}'
     if isinstance(e, HostError): return e
+    if isinstance(e, ShellClosed): return err(str(e), f'See what this says: ssh {_at(route)} /bin/sh')
     if isinstance(e, BadHostKeyException):
         return err(f'the host key has changed: {where} now shows {e.key.get_name()} {fingerprint(e.key)}',
             f'If that is expected, run: ssh-keygen -R {_known_name(route)} and add the new key; if not, somebody may be between you and the host')
@@ -72,7 +73,7 @@ def _known_name(route):
     name = route.host_key_alias or route.hostname
     return f"'[{name}]:{route.port}'" if route.port != 22 and not route.host_key_alias else name
 
-# %% ../nbs/04_ssh.ipynb #221ace44
+# %% ../nbs/04_ssh.ipynb #da92b1e7
 @dataclass(frozen=True)
 class Login:
     "How to log in where an entry and the OpenSSH configuration leave it open"
@@ -83,6 +84,7 @@ class Login:
     connect_timeout:float = 5 # Seconds until a host counts as unreachable
     config:str|None = None # The OpenSSH client configuration file; None: the user's, then the system's
 
+# %% ../nbs/04_ssh.ipynb #b8fbf4a4
 def _public(f):
     "What a public key file holds, in the form in which agents list keys; b'' if that is no public key"
     try: return base64.b64decode(open(f).read().split()[1])
@@ -101,6 +103,7 @@ class _Agent(paramiko.Agent):
         named = {_public(o) for f in route.identity_files+route.certificate_files for o in (f, f'{f}.pub', f'{f}-cert.pub')}
         self._keys = tuple(k for k in self._keys if k.asbytes() in named)
 
+# %% ../nbs/04_ssh.ipynb #07d8db25
 def _authenticate(wire, route, login):
     "A logged-in `SSHClient` over `wire`; blocks"
     client = paramiko.SSHClient()
@@ -121,6 +124,7 @@ def _authenticate(wire, route, login):
         banner_timeout=login.connect_timeout, auth_timeout=2*login.connect_timeout, channel_timeout=login.connect_timeout, **gss)
     return client
 
+# %% ../nbs/04_ssh.ipynb #e442c574
 def _dial(route, timeout):
     family = dict(inet=socket.AF_INET, inet6=socket.AF_INET6).get(route.address_family, 0)
     err = None
