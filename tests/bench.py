@@ -9,7 +9,9 @@
 Every subject runs in a virtual environment of its own, made once and kept in --cache (all with the same ipykernel, jupyter_client
 and pyzmq), as a host application that Jupyter Server's kernel manager drives (tests/bench_driver.py). The hosts are real OpenSSH
 servers of the current user with sshd's defaults: in network namespaces if this is root, else on loopback addresses, so all on one
-machine. Rounds are interleaved (A B C, B C A, ...); a ratio is the median of each round's ratio to the local
+machine. While many kernels start at once, that machine's cores are divided in two, half for the hosts and half for the host
+application, as different machines would have it: otherwise sixteen interpreters that start would keep the application's loop from
+running, and the loop would seem held (--share-cores lets them). Local kernels share all cores with their application. Rounds are interleaved (A B C, B C A, ...); a ratio is the median of each round's ratio to the local
 kernel of that round, so what else the machine does falls on all of them.
 """
 import argparse, hashlib, json, os, platform, shutil, signal, statistics, subprocess, sys, tempfile, time
@@ -80,6 +82,18 @@ def lab(count, keep, loopback=False):
     return (Loopback if loopback or NetLab.missing() else NetLab)(count, keep=keep)
 
 
+# --- cores ---
+def halves():
+    "The cores of the host application and those of the hosts; where there is but one, both have it"
+    cores = sorted(os.sched_getaffinity(0))
+    return (cores[:len(cores)//2], cores[len(cores)//2:]) if len(cores) > 1 else (cores, cores)
+
+
+def pin(pid, cores):
+    "Lets all threads of process `pid`, and all its future children, run on `cores` only."
+    for task in os.listdir(f"/proc/{pid}/task"): os.sched_setaffinity(int(task), cores)
+
+
 # --- subjects ---
 def spec(prefix, name): return prefix/"share"/"jupyter"/"kernels"/name/"kernel.json"
 
@@ -147,7 +161,8 @@ default = ["local", "ours", "ours-tunnel", "gp", "sshpyk"]
 # --- measuring ---
 class Run:
     def __init__(self, args, dir, lab):
-        self.args, self.dir, self.lab, self.jobs, self.rounds, self.versions, self.pythons = args, dir, lab, {}, [], {}, {}
+        self.args, self.dir, self.lab, self.jobs, self.rounds, self.versions = args, dir, lab, {}, [], {}
+        self.pythons = dict(local=environment("local", args.cache))
         c = lab.client
         (c.ssh/"id_ed25519").symlink_to(c.key)
         (dir/"ssh_config").write_text(c.config.read_text() + f"""
@@ -187,10 +202,14 @@ Host *
         return res
 
     def drive(self, python, environ, **job):
-        marker = f"BENCH_SIDE={os.urandom(8).hex()}"
+        marker, (here, there) = f"BENCH_SIDE={os.urandom(8).hex()}", halves()
+        every = here+there
+        apart = job["phase"] == "many" and python != self.pythons["local"] and not self.args.share_cores
+        for h in self.lab: pin(h.proc.pid, there if apart else every)
         job |= dict(sides=self.sides(marker), env=dict(KERNEL_USERNAME="bench"))
         p = subprocess.Popen([str(python), str(driver), json.dumps(job)], env=environ | dict([marker.split("=")]), text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.lab.client.home, start_new_session=True)
+        pin(p.pid, here if apart else every)
         try: out, err = p.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             p.kill()
@@ -277,6 +296,7 @@ def main():
     p.add_argument("--counts", type=int, nargs="+", default=[8, 16], help="kernels to start at once; the most is also left idle (default: 8 16)")
     p.add_argument("--hosts", type=int, default=4, help="sshd servers (default: %(default)s)")
     p.add_argument("--loopback", action="store_true", help="hosts on loopback addresses, for root too")
+    p.add_argument("--share-cores", action="store_true", help="let hosts and host application compete for all cores")
     p.add_argument("--quick", action="store_true", help="one round of small numbers")
     p.add_argument("--cache", type=Path, default=Path("~/.cache/gateway_provisioners_ssh/bench").expanduser(), help="keeps the environments (default: %(default)s)")
     p.add_argument("--output", type=Path, help="write the results there as JSON")
@@ -287,7 +307,6 @@ def main():
     args.cache.mkdir(parents=True, exist_ok=True)
     args.counts.sort()
     if not (repo/"gateway_provisioners_ssh"/"provisioner.py").exists(): args.subjects = [s for s in args.subjects if not s.startswith("ours")]
-    environment("local", args.cache)
     dir = Path(tempfile.mkdtemp(prefix="bench-"))
     dir.chmod(0o755)
     try:
