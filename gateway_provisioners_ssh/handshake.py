@@ -6,13 +6,8 @@
 __all__ = ['max_message', 'port_names', 'max_reply', 'HandshakeError', 'Secretive', 'check_fields', 'connection_info',
            'parse_message', 'Launch', 'LegacyKey', 'control_nonce', 'ControlKey']
 
-# %% ../nbs/01_handshake.ipynb #c51de586
-import base64, hashlib, hmac, ipaddress, json, re, threading
-from Cryptodome.Cipher import AES, PKCS1_v1_5
-from Cryptodome.Protocol import HPKE
-from Cryptodome.PublicKey import ECC, RSA
-from Cryptodome.Random import get_random_bytes
-from Cryptodome.Util.Padding import unpad
+# %% ../nbs/01_handshake.ipynb #46f8d4b0
+import base64, hashlib, hmac, ipaddress, json, re, secrets, threading
 from fastcore.basics import patch
 
 # %% ../nbs/01_handshake.ipynb #e262f7c3
@@ -119,8 +114,12 @@ def parse_message(
     return dict(version=2, kernel_id=msg['kernel_id'], enc=_b64(msg.get('enc'), 'enc', 32, 32),
                 sealed=_b64(msg.get('sealed'), 'sealed', 17))
 
-# %% ../nbs/01_handshake.ipynb #f6ee9401
+# %% ../nbs/01_handshake.ipynb #34a58cf5
 def _mac(key, *parts): return hmac.digest(key, b''.join(parts), 'sha256').hex()
+
+def _generate():
+    from Cryptodome.PublicKey import ECC
+    return ECC.generate(curve='Curve25519')
 
 class Launch:
     "The host application's side of one launch: a fresh key and a fresh secret, which `repr` does not show"
@@ -134,7 +133,7 @@ class Launch:
         self.kernel_id,self.encrypt,self.legacy = kernel_id,bool(encrypt),legacy
         given = {k: _str(v) for k, v in (connection or {}).items() if v}
         self.connection = check_fields(given, (), (*port_names, 'key', *_curve))
-        self._key,self._psk = ECC.generate(curve='Curve25519'),get_random_bytes(32)
+        self._key,self._psk = _generate(),secrets.token_bytes(32)
         self._spki = base64.b64encode(self._key.public_key().export_key(format='DER')).decode()
 
     def __repr__(self): return f'Launch({self.kernel_id!r}, encrypt={self.encrypt}, legacy={self.legacy is not None})'
@@ -153,9 +152,10 @@ def public_key(self:Launch) -> str: # base64, one line
     "The public key for the launcher's argument vector"
     return self.legacy.public_key if self.legacy else self._spki
 
-# %% ../nbs/01_handshake.ipynb #6cf94231
+# %% ../nbs/01_handshake.ipynb #787f9a8a
 @patch
 def _unseal(self:Launch, message):
+    from Cryptodome.Protocol import HPKE
     kid = self.kernel_id.encode()
     try:
         hpke = HPKE.new(receiver_key=self._key, aead_id=HPKE.AEAD.AES128_GCM, enc=message['enc'],
@@ -189,7 +189,7 @@ def answer(
     "What to send back to the launcher so that it lets the kernel live"
     return f'{_mac(self._psk, b"ack", message["enc"])}\n'.encode() if message['version'] == 2 else b''
 
-# %% ../nbs/01_handshake.ipynb #4a61193f
+# %% ../nbs/01_handshake.ipynb #9d1455bd
 class LegacyKey:
     "The RSA key that version 1 launchers encrypt to, made once and only if needed"
     def __init__(self): self._lock,self._key,self._used = threading.Lock(),None,{}
@@ -197,6 +197,7 @@ class LegacyKey:
 
     def make(self) -> 'LegacyKey':
         "Make the key, if that has not been done: seconds of computing, in a thread please"
+        from Cryptodome.PublicKey import RSA
         with self._lock:
             if self._key is None: self._key = RSA.generate(2048)
         return self
@@ -206,11 +207,13 @@ class LegacyKey:
         "The public key for the launcher's argument vector; blocks if the key is not made yet"
         return base64.b64encode(self.make()._key.public_key().export_key('DER')).decode()
 
-# %% ../nbs/01_handshake.ipynb #d2589f4b
+# %% ../nbs/01_handshake.ipynb #8dcdc1f6
 @patch
 def _decrypt(self:LegacyKey, message):
+    from Cryptodome.Cipher import AES, PKCS1_v1_5
+    from Cryptodome.Util.Padding import unpad
     try:
-        key = PKCS1_v1_5.new(self._key).decrypt(message['key'], get_random_bytes(16), 16)
+        key = PKCS1_v1_5.new(self._key).decrypt(message['key'], secrets.token_bytes(16), 16)
         return _object(unpad(AES.new(key, AES.MODE_ECB).decrypt(message['conn_info']), 16), 'conn_info')
     except ValueError: return None
 

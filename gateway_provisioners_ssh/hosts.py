@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'USER_CONFIG', 'SYSTEM_CONFIG', 'this_user', 'Host', 'parse_hosts', 'own_address', 'own_names', 'Route',
-           'route', 'hops']
+           'route', 'hops', 'Login', 'HostError']
 
-# %% ../nbs/00_hosts.ipynb #c14ba842
+# %% ../nbs/00_hosts.ipynb #90c42b51
 import getpass, glob, ipaddress, logging, os, re, socket, subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fastcore.basics import patch
 from pathlib import Path
 
@@ -328,3 +328,21 @@ def is_local(self:Host,
     if not (addrs := _resolve(self.name)) or not all(map(own_address, addrs)): return False
     r = route(self, config=config)
     return (r.hostname.lower(), r.port, r.proxy_jump, r.proxy_command)==(self.name.lower(), 22, (), None)
+
+# %% ../nbs/00_hosts.ipynb #da92b1e7
+@dataclass(frozen=True)
+class Login:
+    "How to log in where an entry and the OpenSSH configuration leave it open"
+    user:str|None = None # Default user; None: the user of this process
+    password:str|None = field(default=None, repr=False) # None: keys and agent only
+    port:int = 22 # Default port
+    gss_auth:bool = False # Kerberos, through GSSAPI
+    connect_timeout:float = 5 # Seconds until a host counts as unreachable
+    config:str|None = None # The OpenSSH client configuration file; None: the user's, then the system's
+
+# %% ../nbs/00_hosts.ipynb #d1368130
+class HostError(OSError):
+    "A host that cannot be used; the message says what failed and what to do"
+    def __init__(self, host, user, what, fix=''):
+        self.host,self.user,self.what,self.fix = str(host),user,what,fix
+        super().__init__(f'host {host} (user {user}): {what}' + (f'. {fix}' if fix else ''))

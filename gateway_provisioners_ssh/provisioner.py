@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request']
 
-# %% ../nbs/07_provisioner.ipynb #71300daa
+# %% ../nbs/07_provisioner.ipynb #d9caa78e
 import abc, asyncio, ipaddress, os, re, signal, sys, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,17 +14,18 @@ from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread
 from .balance import Ledger, load_balancer
 from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
-from .hosts import Host, this_user
+from .hosts import Host, HostError, Login, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
 from .settings import HostSettings, LaunchError, seconds
 from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
-from .ssh import Forward, HostError, Login, Pool
 
-# %% ../nbs/07_provisioner.ipynb #302a832d
+# %% ../nbs/07_provisioner.ipynb #308b2e4f
 class Shared:
     "What the kernels of one host application have in common; lives in the background loop"
-    def __init__(self): self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
+    def __init__(self):
+        from gateway_provisioners_ssh.ssh import Pool
+        self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
 
     def server(self, port, retries, addr_any) -> ResponseServer:
         key = port,retries,addr_any
@@ -455,7 +456,7 @@ async def _cleanup(self:DistributedProvisioner, restart):
     if process.returncode is None or (self.avoid and not self.conn.is_up): await _undo(_ready(process), 0) # when the host answers
     else: await asyncio.wait({later(process.release(keep_log=not self.requested))}, timeout=self.connect_timeout)
 
-# %% ../nbs/07_provisioner.ipynb #f0fc28fa
+# %% ../nbs/07_provisioner.ipynb #33205253
 @patch
 async def get_provisioner_info(self:DistributedProvisioner):
     "What another process needs to go on with this kernel, as JSON-able values; secret"
@@ -479,7 +480,7 @@ async def _resume(self:DistributedProvisioner, info):
     host = Host.parse(info['host'])
     conn = await shared().pool.connection(host, self.login)
     if info['tunnel']:
-        self.forwards = {k: await Forward(conn, info['fields'][k]).start(info['connection_info'][k]) for k in port_names}
+        self.forwards = {k: await conn.forward(info['fields'][k], info['connection_info'][k]) for k in port_names}
     process = RemoteProcess(conn.up, **info['process'])
     await self._adopt(conn, shared().ledger.claim(str(host)), process, info['fields'], info['tunnel'], info['connection_info']['ip'])
 
