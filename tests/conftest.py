@@ -1,7 +1,9 @@
 "Fixtures: real SSH hosts, and a home of the tests' own for the host application."
 import os
 import pytest
+from gateway_provisioners_ssh.response import ResponseServer
 from hosts import Client, LoopbackLab, NetLab
+from kernels import Remote, forget
 from spark import cluster_network, spark_standalone, yarn
 
 def need(reason):
@@ -38,3 +40,20 @@ def net(_net):
     "Four hosts in network namespaces, node1 to node4, made whole after every test"
     yield _net
     _net.repair()
+
+@pytest.fixture(scope='module')
+def _net_remote(_net, request):
+    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/request.module.__name__, patch)
+
+@pytest.fixture
+def net_remote(_net_remote, net):
+    "Kernelspec ssh_python for the hosts of `net`; every test begins without connections"
+    yield _net_remote
+    forget()
+
+@pytest.fixture
+async def server():
+    "A response server, as host applications have one"
+    s = ResponseServer()
+    yield s
+    await s.close()

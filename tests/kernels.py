@@ -1,13 +1,17 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
-asked to use it, and a look at what a kernel left behind, here and on its host."""
-import asyncio, contextlib, json, os, re, subprocess, sys, time, uuid
+asked to use it, and a look at what a kernel left behind, here and on its host. Also launchers that a test itself starts, and what clients do."""
+import asyncio, contextlib, json, os, signal, socket, subprocess, sys, time, uuid
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 import psutil
+from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from gateway_provisioners_ssh import provisioner, shell
+from traitlets.config import Config
+from gateway_provisioners_ssh import balance, provisioner, shell
 from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.handshake import ControlKey, connection_info, control_nonce
 from hosts import wait
 
 BIN = Path(sys.executable).parent
@@ -46,27 +50,23 @@ class Remote:
 
     @property
     def scripts(self): return self.specs_dir/'ssh_python/scripts'
-    def manager(self, kernel_name='ssh_python', **kw):
-        return AsyncKernelManager(kernel_name=kernel_name, kernel_spec_manager=KernelSpecManager(), **kw)
+    def manager(self, kernel_name='ssh_python', manager=AsyncKernelManager, config={}, **kw):
+        "A manager for that kernelspec; `config` is what the host application configures of its provisioner"
+        return manager(kernel_name=kernel_name, kernel_spec_manager=KernelSpecManager(), config=Config(DistributedProvisioner=config), **kw)
 
     def provisioner(self, kernel_name='ssh_python'):
         "A provisioner without a manager around it"
         spec = KernelSpecManager().get_kernel_spec(kernel_name)
         return provisioner.DistributedProvisioner(kernel_id=str(uuid.uuid4()), kernel_spec=spec, **spec.metadata['kernel_provisioner']['config'])
 
-    @contextlib.asynccontextmanager
-    async def kernel(self, name='ssh_python', **kw):
-        "A started kernel that answered: `km`, `kc`; shut down at the end"
-        km = self.manager(name)
-        await km.start_kernel(**kw)
-        kc = km.client()
-        kc.start_channels()
-        try:
-            await kc.wait_for_ready(timeout=60)
-            yield km, kc
-        finally:
-            kc.stop_channels()
-            await km.shutdown_kernel(now=True)
+    def kernel(self, name='ssh_python', **kw):
+        "A kernel of that kernelspec, and its client; `kw` is for its start"
+        return running(self.manager(name), **kw)
+
+    def on(self, *hosts, env={}, **kw):
+        "A kernel on the first of `hosts` that will have it, and its client; `env` adds to the environment of its start, `kw` is for its manager"
+        balance._balancer.cache_clear()
+        return running(self.manager(self.spec('_'.join(['on', *hosts]), hosts=list(hosts)), **kw), env=os.environ | env)
 
     def host(self, km): return self.lab[str(km.provisioner.conn.host)]
 
@@ -121,7 +121,35 @@ def forget():
     for sh in list(provisioner._shared.values()): asyncio.run(asyncio.wait_for(background().run(sh.close()), 30))
     provisioner._shared.clear()
 
-# What clients do
+# Kernels and clients
+
+Running = namedtuple('Running', 'km client')
+
+@contextlib.asynccontextmanager
+async def client_of(km, timeout=60):
+    "A client of a started kernel, that the kernel has answered"
+    kc = km.client()
+    kc.start_channels()
+    try:
+        await kc.wait_for_ready(timeout=timeout)
+        yield kc
+    finally: kc.stop_channels()
+
+@contextlib.asynccontextmanager
+async def running(km, **kw):
+    "`km`, started with `kw`, and a client that it answered; shut down at the end"
+    await km.start_kernel(**kw)
+    try:
+        async with client_of(km) as kc: yield Running(km, kc)
+    finally: await km.shutdown_kernel(now=True)
+
+async def until(cond, timeout=20, what='condition'):
+    "Let the event loop go on until `cond()` is true, and return what it returned"
+    end = time.monotonic() + timeout
+    while not (r := cond()):
+        assert time.monotonic() < end, f'{what}: not within {timeout} s'
+        await asyncio.sleep(.02)
+    return r
 
 async def value(kc, expr, timeout=30):
     "What `expr` is in the kernel"
@@ -149,9 +177,43 @@ async def busy(kc, code):
         if m['msg_type'] == 'stream' and m['parent_header'].get('msg_id') == msg_id: return msg_id
 
 async def reply_to(kc, msg_id, timeout=30):
+    "The content of the reply to that request"
     while True:
         m = await kc.get_shell_msg(timeout=timeout)
         if m['parent_header'].get('msg_id') == msg_id: return m['content']
+
+async def interrupt(km, kc, code='while True: pass'):
+    "Interrupt Python code that does not end by itself while it runs; the seconds until its reply"
+    msg_id = await busy(kc, f'print("on it", flush=True)\n{code}')
+    await asyncio.sleep(.2)
+    t = Timer()
+    await km.interrupt_kernel()
+    r = await reply_to(kc, msg_id)
+    took = float(t)
+    assert (r['status'], r['ename']) == ('error', 'KeyboardInterrupt')
+    return took
+
+# Bounds in time that are promised hold for one of a few tries, since test machines are busy at times
+
+async def interrupted_within(limit, km, kc, code='while True: pass', tries=3):
+    "Interrupts of Python code reach it, and end it, within `limit` seconds"
+    took = []
+    while not took or took[-1] >= limit:
+        assert len(took) < tries, took
+        took.append(await interrupt(km, kc, code))
+
+async def killed_within(limit, km, kc, tries=3):
+    "Whoever kills a kernel on its host, its end and how it came are known here within `limit` seconds. The kernel is dead afterwards."
+    took = []
+    while not took or took[-1] >= limit:
+        assert len(took) < tries, took
+        if took:
+            await km.restart_kernel(now=True)
+            await kc.wait_for_ready(timeout=60)
+        t = Timer()
+        os.kill(km.provisioner.fields['pid'], signal.SIGKILL)
+        assert await asyncio.wait_for(km.provisioner.wait(), 30) == -9
+        took.append(float(t))
 
 class Timer:
     "Seconds since it was made: `float(timer)`, or compared"
@@ -160,3 +222,79 @@ class Timer:
     def __lt__(self, o): return float(self) < o
     def __gt__(self, o): return float(self) > o
     def __repr__(self): return f'{float(self):.2f} s'
+
+# Processes and ports
+
+def gone(pid):
+    "Has the process ended? A zombie has"
+    try: return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return True
+
+def left_of(kernel_id):
+    "Live processes with that kernel's id in their environment or command line"
+    def has(p):
+        try: return p.pid != os.getpid() and not gone(p.pid) and (p.environ().get('KERNEL_ID') == kernel_id or any(kernel_id in o for o in p.cmdline()))
+        except psutil.Error: return False
+    return [p for p in psutil.process_iter() if has(p)]
+
+@contextlib.contextmanager
+def taken_ports(n, ip='127.0.0.1'):
+    "`n` ports in a row, the first of which this gives, that nobody else can have; below those that the system chooses from"
+    for lo in range(20000, 32000, n):
+        with contextlib.ExitStack() as stack:
+            try:
+                for p in range(lo, lo+n): stack.enter_context(socket.socket()).bind((ip, p))
+            except OSError: continue
+            yield lo
+            return
+    raise RuntimeError(f'nowhere are {n} ports in a row free')
+
+# Launchers that a test starts itself, in the place of a host application
+
+class LaunchFailed(Exception): "A launcher ended, or was silent for too long; how, and what it said"
+
+@contextlib.asynccontextmanager
+async def launched(server, launch, argv, env, log, timeout=60):
+    """The launcher `argv`, once its kernel has reported to the response server: the process `proc`, its end `exited`, the `fields` reported, a `client`.
+    What it says goes to the file `log`. It is killed at the end, and then no process of it is left."""
+    pgids = set()
+    with server.expect(launch) as told, open(log, 'wb') as out:
+        t = Timer()
+        proc = await asyncio.create_subprocess_exec(*argv, env=env, start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out)
+        exited = asyncio.ensure_future(proc.wait())
+        pgids.add(proc.pid)
+        try:
+            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not told.future.done():
+                with contextlib.suppress(AssertionError): await until(lambda: not exited.done() or not left_of(launch.kernel_id), 5)   # who is left may say more
+                raise LaunchFailed(f'status {proc.returncode} after {t}: {log.read_text(errors="replace")[-6000:]}')
+            fields = told.future.result()
+            pgids.add(fields['pgid'])
+            async with reported_client(fields) as kc: yield SimpleNamespace(proc=proc, exited=exited, fields=fields, client=kc, log=log, launch=launch)
+        finally:
+            for pgid in pgids:
+                with contextlib.suppress(ProcessLookupError): os.killpg(pgid, signal.SIGKILL)
+            await exited
+            await until(lambda: not left_of(launch.kernel_id), 10, 'all processes of the kernel gone')
+
+@contextlib.asynccontextmanager
+async def reported_client(fields):
+    "A client of the kernel that reported `fields`, which it answered"
+    kc = AsyncKernelClient()
+    kc.load_connection_info(connection_info(fields))
+    kc.start_channels()
+    kc.hb_channel.time_to_dead = 30   # a busy machine is not a dead kernel
+    try:
+        await kc.wait_for_ready(timeout=90)
+        yield kc
+    finally: kc.stop_channels()
+
+async def control(k, request):
+    "One signed request to the listener of a `launched` kernel; its reply"
+    r, w = await asyncio.open_connection(k.fields['ip'], k.fields['comm_port'])
+    key = ControlKey(k.fields['control_key'])
+    nonce = control_nonce(await r.readline())
+    w.write(key.request(nonce, request))
+    reply = key.open_reply(nonce, await r.readline())
+    w.close()
+    return reply

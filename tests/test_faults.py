@@ -1,32 +1,17 @@
 """What can go wrong between a host application and its hosts, done for real: links cut and healed, servers restarted, plugs pulled, connections
 killed at the worst moment, applications killed, floods, skewed clocks, full disks, other users. `-s` shows how long things took."""
-import asyncio, contextlib, json, os, random, re, signal, socket, subprocess, sys, textwrap, time
-from pathlib import Path
+import asyncio, contextlib, json, os, random, re, signal, socket, statistics, subprocess, sys, textwrap, time
 import psutil, pytest
 from jupyter_client.ioloop import AsyncIOLoopKernelManager
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.provisioning import KernelProvisionerFactory
-from traitlets.config import Config
-from gateway_provisioners_ssh import balance, handshake, response
+from gateway_provisioners_ssh import handshake, response
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import ControlKey
 from gateway_provisioners_ssh.hosts import Host
-from gateway_provisioners_ssh.provisioner import DistributedProvisioner, _control, shared
+from gateway_provisioners_ssh.provisioner import _control, shared
 from gateway_provisioners_ssh.settings import LaunchError
-from gateway_provisioners_ssh.ssh import HostError, Login, Pool, SSHConnection
-from hosts import wait
-from kernels import HABITS, Remote, Timer, busy, forget, printed, reply_to, value
-
-@pytest.fixture(scope='module')
-def on_net(_net):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix', patch)
-
-@pytest.fixture
-def net_remote(on_net, net):
-    "Kernelspec ssh_python on hosts in network namespaces"
-    yield on_net
-    forget()
+from gateway_provisioners_ssh.ssh import HostError
+from kernels import Remote, Timer, busy, client_of, forget, interrupt, killed_within, printed, reply_to, until, value
 
 @pytest.fixture
 def remote(hosts, tmp_path, monkeypatch):
@@ -36,31 +21,7 @@ def remote(hosts, tmp_path, monkeypatch):
 
 def said(what, timer): print(f'{what}: {float(timer):.1f} s')
 
-@contextlib.asynccontextmanager
-async def running(remote, *hosts, env={}, spec='ssh_python', config={}, manager=None, turn=False):
-    "A kernel on the first of `hosts` that will have it (`turn`: on whose turn it is), and a client"
-    if not turn: balance._balancer.cache_clear()
-    conf = Config(DistributedProvisioner=config)
-    name = remote.spec('_'.join([spec, *hosts]), hosts=list(hosts)) if hosts else spec
-    km = (manager or AsyncKernelManager)(kernel_name=name, kernel_spec_manager=KernelSpecManager(), config=conf)
-    await km.start_kernel(env=os.environ | env)
-    kc = km.client()
-    kc.start_channels()
-    try:
-        await kc.wait_for_ready(timeout=60)
-        yield km, kc
-    finally:
-        kc.stop_channels()
-        await km.shutdown_kernel(now=True)
-
 def run_dirs(host): return [str(o) for o in host.tmp.glob('gpssh-*')]
-
-async def until(cond, timeout, what):
-    end = time.monotonic() + timeout
-    while not (r := cond()):
-        assert time.monotonic() < end, what
-        await asyncio.sleep(.05)
-    return r
 
 async def stream(kc, msg_id, until, timeout):
     "What the cell `msg_id` prints, up to and including `until`"
@@ -79,7 +40,7 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
     elsewhere, and ended once its host is back. A third host goes on as if nothing had happened."""
     node1, node2 = net[0], net[1]
     async with contextlib.AsyncExitStack() as stack:
-        start = lambda *a, **kw: stack.enter_async_context(running(net_remote, *a, **kw))
+        start = lambda *a, **kw: stack.enter_async_context(net_remote.on(*a, **kw))
         (direct, dc), (tunnel, tc), (lost, _), (other, oc) = await asyncio.gather(start('node1', 'node3'), start('node1', config=dict(tunneling_enabled=True)),
             start('node2', 'node4', config=dict(unreachable_timeout=15)), start('node3'))
         for kc in dc, tc: await kc.execute_interactive('x = 41', timeout=30)
@@ -90,6 +51,16 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
         cut = Timer()
         watch = asyncio.ensure_future(lost.provisioner.wait())
         watch.add_done_callback(lambda _: said('reported lost', cut))
+        async def seconds_of_answers():
+            took = []
+            while cut < 30:
+                t = Timer()
+                assert await value(oc, '6*7') == 42
+                took.append(float(t))
+                assert await direct.is_alive() and await tunnel.is_alive()
+                await asyncio.sleep(1)
+            return took
+        others = asyncio.ensure_future(seconds_of_answers())
 
         elsewhere, t = await start('node1', 'node3'), Timer()
         said('start while the first choice is cut off', cut)
@@ -99,11 +70,8 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
         said('another one', t)
         assert elsewhere[0].provisioner.conn.host.name == 'node3' and t < 15
         with pytest.raises(HostError, match='out of reach'): await direct.interrupt_kernel()
-        while cut < 30:
-            assert await direct.is_alive() and await tunnel.is_alive()
-            t = Timer()
-            assert await value(oc, '6*7') == 42 and t < 2
-            await asyncio.sleep(1)
+        took = await others
+        assert statistics.median(took) < 1 and max(took) < 10, took   # to wait for a link that is cut takes longer
         node1.heal()
         healed = Timer()
         async def finishes(kc, msg_id, how):
@@ -116,16 +84,12 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
         await asyncio.gather(finishes(dc, cells[0], 'direct'), finishes(tc, cells[1], 'tunnel'))
         assert [await value(kc, 'x+1') for kc in (dc, tc)] == [42, 42]
         assert [await value(kc, '__import__("os").getpid()') for kc in (dc, tc)] == pids
-        for km, kc in (direct, dc), (tunnel, tc):
-            msg_id = await busy(kc, 'print("go", flush=True)\nwhile True: pass')
-            await km.interrupt_kernel()
-            assert (await reply_to(kc, msg_id))['status'] == 'error'
+        for km, kc in (direct, dc), (tunnel, tc): await interrupt(km, kc)
 
         assert await asyncio.wait_for(watch, 30) == 255
         assert re.search(f'kernel {lost.kernel_id} is lost', caplog.text) and not await lost.is_alive()
         await lost.restart_kernel(now=True)
-        kc = lost.client(); kc.start_channels(); stack.callback(kc.stop_channels)
-        await kc.wait_for_ready(timeout=60)
+        await stack.enter_async_context(client_of(lost))
         assert lost.provisioner.conn.host.name == 'node4'
         assert psutil.pid_exists(zombie)
         node2.heal()
@@ -136,7 +100,7 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
 async def test_sshd_restarted(net_remote, net):
     "Kernels live, compute on, can be interrupted, and their end is noticed, without anybody's help"
     with net_remote.nothing_left():
-        async with running(net_remote, 'node1') as (direct, dc), running(net_remote, 'node1', config=dict(tunneling_enabled=True)) as (tunnel, tc):
+        async with net_remote.on('node1') as (direct, dc), net_remote.on('node1', config=dict(tunneling_enabled=True)) as (tunnel, tc):
             cells = [await busy(kc, 'x = 1\n' + count_to(1000)) for kc in (dc, tc)]
             net[0].restart_sshd()
             t = Timer()
@@ -153,15 +117,13 @@ async def test_sshd_restarted(net_remote, net):
             t = Timer()
             assert await asyncio.wait_for(tunnel.provisioner.wait(), 20) == -9
             said('end noticed after sshd was back', t)
-            t = Timer()
-            os.kill(direct.provisioner.fields['pid'], signal.SIGKILL)
-            assert await asyncio.wait_for(direct.provisioner.wait(), 5) == -9 and t < 1
+            await killed_within(1, direct, dc)
 
 async def test_host_powered_off(net_remote, net):
     "A host without power is out of reach; when it is back its kernels are known to be dead, and the application restarts them elsewhere"
     kw = dict(manager=AsyncIOLoopKernelManager)
-    async with running(net_remote, 'node3', 'node4', **kw) as (direct, dc), \
-               running(net_remote, 'node3', 'node4', config=dict(tunneling_enabled=True), **kw) as (tunnel, tc):
+    async with net_remote.on('node3', 'node4', **kw) as (direct, dc), \
+               net_remote.on('node3', 'node4', config=dict(tunneling_enabled=True), **kw) as (tunnel, tc):
         assert {km.provisioner.conn.host.name for km in (direct, tunnel)} == {'node3'}
         net[2].power_off()
         await asyncio.sleep(3)
@@ -174,10 +136,7 @@ async def test_host_powered_off(net_remote, net):
         await until(lambda: all(km.provisioner and km.provisioner.conn.host.name == 'node4' and km.provisioner.fields['pid'] in net[3].pids() for km in (direct, tunnel)), 30, 'restarted')
         said('restarted on the other host', t)
         assert await value(tc, '__import__("socket").gethostname()', 60) == 'node4', 'in tunnel mode the same client goes on'
-        kc = direct.client(); kc.start_channels()
-        await kc.wait_for_ready(timeout=60)
-        assert await value(kc, '__import__("socket").gethostname()') == 'node4'
-        kc.stop_channels()
+        async with client_of(direct) as kc: assert await value(kc, '__import__("socket").gethostname()') == 'node4'
 
 # Launches
 
@@ -189,7 +148,7 @@ async def test_connection_killed_in_the_middle_of_a_launch(net_remote, net):
             nonlocal ok, failed
             config = dict(tunneling_enabled=bool(i % 2))
             try:
-                async with running(net_remote, *(['node1', 'node2'] if i % 3 else ['node1']), config=config): ok += 1
+                async with net_remote.on(*(['node1', 'node2'] if i % 3 else ['node1']), config=config): ok += 1
             except LaunchError as e:
                 failed += 1
                 assert i % 3 == 0 and re.search(r'host node1 \(user root\)', str(e)), e
@@ -207,9 +166,9 @@ async def test_connection_killed_in_the_middle_of_a_launch(net_remote, net):
 async def test_link_cut_in_the_middle_of_a_launch(net_remote, net):
     "The launch goes on elsewhere; what the first host started ends once it is back"
     with net_remote.nothing_left(30):
-        async with running(net_remote, 'node1'): pass   # a connection
-        task = asyncio.ensure_future((cm := running(net_remote, 'node1', 'node2')).__aenter__())
-        await until(lambda: net[0].kernels(), 10, 'something started')
+        async with net_remote.on('node1'): pass   # a connection
+        task = asyncio.ensure_future((cm := net_remote.on('node1', 'node2')).__aenter__())
+        await until(lambda: net[0].kernels(), 30, 'something started')
         net[0].cut()
         t = Timer()
         km, kc = await asyncio.wait_for(task, 40)
@@ -231,21 +190,21 @@ async def test_first_choice_of_host_is_of_no_use(remote, hosts, fault, words):
     with remote.nothing_left():
         fault(hosts[0])
         t = Timer()
-        async with running(remote, 'host1', 'host2', config=conf) as (km, kc):
+        async with remote.on('host1', 'host2', config=conf) as (km, kc):
             said(f'first host {fault.__name__}: ready on the next', t)
             assert km.provisioner.conn.host.name == 'host2' and t < 12
             conn = await background().run(shared().pool.connection(Host.parse('host1'), km.provisioner.login))
             assert conn.failures == 1 and conn.rest_until > 0
             with pytest.raises(LaunchError, match=f'(?s)host host1.*({words})'):
-                async with running(remote, 'host1', 'host2', config=conf, env=dict(KERNEL_REMOTE_HOST='host1')): pass
+                async with remote.on('host1', 'host2', config=conf, env=dict(KERNEL_REMOTE_HOST='host1')): pass
             assert conn.failures == 2 and conn.rest_until - time.monotonic() > 1, 'pauses grow'
             fault(hosts[2])
             with pytest.raises(LaunchError, match='no host could start the kernel') as e:
-                async with running(remote, 'host1', 'host3', config=conf): pass
+                async with remote.on('host1', 'host3', config=conf): pass
             for h in 'host1', 'host3': assert re.search(f'^- host {h} .*({words})', str(e.value), re.M), e.value
         for h in hosts[0], hosts[2]: h.repair()
         await until(lambda: not conn.resting, 10, 'the pause is over')
-        async with running(remote, 'host1', 'host4', config=conf) as (km, _): assert km.provisioner.conn.host.name == 'host1', 'it is tried again'
+        async with remote.on('host1', 'host4', config=conf) as (km, _): assert km.provisioner.conn.host.name == 'host1', 'it is tried again'
 
 LIGHT = textwrap.dedent('''
     import os, signal, sys
@@ -264,7 +223,7 @@ async def test_64_starts_at_once_half_of_them_cancelled(remote, hosts):
     "On one host with sshd's default settings, on which everything starts from nothing: no connection yet"
     remote.spec('light', argv=lambda argv: [argv[0], '-c', LIGHT, str(remote.scripts), *OPTIONS], hosts=['host1'])
     rng, me = random.Random(7), psutil.Process()
-    async with running(remote, 'host1'): pass
+    async with remote.on('host1'): pass
     await asyncio.to_thread(forget)
     before = me.num_fds()
     with remote.nothing_left(30):
@@ -331,7 +290,7 @@ def application(*kernels, patience=60, beat=5):
 
 async def resume(remote, name, kernel, config={}):
     "A kernel manager that goes on with the kernel of another process"
-    km = remote.manager(name, config=Config(DistributedProvisioner=config))
+    km = remote.manager(name, config=config)
     km.kernel_id = kernel['id']
     km.provisioner = KernelProvisionerFactory.instance(parent=km.parent).create_provisioner_instance(km.kernel_id, km.kernel_spec, parent=km)
     await km.provisioner.load_provisioner_info(kernel['info'])
@@ -348,20 +307,15 @@ async def test_host_application_killed_and_started_again(net_remote, net):
             t = Timer()
             os.kill(known[0]['info']['fields']['pid'], signal.SIGKILL)      # one ends while nobody looks
             kms = await asyncio.gather(*(resume(net_remote, *k[:1], o, k[1]) for k, o in zip(kernels, known)))
-            assert await asyncio.wait_for(kms[0].provisioner.wait(), 10) == -9 and not await kms[0].is_alive()
+            assert await asyncio.wait_for(kms[0].provisioner.wait(), 20) == -9 and not await kms[0].is_alive()
             for km in kms[1:]:
-                kc = km.client()
-                kc.start_channels()
-                await kc.wait_for_ready(timeout=30)
-                assert await value(kc, 'x+1') == 42
-                msg_id = await busy(kc, 'print("go", flush=True)\nwhile True: pass')
-                await km.interrupt_kernel()
-                assert (await reply_to(kc, msg_id))['status'] == 'error'
-                kc.stop_channels()
+                async with client_of(km) as kc:
+                    assert await value(kc, 'x+1') == 42
+                    await interrupt(km, kc)
             said('resumed, executed, interrupted', t)
             assert sum(shared().ledger.load.values()) == 3
             os.kill(known[3]['info']['fields']['pid'], signal.SIGKILL)
-            assert await asyncio.wait_for(kms[3].provisioner.wait(), 5) == -9
+            assert await asyncio.wait_for(kms[3].provisioner.wait(), 20) == -9
             for km in kms: await asyncio.wait_for(km.shutdown_kernel(), 30)
 
 async def test_resume_while_the_host_cannot_be_reached(net_remote, net):
@@ -373,10 +327,7 @@ async def test_resume_while_the_host_cannot_be_reached(net_remote, net):
         km = await asyncio.wait_for(resume(net_remote, spec, known, dict(connect_timeout=1)), 10)
         assert await km.is_alive()
         net[0].heal()
-        kc = km.client(); kc.start_channels()
-        await kc.wait_for_ready(timeout=30)
-        assert await value(kc, 'x+1') == 42
-        kc.stop_channels()
+        async with client_of(km) as kc: assert await value(kc, 'x+1') == 42
         await asyncio.wait_for(km.shutdown_kernel(now=True), 30)
     await until(lambda: not net[0].kernels() and not run_dirs(net[0]), 20, 'nothing left')
 
@@ -402,8 +353,9 @@ async def test_two_host_applications_share_hosts(net_remote, net):
     with application(*((s, {}) for s in specs for _ in range(2))) as (p, known):
         before = {h.name: {o.pid for o in h.kernels()} for h in net}
         ports = [c.laddr.port for c in psutil.Process(p.pid).net_connections('tcp') if c.status == 'LISTEN' and c.laddr.ip == net.address]
+        name = net_remote.spec('shared', hosts=['node1', 'node2'])
         async with contextlib.AsyncExitStack() as stack:
-            mine = await asyncio.gather(*(stack.enter_async_context(running(net_remote, 'node1', 'node2', turn=True)) for _ in range(4)))
+            mine = await asyncio.gather(*(stack.enter_async_context(net_remote.kernel(name)) for _ in range(4)))
             assert sorted(km.provisioner.conn.host.name for km, _ in mine) == ['node1']*2 + ['node2']*2, 'each balances its own'
             own = [c.laddr.port for c in psutil.Process().net_connections('tcp') if c.status == 'LISTEN' and c.laddr.ip == net.address]
             assert ports and own and not set(ports) & set(own)
@@ -415,10 +367,7 @@ async def test_two_host_applications_share_hosts(net_remote, net):
         p.send_signal(signal.SIGKILL); p.wait()
         for o, s in zip(known, [s for s in specs for _ in range(2)]):
             km = await resume(net_remote, s, o)
-            kc = km.client(); kc.start_channels()
-            await kc.wait_for_ready(timeout=30)
-            assert await value(kc, 'x+1') == 42
-            kc.stop_channels()
+            async with client_of(km) as kc: assert await value(kc, 'x+1') == 42
             await km.shutdown_kernel(now=True)
 
 # Strangers
@@ -466,7 +415,7 @@ async def test_floods_of_the_response_port(net_remote, net, caplog):
     def judge(self, raw, peer): heard.append(raw); return real(self, raw, peer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(response.ResponseServer, '_judge', judge)
-        async with running(net_remote, 'node1') as (km, kc): alone = Timer()
+        async with net_remote.on('node1') as (km, kc): alone = Timer()
     recorded = [o for o in heard if o]
     assert len(recorded) == 1
     server = next(s for s in shared().servers.values())
@@ -477,7 +426,7 @@ async def test_floods_of_the_response_port(net_remote, net, caplog):
     try:
         for i in range(3):
             t = Timer()
-            async with running(net_remote, 'node1') as (km, kc): assert await value(kc, '6*7') == 42
+            async with net_remote.on('node1') as (km, kc): assert await value(kc, '6*7') == 42
             said('start, answer and end in a flood of the response port', t)
             assert t < 20
         assert sum(map(len, server._open.values())) <= server.max_open
@@ -491,7 +440,7 @@ async def test_floods_of_the_response_port(net_remote, net, caplog):
 
 async def test_floods_of_the_listener_port(net_remote, net):
     "Ten thousand connections, noise, forgeries and replays of signed requests: the kernel is unharmed, and signed requests still count"
-    async with running(net_remote, 'node1') as (km, kc):
+    async with net_remote.on('node1') as (km, kc):
         f = km.provisioner.fields
         key, address = ControlKey(f['control_key']), (net[0].address, f['comm_port'])
         def ask(line):
@@ -510,12 +459,14 @@ async def test_floods_of_the_listener_port(net_remote, net):
         attackers = [flood(net[i], *address, 5000, *forged) for i in (1, 2)]
         for p in attackers: assert await asyncio.to_thread(p.stdout.readline) == 'go\n'
         try:
+            took = []
             for _ in range(3):
                 t = Timer()
-                reply = await background().run(_control(*address, key, dict(signum=0)))
+                assert await background().run(_control(*address, key, dict(signum=0))) == dict(alive=True)
                 said('a signed request in a flood of the listener port', t)
-                assert reply == dict(alive=True) and t < 5
+                took.append(float(t))
                 await asyncio.sleep(1)
+            assert statistics.median(took) < 5, took
             for p in attackers: assert await asyncio.to_thread(p.stdout.readline) == 'done\n'
         finally:
             for p in attackers: p.kill(); p.wait(); p.stdout.close()
@@ -534,7 +485,9 @@ async def test_another_user_of_the_host(net_remote, net):
     spy = textwrap.dedent('''
         import os, select, sys
         seen, names = set(), set()
-        while not select.select([sys.stdin], [], [], .01)[0]:
+        last = False   # once she is asked for what she saw, she looks a last time
+        while not last:
+            last = bool(select.select([sys.stdin], [], [], .01)[0])
             for pid in filter(str.isdigit, os.listdir('/proc')):
                 for what in 'cmdline', 'environ', 'maps', 'fd', 'cwd', 'mem':
                     p = f'/proc/{pid}/{what}'
@@ -556,7 +509,7 @@ async def test_another_user_of_the_host(net_remote, net):
         real = handshake.Launch.ticket
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(handshake.Launch, 'ticket', lambda self: secrets.append(real(self)) or secrets[-1])
-            async with running(net_remote, 'node4') as (km, kc):
+            async with net_remote.on('node4') as (km, kc):
                 assert await value(kc, '__import__("getpass").getuser()') == 'ada'
                 f, info = km.provisioner.fields, km.get_connection_info()
                 secrets += [f['control_key'], info['key'].decode() if isinstance(info['key'], bytes) else info['key']]
@@ -589,18 +542,14 @@ async def test_clock_skew_of_an_hour(net_remote, net):
     try: net[1].skew(3600)
     except FileNotFoundError as e: pytest.skip(str(e))
     for tunnel in False, True:
-        async with running(net_remote, 'node2', config=dict(tunneling_enabled=tunnel, orphan_timeout=5)) as (km, kc):
+        async with net_remote.on('node2', config=dict(tunneling_enabled=tunnel, orphan_timeout=5)) as (km, kc):
             assert 3500 < await value(kc, '__import__("time").time()') - time.time() < 3700
-            msg_id = await busy(kc, 'print("go", flush=True)\nwhile True: pass')
-            await km.interrupt_kernel()
-            assert (await reply_to(kc, msg_id))['status'] == 'error'
+            await interrupt(km, kc)
             await km.restart_kernel(now=True)
             await kc.wait_for_ready(timeout=60)
             f, conn = km.provisioner.fields, km.provisioner.conn
             assert await background().run(_control(conn.address, f['comm_port'], ControlKey(f['control_key']), dict(signum=0))) == dict(alive=True) if not tunnel else True
-            os.kill(f['pid'], signal.SIGKILL)
-            t = Timer()
-            assert await asyncio.wait_for(km.provisioner.wait(), 5) == -9 and t < 2
+            await killed_within(2, km, kc)
     assert not net[1].kernels()
 
 async def test_log_flood_and_full_disk(net_remote, net):
@@ -608,7 +557,7 @@ async def test_log_flood_and_full_disk(net_remote, net):
     logs = '/tmp/logs'
     net[0].run('mkdir', '-p', logs)
     conf = dict(kernel_log_dir=logs, kernel_log_max_bytes=2**20)
-    async with running(net_remote, 'node1', config=conf) as (km, kc):
+    async with net_remote.on('node1', config=conf) as (km, kc):
         flood = 'import os, sys\nlog = sys.stderr._original_stdstream_copy\nfor _ in range({n}): os.write(log, b"x"*65535 + b"\\n")'
         t = Timer()
         assert (await printed(kc, flood.format(n=1600), 90))[1] == 'ok'
@@ -617,12 +566,10 @@ async def test_log_flood_and_full_disk(net_remote, net):
         assert size() <= 2**20
     net[0].run('mount', '-t', 'tmpfs', '-o', 'size=64k,mode=1777', 'none', logs)
     try:
-        async with running(net_remote, 'node1', config=conf | dict(kernel_log_max_bytes=2**20)) as (km, kc):
+        async with net_remote.on('node1', config=conf | dict(kernel_log_max_bytes=2**20)) as (km, kc):
             net[0].run('dd', 'if=/dev/zero', f'of={logs}/full', 'bs=1k', check=False)
             assert (await printed(kc, flood.format(n=200), 60))[1] == 'ok'
             assert await value(kc, '6*7') == 42
-            msg_id = await busy(kc, 'print("go", flush=True)\nwhile True: pass')
-            await km.interrupt_kernel()
-            assert (await reply_to(kc, msg_id))['status'] == 'error'
+            await interrupt(km, kc)
     finally: net[0].free_disk(logs)
     assert not net[0].kernels() and not run_dirs(net[0])
