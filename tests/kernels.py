@@ -15,6 +15,8 @@ from gateway_provisioners_ssh.handshake import ControlKey, connection_info, cont
 from hosts import wait
 
 BIN = Path(sys.executable).parent
+LEGACY = [sys.executable, str(Path(__file__).parent/'legacy_launcher.py'), '--RemoteProcessProxy.kernel-id', '{kernel_id}', '--RemoteProcessProxy.response-address',
+          '{response_address}', '--RemoteProcessProxy.public-key', '{public_key}']   # argv of a kernelspec with a launcher of old
 HABITS = [r'/\.ipython/', r'/\.cache/', r'/\.jupyter/', r'/__pycache__/']   # files that programs make once in a home
 
 class Remote:

@@ -1,11 +1,11 @@
 """A host application behind a NAT router that lets it open connections to port 22, and nothing in. `python laptop.py SOURCE CONFIG`: SOURCE is a
 port on node1's loopback interface that sends as many MiB as a first line asks for. Waits for a line when it says so; prints JSON at the end."""
 import asyncio, json, os, socket, subprocess, sys, time
+from contextlib import AsyncExitStack
 import psutil
 from jupyter_client import AsyncKernelManager
 from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.provisioner import shared
-from kernels import busy, forget, printed, reply_to, value
+from kernels import forget, interrupt, printed, running, value
 
 def fetch(port, mib):
     "MiB a second that come from the source through `port` of this machine"
@@ -34,25 +34,15 @@ async def compared(km, source, config, mib=64, rounds=3):
     finally: p.kill(); p.wait()
     return [max(o) for o in zip(*both)]
 
-async def start(host):
-    km = AsyncKernelManager(kernel_name='ssh_python')
-    await km.start_kernel(env=os.environ | dict(KERNEL_REMOTE_HOST=host))
-    kc = km.client()
-    kc.start_channels()
-    await kc.wait_for_ready(timeout=60)
-    return km, kc
+def kernel_on(host): return running(AsyncKernelManager(kernel_name='ssh_python'), env=os.environ | dict(KERNEL_REMOTE_HOST=host))
 
-async def main(source, config):
-    res = {}
-    kernels = await asyncio.gather(*map(start, ['node1', 'node1', 'node1', 'node2']))
-    km, kc = kernels[0]
+async def used(kernels, source, config):
+    "What there is to have of the first kernel, and of the others while its link is cut"
+    res, (km, kc) = {}, kernels[0]
     t = time.monotonic()
     text, status = await printed(kc, 'for i in range(200): print(chr(97+i%26)*100_000)', timeout=60)
     res['output'], res['output_s'] = len(text), time.monotonic()-t
-    msg = await busy(kc, 'print("on", flush=True)\nwhile True: pass')
-    t = time.monotonic()
-    await km.interrupt_kernel()
-    res['interrupted'], res['interrupt_s'] = (await reply_to(kc, msg))['ename'], time.monotonic()-t
+    res['interrupt_s'] = min([await interrupt(km, kc) for _ in range(3)])
     before = km.get_connection_info()
     await printed(kc, 'x = 1')
     await km.restart_kernel()
@@ -69,9 +59,12 @@ async def main(source, config):
     res['mib_s'], res['openssh_mib_s'] = await compared(km, source, config)
     print('count', flush=True)
     await asyncio.to_thread(sys.stdin.readline)
-    for km, kc in kernels:
-        kc.stop_channels()
-        await km.shutdown_kernel(now=True)
+    return res
+
+async def main(source, config):
+    async with AsyncExitStack() as stack:
+        kernels = await asyncio.gather(*(stack.enter_async_context(kernel_on(o)) for o in ('node1', 'node1', 'node1', 'node2')))
+        res = await used(kernels, source, config)
     print(json.dumps(res), flush=True)
     await asyncio.to_thread(forget)
 

@@ -2,44 +2,16 @@
 nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
 import asyncio, contextlib, json, os, shutil, socket, subprocess, sys, textwrap, time
 from pathlib import Path
-import pytest
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpecManager
-from traitlets.config import Config
-from gateway_provisioners_ssh import balance
+import psutil, pytest
 from gateway_provisioners_ssh.settings import LaunchError
 from conftest import need
 from hosts import SBIN, sh, wait
-from kernels import Remote, busy, forget, printed, reply_to, value
+from kernels import LEGACY, forget, interrupt, printed, running, value
 
 HERE = Path(__file__).parent
 
-@pytest.fixture(scope='module')
-def on_net(_net):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix-network', patch)
-
 @pytest.fixture
-def remote(on_net, net):
-    "Kernelspec ssh_python on hosts in network namespaces"
-    yield on_net
-    forget()
-
-@contextlib.asynccontextmanager
-async def running(remote, *hosts, spec=None, encryption='disabled', config={}):
-    "A kernel on the first of `hosts` that will have it, and a client"
-    balance._balancer.cache_clear()
-    name = spec or remote.spec('_'.join(['ssh', *hosts]), hosts=list(hosts))
-    km = AsyncKernelManager(kernel_name=name, kernel_spec_manager=KernelSpecManager(), config=Config(DistributedProvisioner=config),
-                            transport_encryption=encryption)
-    await km.start_kernel()
-    kc = km.client()
-    kc.start_channels()
-    try:
-        await kc.wait_for_ready(timeout=60)
-        yield km, kc
-    finally:
-        kc.stop_channels()
-        await km.shutdown_kernel(now=True)
+def remote(net_remote): return net_remote
 
 async def after_a_break(kc, expr, timeout=60):
     "What `expr` is, asked again for as long as requests get lost in a connection that has ended"
@@ -68,7 +40,7 @@ async def test_transport_encryption(remote, net, policy, tunnel):
     "Who captures every packet of a host reads a cell and its output only if nothing encrypts them; a restart keeps the keys"
     cell, output = 'cell seen by nobody 1797', 'output seen by nobody 3594'
     with net[0].capture() as packets:
-        async with running(remote, 'node1', encryption=policy, config=dict(tunneling_enabled=tunnel)) as (km, kc):
+        async with remote.on('node1', transport_encryption=policy, config=dict(tunneling_enabled=tunnel)) as (km, kc):
             async def ask():
                 assert (await printed(kc, f'# {cell}\nprint("output", "seen by nobody", 2*1797)'))[0] == output+'\n'
             await ask()
@@ -90,12 +62,9 @@ async def test_transport_encryption(remote, net, policy, tunnel):
 async def test_encryption_that_a_kernel_does_not_offer(remote):
     name = encryption_of(remote, remote.spec('plain', hosts=['node1']), None)
     with pytest.raises(RuntimeError, match='does not declare'):
-        async with running(remote, spec=name, encryption='required'): pass
-    async with running(remote, spec=name, encryption='auto') as (km, kc):
+        async with running(remote.manager(name, transport_encryption='required')): pass
+    async with running(remote.manager(name, transport_encryption='auto')) as (km, kc):
         assert not set(CURVE) & set(km.get_connection_info()) and await value(kc, '6*7') == 42
-
-LEGACY = [sys.executable, str(HERE/'legacy_launcher.py'), '--RemoteProcessProxy.kernel-id', '{kernel_id}', '--RemoteProcessProxy.response-address',
-          '{response_address}', '--RemoteProcessProxy.public-key', '{public_key}']
 
 @pytest.mark.parametrize('policy', ['auto', 'required'])
 async def test_encryption_that_a_launcher_does_not_give(remote, net, policy):
@@ -103,7 +72,7 @@ async def test_encryption_that_a_launcher_does_not_give(remote, net, policy):
     name = encryption_of(remote, remote.spec('promise', argv=lambda _: LEGACY, hosts=['node1']), ['curve'])
     with net[0].nothing_left(ignore=['/kernel-.*log', '/tmp.*json', r'/\.']):
         with pytest.raises(LaunchError, match='encrypt'):
-            async with running(remote, spec=name, encryption=policy, config=dict(allow_legacy_launchers=True)): pass
+            async with running(remote.manager(name, transport_encryption=policy, config=dict(allow_legacy_launchers=True))): pass
 
 # One connection, outwards
 
@@ -144,7 +113,7 @@ def test_behind_nat(remote, net):
     res = json.loads(out)
     print(json.dumps(res), f"ratio to ssh -L: {res['mib_s']/res['openssh_mib_s']:.2f}", counts)
     assert res['output'] == 200*100_001
-    assert res['interrupted'] == 'KeyboardInterrupt' and res['interrupt_s'] < 3
+    assert res['interrupt_s'] < 3
     assert res['restarted'] == [True, False]
     assert res['after the cut'] == [42, True] and res['others'] == [42]*3
     assert res['mib_s'] > 0.2*res['openssh_mib_s']
@@ -174,15 +143,13 @@ async def test_two_jump_hosts(remote, net, far):
     "Everything goes over one connection to each host on the way, restarts, interrupts and other kernels included"
     far(ProxyJump='node1,node2')
     with pytest.raises(LaunchError, match='no answer'):
-        async with running(remote, 'node3', config=dict(connect_timeout=1)): pass
+        async with remote.on('node3', config=dict(connect_timeout=1)): pass
     with net.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
-        async with running(remote, 'far') as (km, kc), running(remote, 'far') as (_, other):
+        async with remote.on('far') as (km, kc), remote.on('far') as (_, other):
             assert await value(kc, WHENCE) == net[1].address
             assert [h.connections() for h in net] == [1, 1, 1, 0]
             assert km.get_connection_info()['ip'] == '127.0.0.1', 'a host behind another is tunnelled to'
-            msg = await busy(kc, 'print(1, flush=True)\nimport time; time.sleep(1000)')
-            await km.interrupt_kernel()
-            assert (await reply_to(kc, msg))['ename'] == 'KeyboardInterrupt'
+            await interrupt(km, kc, 'import time; time.sleep(1000)')
             await km.restart_kernel()
             await kc.wait_for_ready(timeout=60)
             net[1].drop()
@@ -193,19 +160,19 @@ async def test_jump_hosts_that_jump(remote, net, far):
     c = net.client
     c.alias('behind', HostName=net[1].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts, ProxyJump='node1')
     far(ProxyJump='behind')
-    async with running(remote, 'far') as (_, kc): assert await value(kc, WHENCE) == net[1].address
+    async with remote.on('far') as (_, kc): assert await value(kc, WHENCE) == net[1].address
 
 async def test_a_jump_host_that_is_down(remote, net, far):
     far(ProxyJump='node1,node2')
     net[0].stop()
     with pytest.raises(LaunchError, match='host far .*nothing listens'):
-        async with running(remote, 'far'): pass
-    async with running(remote, 'far', 'node4') as (km, _): assert str(km.provisioner.conn.host) == 'node4'
+        async with remote.on('far'): pass
+    async with remote.on('far', 'node4') as (km, _): assert str(km.provisioner.conn.host) == 'node4'
 
 async def test_proxy_command(remote, net, far):
     "OpenSSH's own client carries the bytes, in a chain of its own"
     far(ProxyCommand=f'ssh -F {net.client.config} -J node1 -W %h:%p node2')
-    async with running(remote, 'far') as (km, kc):
+    async with remote.on('far') as (km, kc):
         assert await value(kc, WHENCE) == net[1].address
         net[0].drop()
         assert await after_a_break(kc, '6*7') == 42
@@ -254,17 +221,17 @@ async def test_key_with_a_passphrase_in_an_agent(remote, net, alias, agent, monk
     key, (sock, add) = locked_key(net, 'grace', 'correct horse'), agent
     name = alias('locked', User='grace', IdentityFile=key)
     with pytest.raises(LaunchError, match='protected by a passphrase.*ssh-add'):
-        async with running(remote, name): pass
+        async with remote.on(name): pass
     add(key, "'correct horse'")
     monkeypatch.setenv('SSH_AUTH_SOCK', str(sock))
     await asyncio.to_thread(forget)
     for options in dict(), dict(IdentitiesOnly='yes'):
-        async with running(remote, alias('locked-'+'only'*len(options), User='grace', IdentityFile=key, **options)) as (_, kc):
+        async with remote.on(alias('locked-'+'only'*len(options), User='grace', IdentityFile=key, **options)) as (_, kc):
             assert await value(kc, WHO) == 'grace'
     with pytest.raises(LaunchError, match='refused the login|no key'):   # the agent's key is not the one named
-        async with running(remote, alias('other', User='grace', IdentityFile=net.client.key, IdentitiesOnly='yes')): pass
+        async with remote.on(alias('other', User='grace', IdentityFile=net.client.key, IdentitiesOnly='yes')): pass
     monkeypatch.delenv('SSH_AUTH_SOCK')
-    async with running(remote, alias('named', User='grace', IdentityAgent=sock)) as (_, kc): assert await value(kc, WHO) == 'grace'
+    async with remote.on(alias('named', User='grace', IdentityAgent=sock)) as (_, kc): assert await value(kc, WHO) == 'grace'
 
 @pytest.mark.parametrize('options', [dict(UsePAM='no'), dict(UsePAM='yes'), dict(UsePAM='yes', PasswordAuthentication='no', KbdInteractiveAuthentication='yes')],
                          ids=['password', 'PAM', 'keyboard-interactive'])
@@ -276,11 +243,11 @@ async def test_password(remote, net, alias, monkeypatch, caplog, options):
     try:
         name = alias(f'by-{user}', User=user)
         monkeypatch.setenv('GP_REMOTE_PWD', password)
-        async with running(remote, name) as (_, kc): assert await value(kc, WHO) == user
+        async with remote.on(name) as (_, kc): assert await value(kc, WHO) == user
         monkeypatch.setenv('GP_REMOTE_PWD', 'sesame, close')
         await asyncio.to_thread(forget)
         with pytest.raises(LaunchError, match='refused the login') as e:
-            async with running(remote, name): pass
+            async with remote.on(name): pass
         assert 'sesame' not in str(e.value)+caplog.text
     finally: host.options = {}; host.restart_sshd()
 
@@ -311,15 +278,21 @@ class Realm:
     "A Kerberos realm with a key distribution centre on this machine; `env` is what its clients need"
     def __init__(self, dir):
         self.dir = dir
-        with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-        for f, text in ('krb5.conf', KRB5), ('kdc.conf', KDC): (dir/f).write_text(text.format(dir=dir, port=port))
         self.env = dict(KRB5_CONFIG=str(dir/'krb5.conf'), KRB5CCNAME=f'FILE:{dir}/tickets')
-        self.run('kdb5_util', 'create', '-s', '-P', 'master')
         self.log = open(dir/'kdc.log', 'w')
+        while not self.start(): pass
+
+    def start(self):
+        "Start the centre on a port that was free a moment ago; false if another process was quicker to take it"
+        with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
+        for f, text in ('krb5.conf', KRB5), ('kdc.conf', KDC): (self.dir/f).write_text(text.format(dir=self.dir, port=port))
+        if not (self.dir/'principal').exists(): self.run('kdb5_util', 'create', '-s', '-P', 'master')
         self.kdc = subprocess.Popen([shutil.which('krb5kdc', path=SBIN), '-n'], env=self.all, stdout=self.log, stderr=self.log)
         def listening():
-            with contextlib.suppress(OSError): socket.create_connection(('127.0.0.1', port)).close(); return True
-        wait(listening, what='KDC')
+            with contextlib.suppress(psutil.Error): return any(c.laddr.port == port for c in psutil.Process(self.kdc.pid).net_connections('tcp') if c.status == 'LISTEN')
+        wait(lambda: self.kdc.poll() is not None or listening(), 20, 'KDC')
+        if (ended := self.kdc.poll()) is not None and 'in use' not in (said := (self.dir/'kdc.log').read_text()): raise RuntimeError(said)
+        return ended is None
 
     @property
     def all(self): return os.environ | self.env | dict(KRB5_KDC_PROFILE=str(self.dir/'kdc.conf'), PATH=SBIN)
@@ -379,4 +352,4 @@ async def test_kerberos_without_the_extra(remote, net):
     import paramiko
     if int(paramiko.__version__.split('.')[0]) < 5: pytest.skip('this paramiko has GSSAPI')
     with pytest.raises(LaunchError, match=r'no GSSAPI; install gateway_provisioners_ssh\[gssapi\]'):
-        async with running(remote, 'node4', config=dict(gss_auth=True)): pass
+        async with remote.on('node4', config=dict(gss_auth=True)): pass

@@ -1,26 +1,13 @@
 """Secrets stay where they belong. Everything that this package does is done once with all logging at DEBUG, paramiko's packets included, while
 argument vectors are watched; then everything that was written anywhere is searched for every secret there was."""
-import asyncio, base64, contextlib, io, json, logging, os, subprocess, sys, threading, time, traceback
+import asyncio, base64, contextlib, io, json, logging, os, threading, traceback
 from pathlib import Path
 import pytest
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpecManager
-from traitlets.config import Config
-from gateway_provisioners_ssh import balance, handshake
+from gateway_provisioners_ssh import handshake
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
-from gateway_provisioners_ssh.settings import LaunchError
-from kernels import Remote, forget, printed, value
+from kernels import forget, printed, running, value
 
 PASSWORD = 'Xyzzy-Plugh-1797-plover'
-
-@pytest.fixture(scope='module')
-def on_net(_net):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/'prefix-redaction', patch)
-
-@pytest.fixture
-def remote(on_net, net):
-    yield on_net
-    forget()
 
 @pytest.fixture
 def everything_logged(monkeypatch):
@@ -82,7 +69,7 @@ def secrets(monkeypatch):
     monkeypatch.setattr(DistributedProvisioner, '_adopt', of_kernel)
     return all
 
-async def test_no_secret_is_told(remote, net, everything_logged, secrets, monkeypatch):
+async def test_no_secret_is_told(net_remote, net, everything_logged, secrets, monkeypatch):
     host, said, texts = net[3], [], {}
     host.add_user('willow', password=PASSWORD, key=False)
     host.options = dict(UsePAM='no')
@@ -92,41 +79,34 @@ async def test_no_secret_is_told(remote, net, everything_logged, secrets, monkey
     monkeypatch.setenv('GP_REMOTE_PWD', PASSWORD)
 
     @contextlib.asynccontextmanager
-    async def running(*hosts, encryption='disabled', argv=None, **config):
-        balance._balancer.cache_clear()
-        name = remote.spec('_'.join(['told', *hosts, *(['odd'] if argv else [])]), argv, list(hosts))
-        km = AsyncKernelManager(kernel_name=name, kernel_spec_manager=KernelSpecManager(), config=Config(DistributedProvisioner=config), transport_encryption=encryption)
-        await km.start_kernel()
-        kc = km.client()
-        kc.start_channels()
-        try:
-            await kc.wait_for_ready(timeout=60)
+    async def heard(*hosts, encryption='disabled', argv=None, **config):
+        "A kernel, with what is known and written of it noted"
+        name = net_remote.spec('_'.join(['told', *hosts, *(['odd'] if argv else [])]), argv, list(hosts))
+        async with running(net_remote.manager(name, config=config, transport_encryption=encryption)) as (km, kc):
             p = km.provisioner
             said.extend(map(repr, [km, p, p.login, p.conn, p.process, p.fields, shared(), shared().pool, p.conn.routes, p.claim]))
             said.extend(map(str, [p.login, p.conn, p.process, p.fields]))
-            yield km, kc
-        finally:
-            kc.stop_channels()
-            for h in net:
-                for f in h.tmp.glob('kernel-*.log*'): texts[f'log of {h.name} {f.name}'] = f.read_bytes()
-            await km.shutdown_kernel(now=True)
+            try: yield km, kc
+            finally:
+                for h in net:
+                    for f in h.tmp.glob('kernel-*.log*'): texts[f'log of {h.name} {f.name}'] = f.read_bytes()
 
     async def refused(*args, **kw):
         with pytest.raises(Exception) as e:
-            async with running(*args, **kw): pass
+            async with heard(*args, **kw): pass
         said.extend([str(e.value), repr(e.value), ''.join(traceback.format_exception(e.value))])
         return e.value
 
     with ArgumentVectors() as vectors:
         for encryption, config in ('disabled', {}), ('required', {}), ('required', dict(tunneling_enabled=True)):
-            async with running('by-password', encryption=encryption, **config) as (km, kc):
+            async with heard('by-password', encryption=encryption, **config) as (km, kc):
                 assert await value(kc, '__import__("getpass").getuser()') == 'willow'
                 await printed(kc, 'import os; os.system("env"); 1/0')
                 texts['environment of the kernel'] = (await printed(kc, 'import os; print(dict(os.environ))'))[0].encode()
                 await km.interrupt_kernel()
                 await km.restart_kernel()
                 await kc.wait_for_ready(timeout=60)
-        async with running('node1', allow_legacy_launchers=True): pass
+        async with heard('node1', allow_legacy_launchers=True): pass
         # failures of every kind
         await refused('by-password', argv=lambda a: ['no-such-interpreter', *a[1:]])
         await refused('by-password', argv=lambda a: ['sh', '-c', 'echo giving up; exit 3'])
