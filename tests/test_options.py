@@ -1,5 +1,5 @@
 "Every option and variable of the provisioner, on real SSH hosts: set, and its effect seen."
-import asyncio, contextlib, json, os, signal, socket, subprocess, sys, time
+import asyncio, contextlib, json, os, signal, socket, subprocess, sys
 from pathlib import Path
 import psutil, pytest
 from jupyter_client.kernelspec import KernelSpecManager
@@ -7,7 +7,8 @@ from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError, settings
-from kernels import forget
+from kernels import LEGACY, Timer, forget, interrupt, until, value
+import kernels
 
 @pytest.fixture
 def spec(hosts, tmp_path, monkeypatch):
@@ -24,25 +25,13 @@ def spec(hosts, tmp_path, monkeypatch):
         kernel['metadata']['kernel_provisioner']['config'] |= config
         path.write_text(json.dumps(kernel))
         return KernelSpecManager(kernel_dirs=[str(path.parents[1])])
-    return make
+    yield make
+    forget()
 
-@contextlib.asynccontextmanager
-async def running(specs, env={}, config={}, **kwargs):
-    "A kernel and a client that is ready"
-    km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=specs, config=Config(DistributedProvisioner=config), **kwargs)
-    await km.start_kernel(env=dict(os.environ)|env)
-    kc = km.client()
-    kc.start_channels()
-    try:
-        await kc.wait_for_ready(timeout=60)
-        yield km, kc
-    finally:
-        kc.stop_channels()
-        await km.shutdown_kernel(now=True)
-
-async def value(kc, expr):
-    reply = await kc.execute_interactive('', user_expressions=dict(v=expr), timeout=30, silent=True)
-    return eval(reply['content']['user_expressions']['v']['data']['text/plain'])
+def running(specs, env={}, config={}):
+    "A kernel of a host application with that configuration, and a client"
+    km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=specs, config=Config(DistributedProvisioner=config))
+    return kernels.running(km, env=os.environ | env)
 
 def host_of(km): return str(km.provisioner.conn.host)
 
@@ -148,22 +137,20 @@ async def test_min_port_range_size(monkeypatch):
 
 # Time
 
-async def hang(spec, hosts, monkeypatch, **env):
-    "How long a launch that never reports takes to fail"
-    specs = spec()
+async def hang(specs, hosts, **env):
+    "A launch that never reports fails after the 3 s that it is given"
     change_argv(specs, lambda _: ['sh', '-c', 'echo waiting for Godot; sleep 1000'])
-    start = time.perf_counter()
+    t = Timer()
     with hosts.nothing_left():
-        with pytest.raises(LaunchError, match='(?s)did not start within 1 s.*waiting for Godot'):
+        with pytest.raises(LaunchError, match='(?s)did not start within 3 s.*waiting for Godot'):
             async with running(specs, env): pass
-    assert time.perf_counter()-start < 15
+    assert 3 < t < 17
 
 async def test_launch_timeout(spec, hosts, monkeypatch):
-    monkeypatch.setenv('GP_LAUNCH_TIMEOUT', '1')
-    spec_ = lambda: spec(launch_timeout=None)
-    await hang(spec_, hosts, monkeypatch)
+    monkeypatch.setenv('GP_LAUNCH_TIMEOUT', '3')
+    await hang(spec(launch_timeout=None), hosts)
 
-async def test_kernel_launch_timeout(spec, hosts, monkeypatch): await hang(spec, hosts, monkeypatch, KERNEL_LAUNCH_TIMEOUT='1')
+async def test_kernel_launch_timeout(spec, hosts): await hang(spec(), hosts, KERNEL_LAUNCH_TIMEOUT='3')
 
 @pytest.mark.parametrize('bad', ['soon', '-1', '0', 'nan', 'inf'])
 async def test_bad_kernel_launch_timeout(spec, bad):
@@ -175,14 +162,13 @@ async def test_connect_timeout_moves_on_to_the_next_host(spec, hosts, monkeypatc
     hosts.client.alias('silent', HostName=hosts[0].address, Port=hosts[0].port, User=hosts[0].user, IdentityFile=hosts.client.key,
         UserKnownHostsFile=hosts.client.known_hosts)
     hosts[0].hang()
-    start = time.perf_counter()
-    async with running(spec(remote_hosts=['silent', 'host2'])) as (km, _):
-        assert host_of(km) == 'host2' and time.perf_counter()-start < 20
+    t = Timer()
+    async with running(spec(remote_hosts=['silent', 'host2'])) as (km, _): assert host_of(km) == 'host2' and t < 20
     with pytest.raises(LaunchError, match='no answer|closed the connection'):
         async with running(spec(remote_hosts=['silent', 'host2']), dict(KERNEL_REMOTE_HOST='silent')): pass
 
 async def test_unreachable_timeout(spec, hosts, caplog):
-    async with running(spec(remote_hosts=['host4']), config=dict(unreachable_timeout=3, connect_timeout=1)) as (km, _):
+    async with running(spec(remote_hosts=['host4']), config=dict(unreachable_timeout=5, connect_timeout=1)) as (km, _):
         hosts['host4'].stop()
         await asyncio.sleep(1)
         assert await km.is_alive()
@@ -205,12 +191,7 @@ asyncio.run(main())'''
         out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, GP_ORPHAN_TIMEOUT='2'), capture_output=True, text=True, timeout=60)
         pid = int(out.stdout)
         assert psutil.pid_exists(pid)
-        for _ in range(200):
-            if not psutil.pid_exists(pid): break
-            await asyncio.sleep(.1)
-        assert not psutil.pid_exists(pid)
-        for o in Path('/tmp').glob('kernel-*.log'):
-            if o.stat().st_mtime > time.time()-60: pass
+        await until(lambda: not psutil.pid_exists(pid), 20, 'the orphan ends')
 
 # The way of the launch message
 
@@ -334,20 +315,13 @@ def test_bad_hosts(bad):
 
 # Launchers of old
 
-LEGACY = [sys.executable, str(Path(__file__).parent/'legacy_launcher.py'), '--RemoteProcessProxy.kernel-id', '{kernel_id}', '--RemoteProcessProxy.response-address',
-    '{response_address}', '--RemoteProcessProxy.public-key', '{public_key}']
-
 @pytest.mark.parametrize('tunnel', [False, True])
 async def test_legacy_launchers_where_allowed(spec, hosts, tunnel, caplog):
     specs = spec(remote_hosts=['host1'])
     change_argv(specs, lambda _: LEGACY)
     async with running(specs, config=dict(allow_legacy_launchers=True, tunneling_enabled=tunnel)) as (km, kc):
         assert await value(kc, '6*7') == 42
-        start = time.perf_counter()
-        running_cell = asyncio.ensure_future(kc.execute_interactive('while True: pass', timeout=30, output_hook=lambda _: None))
-        await asyncio.sleep(.5)
-        await km.interrupt_kernel()
-        assert (await running_cell)['content']['status'] == 'error' and time.perf_counter()-start < 5
+        assert min([await interrupt(km, kc) for _ in range(3)]) < 4
     assert 'version 1' in caplog.text
 
 async def test_new_launchers_work_where_legacy_ones_are_allowed(spec, hosts):
