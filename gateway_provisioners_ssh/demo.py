@@ -6,10 +6,11 @@
 __all__ = ['log', 'NOTEBOOK', 'Board', 'Failed', 'expect', 'DemoKernel', 'together', 'listening', 'disconnect', 'remains',
            'surroundings', 'python_env', 'act', 'play', 'show', 'demo']
 
-# %% ../nbs/13_demo.ipynb #f4da5e1b
+# %% ../nbs/13_demo.ipynb #7de07524
 import asyncio, logging, os, shutil, signal, site, sys, tempfile, time
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
+from textwrap import fill
 from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
@@ -21,22 +22,24 @@ from .specs import Spec
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # what goes wrong is told once, on the board
 
-# %% ../nbs/13_demo.ipynb #201563c1
+# %% ../nbs/13_demo.ipynb #3f035f71
 class Board:
     "Notes, and a table of kernels below them."
     columns = dict(kernel=6, host=6, id=8, pid=7, state=11, started=16, notebook=9)  # name: width in characters
 
     def __init__(self,
         out,             # text stream
-        live=None        # redraw in place; by default if `out` is a terminal that can
+        live=None,       # redraw in place; by default if `out` is a terminal that can
+        n: int=3         # kernels to come
     ):
         self.out, self.rows, self.drawn = out, {}, 0
-        self.live = out.isatty() and os.environ.get('TERM', 'dumb') != 'dumb' if live is None else live
+        fits = n+4 <= shutil.get_terminal_size().lines
+        self.live = out.isatty() and os.environ.get('TERM', 'dumb') != 'dumb' and fits if live is None else live
 
     def note(self, text: str):
         "A line above the table."
         self._erase()
-        print(text, file=self.out)
+        print(fill(text, shutil.get_terminal_size().columns-1, break_on_hyphens=False) if self.live else text, file=self.out)
         self._draw()
 
     def set(self, name: str, **values):
@@ -202,7 +205,7 @@ def python_env() -> dict[str, str]:
     res = {k: os.environ[k] for k in ('PYTHONPATH',) if k in os.environ}
     return res | (dict(PYTHONUSERBASE=site.getuserbase()) if site.ENABLE_USER_SITE else {})
 
-# %% ../nbs/13_demo.ipynb #136a60ef
+# %% ../nbs/13_demo.ipynb #6bec2aa7
 async def act(
     board: Board,
     tmp: Path,        # an empty directory
@@ -211,7 +214,8 @@ async def act(
     "All of the demo but the curtain. Raises `Failed` at the first thing that is not as it should be."
     async with AsyncExitStack() as stack:
         hosts = await stack.enter_async_context(MockHosts(n, env=python_env()))
-        board.note(f'{n} SSH hosts in this process: ' + ', '.join(f'{h.name} at {h.address}:{h.port}' for h in hosts))
+        at = [f'{h.name} at {h.address}:{h.port}' for h in hosts]
+        board.note(f'{n} SSH hosts in this process: ' + (', '.join(at) if n < 5 else f'{at[0]} to {at[-1]}'))
         ports, logs = listening(), tmp/'logs'
         logs.mkdir()
         spec, _ = Spec(python=sys.executable, config=dict(remote_hosts=hosts.aliases)).install(tmp/'kernels')
@@ -245,14 +249,14 @@ async def play(board: Board, kernels: list[DemoKernel], addresses: dict[str, str
     expect((await two.run('total'))[1] == 'NameError', 'the restarted kernel still has its variables')
     board.note(f'{two.name} was restarted on {two.host}: pid {was[1]} became {two.pid}, its variables are gone')
 
-# %% ../nbs/13_demo.ipynb #77169fcb
+# %% ../nbs/13_demo.ipynb #33b05c33
 async def show(
     out=None,         # text stream; by default standard output
     n: int=3,         # hosts
     timeout: float=120.  # seconds for everything
 ) -> int:             # exit status
     "Run the demo in the current event loop."
-    board, begun = Board(out or sys.stdout), time.monotonic()
+    board, begun = Board(out or sys.stdout, n=n), time.monotonic()
     if lacks := Spec(python=sys.executable).missing():
         board.note('The demo cannot run: ' + '; '.join(lacks))
         return 1
