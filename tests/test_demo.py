@@ -59,6 +59,23 @@ def test_on_a_terminal(places):
     assert 'Done in' in out.rpartition('\x1b[J')[2]
     check_nothing_left(place)
 
+def test_a_table_that_does_not_fit_is_not_drawn_again(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    monkeypatch.setenv('TERM', 'xterm')
+    monkeypatch.setenv('LINES', '24')
+    assert D.Board(Terminal(), n=20).live and not D.Board(Terminal(), n=21).live
+
+def test_no_reader(places):
+    "Whoever ends the reading ends the demo, cleaned up and without a word"
+    env, place = places
+    argv = [sys.executable, '-c', 'from gateway_provisioners_ssh.cli import main; main(["demo", "--hosts", "2"])']
+    p = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place)
+    p.stdout.readline()
+    p.stdout.close()
+    assert p.stderr.read() == '' and p.wait(30) == 1
+    check_nothing_left(place)
+
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize('after', [r'k\d +starting', '3 kernels', r'k\d.* 2/3 cells', r'k\d.* restarting'], ids=['a', 'b', 'c', 'd'])
 def test_broken_off(places, signum, after):

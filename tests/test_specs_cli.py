@@ -1,5 +1,5 @@
 "`jupyter ssh-spec install` as users run it: what every option writes, what is refused, and what a failure leaves behind."
-import getpass, json, os, pwd, re, shlex, shutil, stat, subprocess, sys
+import getpass, json, os, pwd, re, shlex, shutil, signal, stat, subprocess, sys, time
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -131,8 +131,39 @@ def test_remote_hosts(bench, argv):
     assert len(lines)==2
     for o in lines: subprocess.run(o, shell=True, check=True, env={'PATH': f'{bench.tmp}:/usr/bin:/bin'})
     ssh, scp = [(bench.tmp/f'{o}.args').read_text().split('\0')[:-1] for o in ('ssh', 'scp')]
-    assert [ssh[0], *ssh[2:5]] == ['gpu1', '-p', '2222', 'alice@gpu2'] and shlex.split(ssh[1]) == shlex.split(ssh[5]) == ['mkdir', '-p', str(bench.kernels)]
+    assert [*ssh[:2], *ssh[3:7]] == ['-n', 'gpu1', '-n', '-p', '2222', 'alice@gpu2'] and shlex.split(ssh[2]) == shlex.split(ssh[7]) == ['mkdir', '-p', str(bench.kernels)]
     assert scp == ['-rp', str(bench.dir), f'gpu1:{bench.kernels}/', '-P', '2222', '-rp', str(bench.dir), f'alice@gpu2:{bench.kernels}/']
+
+def test_copying_to_many_hosts_is_a_loop_that_fits_the_terminal(bench):
+    hosts = [f'ann@node{i:02}.cluster.example.org' for i in range(50)]
+    bench.install('--kernel-name', 'k', '--remote-hosts', ','.join([*hosts, 'gpu:2222', '2001:db8::7']))
+    script = '\n'.join(o[2:] for o in bench.out.splitlines() if o.startswith('  '))
+    assert max(len(o) for o in bench.out.splitlines() if 'node' in o) < 80 and bench.out.count(str(bench.dir))==3
+    (bench.tmp/'ssh').write_text(f'#!/bin/sh\necho "$2" >> {bench.tmp}/ssh.log\n')
+    (bench.tmp/'scp').write_text(f'#!/bin/sh\nfor a; do :; done\necho "$a" >> {bench.tmp}/scp.log\n')
+    for o in ('ssh', 'scp'): (bench.tmp/o).chmod(0o755)
+    subprocess.run(['sh', '-eu'], input=script, text=True, check=True, env={'PATH': f'{bench.tmp}:/usr/bin:/bin'})
+    assert (bench.tmp/'ssh.log').read_text().split() == [*hosts, '-p', '2001:db8::7']
+    assert (bench.tmp/'scp.log').read_text().splitlines() == [f'{o}:{bench.kernels}/' for o in [*hosts, 'gpu', '[2001:db8::7]']]
+
+@pytest.mark.parametrize('there,words', [('console lab execute', 'jupyter console --kernel k'), ('lab notebook', "jupyter lab, and choose 'My K'"), ('notebook execute', "jupyter notebook, and choose 'My K'"),
+    ('execute', 'jupyter execute --kernel_name=k NOTEBOOK.ipynb'), ('', 'pip install jupyter-console && jupyter console --kernel k')])
+def test_what_to_try_is_installed(tmp_path, monkeypatch, there, words):
+    for o in there.split():
+        (tmp_path/f'jupyter-{o}').write_text('')
+        (tmp_path/f'jupyter-{o}').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path/'a b'))
+    assert cli.try_it('k', 'My K', tmp_path/'a b/kernels') == words
+    monkeypatch.delenv('JUPYTER_PATH')
+    assert f"JUPYTER_PATH='{tmp_path}/a b' jupyter " in cli.try_it('k', 'My K', tmp_path/'a b/kernels')
+
+def test_the_name_service_is_asked_for_many_hosts_at_once_and_waiting_is_told(monkeypatch, tmp_path):
+    def slow(host): time.sleep(.8)
+    monkeypatch.setattr(cli.Host, 'is_local', slow)
+    begun, told = time.monotonic(), []
+    assert cli.next_steps(tmp_path/'k', Spec(), [cli.Host(f'h{i}') for i in range(50)], lambda *o: told.append(o)).count('h49')
+    assert time.monotonic() - begun < 10 and len(told)==1 and told[0][1]==50
 
 def test_localhost_given_is_written_and_needs_no_copy(bench):
     assert config(bench.install('--remote-hosts', 'localhost'))['remote_hosts'] == ['localhost']
@@ -262,33 +293,64 @@ def test_help_names_every_option_its_default_and_its_home(bench):
     assert r.stdout.count('jupyter ssh-spec install') >= 5 and 'c.SshSpecInstaller.remote_hosts' in r.stdout
 
 def test_help_all_and_version(bench):
-    assert 'BaseSpecApp(RemoteProvisionerConfigMixin, JupyterApp) options' in bench.run('--help-all').stdout
+    assert 'BaseSpecApp(RemoteProvisionerConfigMixin, StrictApp) options' in bench.run('--help-all').stdout
     assert bench.run('--version').stdout.strip() == cli.__version__
 
 def test_examples_of_the_help_work(bench):
-    for line in re.findall(r'^ +jupyter ssh-spec (install .*)$', bench.run('--help').stdout, re.M):
+    text = bench.run('--help', COLUMNS='80').stdout
+    lines = re.findall(r'^ +jupyter ssh-spec (install .*)$', re.sub(r'\\\n +', '', text), re.M)
+    assert len(lines) >= 5
+    for line in lines:
         app = cli.SshSpecInstaller()
         app.initialize(shlex.split(line)[1:])
         assert app.spec() and not app.idle()
 
-def test_command_without_or_with_unknown_subcommand(bench):
-    for argv in ([], ['instal']):
-        r = subprocess.run([COMMAND[0], *argv], env=bench.env, capture_output=True, text=True)
-        assert r.returncode==1 and 'install' in r.stdout and 'Traceback' not in r.stderr
-    assert "'instal'" in r.stderr
+@pytest.mark.parametrize('argv', [[], ['install'], ['import'], ['demo']])
+def test_help_fits_a_terminal(bench, argv):
+    r = bench.run(*argv, '--help', command=COMMAND[:1], COLUMNS='80')
+    assert not r.returncode and 'Examples' in r.stdout
+    assert [o for o in r.stdout.splitlines() if len(o) > 80 and 'Choices' not in o and 'Equivalent' not in o] == []
+
+def test_command_without_subcommand_helps(bench):
+    r = bench.run(command=COMMAND[:1])
+    assert (r.returncode, r.stderr)==(1, '') and all(o in r.stdout for o in ('install', 'import', 'demo'))
 
 # --- refusals
+
+@pytest.mark.parametrize('argv,match', [(['instal'], "'instal'; is install meant"), (['isntall', '--user'], 'is install meant'), (['update'], 'there are demo, install, import'), (['--user'], "'--user'"), (['--bogus', 'install'], 'there are'),
+    (['demo', '--bogus'], 'no option --bogus; --help'), (['demo', '--host', '4'], 'is --hosts meant'), (['demo', '--hosts'], 'needs a value'), (['demo', '--hosts', 'x'], '--hosts expected an int'), (['demo', '--hosts', '1'], '--hosts should not be less than 2'),
+    (['demo', 'now'], "'now' is not expected"), (['demo', '--SshDemo.host=3'], 'is --SshDemo.hosts meant'), (['import'], 'which kernelspec'), (['import', '/none'], 'no kernel.json in it'), (['import', 'a', 'b'], "'b' is not expected"),
+    (['import', '--kernel-nam', 'x'], 'is --kernel-name meant'), (['install', '--debugg'], 'is --debug meant'), (['install', '--SshSpecInstaler.remote_hosts=gpu1'], 'is --SshSpecInstaller.remote_hosts meant'), (['install', '--replace=yes'], '--replace takes no value'),
+    (['install', '--python', '--user'], '--python needs a value'), (['install', '-prefix', 'x'], 'no option -prefix; is --prefix meant'), (['install', '--launch-timeout', 'soon'], '--launch-timeout expected an int'), (['install', '--log-level', 'LOUD'], '--log-level expected any of')])
+def test_every_subcommand_refuses_in_one_line(bench, argv, match):
+    r = bench.run(*argv, command=COMMAND[:1])
+    assert (r.returncode, r.stdout)==(1, '')
+    assert re.fullmatch(r'\[E \S+ \S+ Ssh\w+\] .*\n', r.stderr) and re.search(match, r.stderr), r.stderr
+
+def test_output_that_cannot_be_written(bench):
+    for argv, end in ((['--help'], '>/dev/full'), (['--prefix', bench.prefix], '>/dev/full'), (['--prefix', bench.prefix, '--replace'], '| :'), (['--prefix', bench.prefix, '--replace'], '>&-')):
+        r = subprocess.run(['bash', '-c', f'"$@" {end}; exit ${{PIPESTATUS[0]}}', 'bash', *COMMAND, *argv], env=bench.env, capture_output=True, text=True)
+        assert 'Traceback' not in r.stderr and 'Exception' not in r.stderr
+        assert ('full' not in end) or r.returncode==1 and r.stderr.endswith('No space left on device\n')
+
+def test_interrupted(bench):
+    python = bench.tmp/'slow'
+    python.write_text('#!/bin/sh\necho > "$0.runs"; exec sleep 60\n'); python.chmod(0o755)
+    p = subprocess.Popen([*COMMAND, '--prefix', str(bench.prefix), '--python', str(python)], env=bench.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not Path(f'{python}.runs').exists(): time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    assert p.communicate(timeout=20)[0]=='' and p.returncode==130 and not bench.prefix.exists()
 
 @pytest.mark.parametrize('argv,match', [
     (['--language', 'Julia'], "'Julia'.*Python, R, Scala"), (['--language', ''], 'language'), (['--port-range', '9..3'], 'greater'), (['--port-range', 'abc'], 'low..high'), (['--port-range', ''], 'low..high'),
     (['--port-range', '1..2..3'], 'low..high'), (['--port-range', '-5..9'], 'low..high'), (['--port-range', '40000..40999'], 'fewer than 1000'), (['--port-range', '64000..70000'], '65535'), (['--port-range', '80..9000'], '1024'),
     (['--remote-hosts', 'a b'], "host 'a b'"), (['--remote-hosts', 'gpu:99999'], '99999'), (['--remote-hosts', ''], 'empty'), (['--remote-hosts', 'ok,-bad'], "'-bad'"), (['--remote-hosts', 'h;reboot'], 'h;reboot'),
     (['--kernel-name', 'a/b'], 'a/b'), (['--kernel-name', '../up'], 'up'), (['--kernel-name', 'a b'], 'a b'), (['--kernel-name', '.hidden'], 'hidden'), (['--display-name', 'a\nb'], 'one line'),
-    (['--launch-timeout', '0'], 'above zero'), (['--launch-timeout', '-3'], 'above zero'), (['--launch-timeout', 'soon'], 'launch_timeout'), (['--ipykernel-subclass-name', 'Kernel'], 'package.module.Class'),
+    (['--launch-timeout', '0'], 'above zero'), (['--launch-timeout', '-3'], 'above zero'), (['--launch-timeout', 'soon'], 'launch-timeout'), (['--ipykernel-subclass-name', 'Kernel'], 'package.module.Class'),
     (['--ipykernel-subclass-name', 'os; import x.y'], 'package.module.Class'), (['--spark', '--spark-init-mode', 'later'], 'later.*lazy, eager, none'), (['--spark', '--spark-master', 'yran'], 'yran.*yarn'),
     (['--spark', '--spark-master', 'spark://h'], 'spark://HOST:PORT'), (['--spark', '--spark-master', 'yarn --conf x'], 'none of'), (['--spark', '--extra-spark-opts', '--conf "a'], 'quotation'),
     (['--authorized-users', 'a\tb'], 'authorized_users'), (['--user'], 'two places'), (['--sys-prefix', '--user'], 'two places'), (['--remote-host', 'h'], '--remote-hosts'), (['--nonsense'], '--nonsense'),
-    (['word'], "'word'"), (['--remote-hosts', 'a', 'b'], "'b'.*repeat"), (['--kernel-name'], 'needs a value'), (['--python', ''], None), (['--spark', '--spark-home', ' '], 'Spark home'), (['--log-level', 'LOUD'], 'log_level'), (['-x'], "'-x'")])
+    (['word'], "'word'"), (['--remote-hosts', 'a', 'b'], "'b'.*repeat"), (['--kernel-name'], 'needs a value'), (['--python', ''], None), (['--spark', '--spark-home', ' '], 'Spark home'), (['--log-level', 'LOUD'], 'log-level'), (['-x'], 'no option -x')])
 def test_refused(bench, argv, match):
     if match: bench.refuse(*argv, match=match)
     else: assert bench.install(*argv)['argv'][0] == 'python' # empty is the default
@@ -307,7 +369,18 @@ def test_broken_configuration_file(bench, text):
 def test_unknown_trait_is_refused(bench):
     bench.refuse('--SshSpecInstaller.remote_host=x', match='remote_host')
     (bench.tmp/'c.py').write_text('c.BaseSpecApp.lanugage = "R"\n')
-    bench.refuse('--config', bench.tmp/'c.py', match='lanugage')
+    bench.refuse('--config', bench.tmp/'c.py', match=r'c\.py: c\.BaseSpecApp\.lanugage is no option; is language meant')
+    (bench.tmp/'c.py').write_text('c.RemoteProvisionerConfigMixin.port_rang = "0..0"\n')
+    bench.refuse('--config', bench.tmp/'c.py', match='is port_range meant')
+
+def test_broken_configuration_file_in_the_usual_place(bench):
+    (bench.tmp/'config').mkdir()
+    (bench.tmp/'config/jupyter_config.py').write_text('c.BaseSpecApp.launch_timeout = "soon"\n')
+    bench.refuse(match='config/jupyter_config.py: --launch-timeout expected an int')
+    (bench.tmp/'config/jupyter_config.py').write_text('1/0\n')
+    bench.refuse(match='config/jupyter_config.py: ZeroDivisionError')
+    r = bench.run(command=COMMAND[:1])
+    assert (r.returncode, r.stderr)==(1, '')
 
 def test_two_places(bench):
     r = bench.run('--user', '--sys-prefix')
