@@ -195,27 +195,22 @@ async def interrupt(km, kc, code='while True: pass'):
     assert (r['status'], r['ename']) == ('error', 'KeyboardInterrupt')
     return took
 
-# Bounds in time that are promised hold for one of a few tries, since test machines are busy at times
+async def kill(km, kc):
+    "Kill the kernel on its host, having restarted one that is dead already; the seconds until its end, and how it came, are known here"
+    if not await km.is_alive():
+        await km.restart_kernel(now=True)
+        await kc.wait_for_ready(timeout=60)
+    t = Timer()
+    os.kill(km.provisioner.fields['pid'], signal.SIGKILL)
+    assert await asyncio.wait_for(km.provisioner.wait(), 30) == -9
+    return float(t)
 
-async def interrupted_within(limit, km, kc, code='while True: pass', tries=3):
-    "Interrupts of Python code reach it, and end it, within `limit` seconds"
+async def within(limit, attempt, tries=3):
+    "A bound in time that is promised: the seconds that `await attempt()` gives are below it in one of a few tries, for test machines are busy at times"
     took = []
     while not took or took[-1] >= limit:
         assert len(took) < tries, took
-        took.append(await interrupt(km, kc, code))
-
-async def killed_within(limit, km, kc, tries=3):
-    "Whoever kills a kernel on its host, its end and how it came are known here within `limit` seconds. The kernel is dead afterwards."
-    took = []
-    while not took or took[-1] >= limit:
-        assert len(took) < tries, took
-        if took:
-            await km.restart_kernel(now=True)
-            await kc.wait_for_ready(timeout=60)
-        t = Timer()
-        os.kill(km.provisioner.fields['pid'], signal.SIGKILL)
-        assert await asyncio.wait_for(km.provisioner.wait(), 30) == -9
-        took.append(float(t))
+        took.append(await attempt())
 
 class Timer:
     "Seconds since it was made: `float(timer)`, or compared"

