@@ -1298,6 +1298,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'gateway_provisioners_ssh/ssh.py'),
                                               'gateway_provisioners_ssh.ssh.Forward.close': ( 'ssh.html#forward.close',
                                                                                               'gateway_provisioners_ssh/ssh.py'),
+                                              'gateway_provisioners_ssh.ssh.Forward.joined': ( 'ssh.html#forward.joined',
+                                                                                               'gateway_provisioners_ssh/ssh.py'),
                                               'gateway_provisioners_ssh.ssh.Forward.start': ( 'ssh.html#forward.start',
                                                                                               'gateway_provisioners_ssh/ssh.py'),
                                               'gateway_provisioners_ssh.ssh.Link': ('ssh.html#link', 'gateway_provisioners_ssh/ssh.py'),

@@ -284,7 +284,7 @@ async def _start(self:DistributedProvisioner, request):
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None
     except BaseException: claim.release(); raise
 
-# %% ../nbs/07_provisioner.ipynb #f90a051c
+# %% ../nbs/07_provisioner.ipynb #fdb7e1f0
 def _reached_at(conn, fields):
     "The address to connect to: the one by which we reach the host; if that is our own loopback interface, the kernel knows better"
     own,ours = ipaddress.ip_address(fields['ip']),ipaddress.ip_address(conn.address)
@@ -308,10 +308,11 @@ async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunn
     return self.connection_info
 
 @patch
-async def _aim(self:DistributedProvisioner, conn, fields):
-    for k in port_names:
+async def _aim(self:DistributedProvisioner, conn, fields, at={}):
+    "Lead ports of ours, those in `at` if it has them, to the kernel's; whoever comes back after a cut listens before it asks"
+    for k in sorted(port_names, key=lambda o: o != 'iopub_port'):
         if k in self.forwards: self.forwards[k].aim(conn, fields[k])
-        else: self.forwards[k] = await conn.forward(fields[k])
+        else: self.forwards[k] = await conn.forward(fields[k], at.get(k, 0), self.forwards.get('iopub_port'))
 
 @patch
 def _close_forwards(self:DistributedProvisioner):
@@ -456,7 +457,7 @@ async def _cleanup(self:DistributedProvisioner, restart):
     if process.returncode is None or (self.avoid and not self.conn.is_up): await _undo(_ready(process), 0) # when the host answers
     else: await asyncio.wait({later(process.release(keep_log=not self.requested))}, timeout=self.connect_timeout)
 
-# %% ../nbs/07_provisioner.ipynb #33205253
+# %% ../nbs/07_provisioner.ipynb #458b88b5
 @patch
 async def get_provisioner_info(self:DistributedProvisioner):
     "What another process needs to go on with this kernel, as JSON-able values; secret"
@@ -479,8 +480,7 @@ async def load_provisioner_info(self:DistributedProvisioner, provisioner_info):
 async def _resume(self:DistributedProvisioner, info):
     host = Host.parse(info['host'])
     conn = await shared().pool.connection(host, self.login)
-    if info['tunnel']:
-        self.forwards = {k: await conn.forward(info['fields'][k], info['connection_info'][k]) for k in port_names}
+    if info['tunnel']: await self._aim(conn, info['fields'], info['connection_info'])
     process = RemoteProcess(conn.up, **info['process'])
     await self._adopt(conn, shared().ledger.claim(str(host)), process, info['fields'], info['tunnel'], info['connection_info']['ip'])
 

@@ -308,10 +308,10 @@ async def close(self:SSHConnection):
 
 for _f in (shell, answering, _rest, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
-# %% ../nbs/04_ssh.ipynb #1ef107e4
+# %% ../nbs/04_ssh.ipynb #2bdd9077
 class Forward:
     "A listening loopback port here that leads to a port of a host"
-    def __init__(self, conn:SSHConnection, port:int): self.conn,self.target,self.relays = conn,port,WeakSet()
+    def __init__(self, conn:SSHConnection, port:int, first:'Forward'=None): self.conn,self.target,self.first,self.relays = conn,port,first,WeakSet()
 
     async def start(self, port=0):
         self.server = await asyncio.get_running_loop().create_server(self._relay, '127.0.0.1', port)
@@ -323,9 +323,15 @@ class Forward:
         return relay
 
     async def _opening(self):
-        await self.conn.up()
+        if not self.conn.is_up:
+            await self.conn.up()
+            if self.first: await self.first.joined()
         link = self.conn.link
         return await link.open_channel('direct-tcpip', ('127.0.0.1', self.target)), link.wire
+
+    async def joined(self):
+        "Return when all who wait here are through"
+        if tasks := [r.task for r in self.relays if r.tr]: await asyncio.wait(tasks)
 
     def aim(self, conn, port):
         if (conn,port) != (self.conn,self.target):
@@ -336,9 +342,10 @@ class Forward:
 async def forward(self:SSHConnection,
     port:int, # A port on the host's loopback interface
     at:int=0, # The loopback port here (default: any)
+    first:Forward=None, # Whose connections go before these when the host is back
 ) -> Forward: # Its `port` is the one to connect to
     "Lead a loopback port of this machine to `port` of the host"
-    return await Forward(self, port).start(at)
+    return await Forward(self, port, first).start(at)
 
 async def reverse(self:SSHConnection,
     port:int, # A port on this machine's loopback interface

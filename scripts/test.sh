@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs all of them, notebooks first:  bash scripts/test.sh
-# Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS another number of
-# notebooks at a time than there are cores. With CI=true nothing may be missing; otherwise what cannot be had is said and left out.
+# Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS how much runs at a
+# time: notebooks as many as there are cores, files of tests one more, since they wait more than they compute. With CI=true nothing may
+# be missing; otherwise what cannot be had is said and left out.
 # shellcheck disable=SC2317,SC2016
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -62,5 +63,5 @@ stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 [ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=25 -n "${WORKERS:-$(nproc)}" --dist loadfile "$@" || failed=1
+python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile "$@" || failed=1
 [ -z "$failed" ]

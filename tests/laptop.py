@@ -52,6 +52,7 @@ async def used(kernels, source, config):
     print('cut', flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     t = time.monotonic()
+    await kc.wait_for_ready(timeout=120)
     res['after the cut'] = [await value(kc, 'x + 1', timeout=60), await km.is_alive()]
     res['reconnect_s'] = time.monotonic()-t
     t = time.monotonic()

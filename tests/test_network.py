@@ -92,7 +92,7 @@ def test_behind_nat(remote, net):
     "All there is to have of kernels, through one connection to port 22 of each host"
     source = subprocess.Popen([str(o) for o in net[0].inside([sys.executable, '-c', SOURCE])], stdout=subprocess.PIPE, text=True)
     env = net.client.environ() | {k: v for k, v in os.environ.items() if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))} | dict(
-        PATH=os.environ['PATH'], GP_ENABLE_TUNNELING='True', GP_CONNECT_TIMEOUT='2')
+        PATH=os.environ['PATH'], GP_ENABLE_TUNNELING='True', GP_CONNECT_TIMEOUT='4')
     with remote.lab.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
         app = net.laptop().popen(sys.executable, HERE/'laptop.py', source.stdout.readline().strip(), net.client.config, env=env,
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -100,7 +100,7 @@ def test_behind_nat(remote, net):
             assert app.stdout.readline() == 'cut\n'
             assert [h.connections() for h in net] == [1, 1, 0, 0], 'one connection a host, however many kernels'
             net[0].cut()
-            time.sleep(12)   # so long that the connection is given up here
+            time.sleep(18)   # so long that the connection is given up here
             net[0].heal()
             app.stdin.write('\n'); app.stdin.flush()
             assert app.stdout.readline() == 'count\n'
@@ -147,7 +147,7 @@ async def test_two_jump_hosts(remote, net, far):
     with net.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
         async with remote.on('far') as (km, kc), remote.on('far') as (_, other):
             assert await value(kc, WHENCE) == net[1].address
-            assert [h.connections() for h in net] == [1, 1, 1, 0]
+            wait(lambda: [h.connections() for h in net] == [1, 1, 1, 0], 10, 'one connection each, once those of earlier tests are gone')
             assert km.get_connection_info()['ip'] == '127.0.0.1', 'a host behind another is tunnelled to'
             await interrupt(km, kc, 'import time; time.sleep(1000)')
             await km.restart_kernel()
