@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from traitlets.config import Config
+from kernels import Timer, running
 
 def install(prefix, *options):
     "Write a kernelspec below `prefix`; its name, and kernel.json as it was written."
@@ -23,20 +24,16 @@ async def remote_kernel(prefix, name, hosts, timeout=60, **env):
     config.DistributedProvisioner.remote_hosts = list(hosts)
     specs = KernelSpecManager(kernel_dirs=[str(Path(prefix)/'share'/'jupyter'/'kernels')], ensure_native_kernel=False)
     km = AsyncKernelManager(kernel_name=name, kernel_spec_manager=specs, config=config)
-    await km.start_kernel(env={**os.environ, 'KERNEL_USERNAME': 'ada', 'KERNEL_LAUNCH_TIMEOUT': str(timeout), **env})
-    client = km.client()
-    client.start_channels()
-    try:
-        await client.wait_for_ready(timeout=30)
+    env = {**os.environ, 'KERNEL_USERNAME': 'ada', 'KERNEL_LAUNCH_TIMEOUT': str(timeout), **env}
+    async with running(km, env=env) as (_, client):
         yield SimpleNamespace(km=km, client=client, id=km.kernel_id, fields=km.provisioner.fields, provisioner=km.provisioner)
-    finally:
-        client.stop_channels()
-        await km.shutdown_kernel(now=True)
 
-async def run(k, code, timeout=60):
-    "Run a cell of the kernel whose `client` `k` has; the status of its reply, streamed text, errors with their traceback, and displayed data."
+async def run(k, code, timeout=60, begun=lambda: None):
+    """Run a cell of the kernel whose `client` `k` has; the status of its reply, streamed text, errors with their traceback, and displayed data.
+    `begun` is called with the first that the kernel says of it, which is that it is busy."""
     got = SimpleNamespace(text='', error='', data=[])
     def hook(msg):
+        begun()
         c = msg['content']
         if msg['msg_type']=='stream': got.text += c['text']
         elif msg['msg_type']=='error': got.error += '\n'.join([c['evalue'], *c['traceback']])
@@ -45,13 +42,20 @@ async def run(k, code, timeout=60):
     got.status = reply['content']['status']
     return got
 
-async def interrupted(k, code, after=.5):
-    "Run a cell that does not end by itself and interrupt it; what `run` gives, and the seconds that its end took in `took`."
-    cell = asyncio.ensure_future(run(k, code))
+async def stopped(k, code, interrupt, after=.5):
+    """Run a cell that does not end by itself, and `await interrupt()` once it has run for `after` seconds; what `run` gives, and the seconds that its end
+    took in `took`."""
+    begun = asyncio.Event()
+    cell = asyncio.ensure_future(run(k, code, begun=begun.set))
+    await asyncio.wait_for(begun.wait(), 60)
     await asyncio.sleep(after)
-    clock = asyncio.get_running_loop().time
-    start = clock()
-    await k.km.interrupt_kernel()
+    assert not cell.done(), cell.result()
+    t = Timer()
+    await interrupt()
     got = await cell
-    got.took = clock() - start
+    got.took = float(t)
     return got
+
+async def interrupted(k, code, after=.5):
+    "`stopped`, as a user does it: by the kernel's manager."
+    return await stopped(k, code, k.km.interrupt_kernel, after)

@@ -279,8 +279,7 @@ async def reported_client(fields):
     "A client of the kernel that reported `fields`, which it answered"
     kc = AsyncKernelClient()
     kc.load_connection_info(connection_info(fields))
-    kc.start_channels()
-    kc.hb_channel.time_to_dead = 30   # a busy machine is not a dead kernel
+    kc.start_channels(hb=False)   # a kernel on a busy machine is not dead
     try:
         await kc.wait_for_ready(timeout=90)
         yield kc

@@ -1,16 +1,14 @@
 """R kernels: IRkernel under launch_IRkernel.R and server_listener.py, both as a kernelspec has them, started by a test that plays the host
 application. R, IRkernel and (for Spark) Java must be there: what is missing fails the test that needs it, by name."""
-import asyncio, os, re, shutil, signal, subprocess, sys, time, uuid
+import asyncio, os, re, shutil, signal, subprocess, sys, uuid
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-import psutil, pytest, zmq
+import pytest, zmq
 from jupyter_client.asynchronous import AsyncKernelClient
 import gateway_provisioners_ssh
-from gateway_provisioners_ssh.handshake import ControlKey, Launch, connection_info, control_nonce
-from gateway_provisioners_ssh.response import ResponseServer
-from installed import install, interrupted, remote_kernel, run
-from spark import until
+from gateway_provisioners_ssh.handshake import Launch, connection_info
+from installed import install, interrupted, remote_kernel, run, stopped
+from kernels import LaunchFailed, Timer, control, launched, left_of, until, within
 
 PKG = Path(gateway_provisioners_ssh.__file__).parent
 LAUNCHER, LISTENER = PKG/'kernelspecs'/'r'/'launch_IRkernel.R', PKG/'launchers'/'server_listener.py'
@@ -30,75 +28,28 @@ def scripts(tmp_path_factory):
     for f in (LAUNCHER, LISTENER): shutil.copy(f, d)
     return d
 
-@pytest.fixture
-async def server():
-    s = ResponseServer()
-    yield s
-    await s.close()
-
-class LaunchFailed(Exception): pass
-
 def argv(scripts, launch, response, *extra, spell='--{}', command=('Rscript',)):
     "The command line that the expanded argv of a kernelspec gives."
     opts = {'kernel-id': launch.kernel_id, 'port-range': '0..0', 'response-address': response, 'public-key': launch.public_key}
     return [*command, str(scripts/LAUNCHER.name), *(o for k,v in opts.items() for o in (spell.format(k), v)), *extra]
 
 @asynccontextmanager
-async def r_kernel(server, scripts, *extra, env={}, connection=None, encrypt=False, timeout=60, **kw):
-    "A launched kernel: its process, what it reported, a client; at the end nothing of it is left."
+async def r_kernel(server, scripts, *extra, env={}, connection=None, encrypt=False, **kw):
+    "A `launched` kernel, and its temporary directory `tmp`."
     launch = Launch(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
-    response = await server.address('127.0.0.1')
     tmp = scripts.parent.parent/f'tmp-{launch.kernel_id}'
     tmp.mkdir()
     env = dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', HOME=os.environ['HOME'], LANG='C.UTF-8', TMPDIR=str(tmp),
                KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=launch.ticket()) | env
-    with server.expect(launch) as told:
-        start = time.monotonic()
-        proc = await asyncio.create_subprocess_exec(*argv(scripts, launch, response, *extra, **kw), env=env, start_new_session=True,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
-        log, exited = bytearray(), asyncio.ensure_future(proc.wait())
-        async def read():
-            while chunk := await proc.stdout.read(4096): log.extend(chunk)
-        reading = asyncio.ensure_future(read())
-        try:
-            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
-            if not told.future.done():
-                if exited.done(): await asyncio.wait([reading], timeout=5)
-                raise LaunchFailed(f'status {proc.returncode} after {time.monotonic()-start:.1f} s: {log.decode()}')
-            fields = told.future.result()
-            k = SimpleNamespace(proc=proc, fields=fields, exited=exited, log=log, launch=launch, tmp=tmp, took=time.monotonic()-start)
-            k.client = AsyncKernelClient()
-            k.client.load_connection_info(connection_info(fields))
-            k.client.start_channels()
-            k.client.hb_channel.time_to_dead = 30   # a busy machine is not a dead kernel
-            try:
-                await k.client.wait_for_ready(timeout=60)
-                yield k
-            finally: k.client.stop_channels()
-        finally:
-            for pgid in {proc.pid, fields['pgid']} if told.future.done() and not told.future.cancelled() else {proc.pid}:
-                try: os.killpg(pgid, signal.SIGKILL)
-                except ProcessLookupError: pass
-            await exited
-            await asyncio.wait([reading], timeout=5)
-            until('all processes of the kernel gone', lambda: not left_of(launch.kernel_id), 5)
+    words = argv(scripts, launch, await server.address('127.0.0.1'), *extra, **kw)
+    async with launched(server, launch, words, env, tmp.with_suffix('.log')) as k:
+        k.tmp = tmp
+        yield k
 
-def left_of(kernel_id):
-    "Processes with that kernel's id in their environment or command line."
-    def has(p):
-        try: return p.environ().get('KERNEL_ID')==kernel_id or kernel_id in p.cmdline()
-        except psutil.Error: return False
-    return [p for p in psutil.process_iter() if p.pid!=os.getpid() and has(p)]
-
-async def control(k, request):
-    "One signed request to the listener; its reply."
-    r, w = await asyncio.open_connection(k.fields['ip'], k.fields['comm_port'])
-    key = ControlKey(k.fields['control_key'])
-    nonce = control_nonce(await r.readline())
-    w.write(key.request(nonce, request))
-    reply = key.open_reply(nonce, await r.readline())
-    w.close()
-    return reply
+def interrupt(k):
+    "What interrupts all processes of the kernel, as a supervisor does."
+    async def kill(): os.killpg(k.fields['pgid'], signal.SIGINT)
+    return kill
 
 async def test_compute_and_plot(server, scripts):
     async with r_kernel(server, scripts) as k:
@@ -116,34 +67,27 @@ async def test_interrupts(server, scripts):
         assert k.fields['pid']==k.fields['pgid']==k.proc.pid
         await run(k, 'x <- 0')
         for code in ('repeat x <- x + 1', 'Sys.sleep(1000)', 'system("sleep 1000")'):
-            cell = asyncio.ensure_future(run(k, code))
-            await asyncio.sleep(.5)
-            start = time.monotonic()
-            os.killpg(k.fields['pgid'], signal.SIGINT)
-            await cell
-            assert time.monotonic()-start < 1, code
+            async def seconds(): return (await stopped(k, code, interrupt(k))).took
+            await within(1, seconds)
         for _ in range(50):   # where no cell runs, and while one begins and ends
             os.killpg(k.fields['pgid'], signal.SIGINT)
             await asyncio.sleep(.005)
-        cell = asyncio.ensure_future(run(k, 'Sys.sleep(1000)'))
-        await asyncio.sleep(.5)
-        await control(k, {'signum': 2})
-        await cell
+        await stopped(k, 'Sys.sleep(1000)', lambda: control(k, {'signum': 2}))
         assert (await run(k, 'cat(x > 0)')).text=='TRUE', 'same R, same variables'
         assert await control(k, {'signum': 0})=={'alive': True}
 
 async def test_shutdown_leaves_nothing(server, scripts):
     async with r_kernel(server, scripts) as k:
         await k.client.shutdown(reply=True, timeout=10)
-        assert await asyncio.wait_for(k.exited, 5)==0
-        until('listener gone', lambda: not left_of(k.launch.kernel_id), 3)
+        assert await asyncio.wait_for(k.exited, 20)==0
+        await until(lambda: not left_of(k.launch.kernel_id), 10, 'listener gone')
         assert not any(k.tmp.iterdir())
 
 async def test_killed(server, scripts):
     async with r_kernel(server, scripts) as k:
         os.kill(k.fields['pid'], signal.SIGKILL)
-        assert await asyncio.wait_for(k.exited, 5)==-9
-        until('listener gone', lambda: not left_of(k.launch.kernel_id), 3)
+        assert await asyncio.wait_for(k.exited, 20)==-9
+        await until(lambda: not left_of(k.launch.kernel_id), 10, 'listener gone')
         assert not any(k.tmp.iterdir()), 'not even the temporary directory of an R that was killed'
 
 async def test_restart_keeps_ports_and_key(server, scripts):
@@ -179,11 +123,13 @@ async def test_spellings(server, scripts):
     (['--spark-context-initialization-mode', 'eager'], {'SPARK_HOME': '/opt/none'}, 'the R package SparkR is not in /opt/none/R/lib'),
 ])
 async def test_refusals(server, scripts, extra, env, said):
-    start = time.monotonic()
-    with pytest.raises(LaunchFailed) as e:
-        async with r_kernel(server, scripts, *extra, env=env): pass
-    assert re.match('status (1|-15) ', str(e.value)) and said in str(e.value)
-    assert time.monotonic()-start < 10
+    async def refused():
+        t = Timer()
+        with pytest.raises(LaunchFailed) as e:
+            async with r_kernel(server, scripts, *extra, env=env): pass
+        assert re.match('status (1|-15) ', str(e.value)) and said in str(e.value)
+        return float(t)
+    await within(10, refused)
 
 async def test_lazy_without_sparkr(server, scripts):
     async with r_kernel(server, scripts, '--spark-context-initialization-mode', 'lazy', env=dict(SPARK_HOME='/opt/none')) as k:
@@ -220,12 +166,7 @@ async def test_eager(server, scripts, spark_standalone):
         assert (await run(k, 'cat(count(sql("select id from range(1000) where id % 7 = 0")))')).text=='143'
         assert k.fields['pgid']==k.fields['pid']!=k.proc.pid, 'a group apart from the JVM'
         for code in ('Sys.sleep(1000)', ENDLESS, ENDLESS):
-            cell = asyncio.ensure_future(run(k, code))
-            await asyncio.sleep(1)
-            start = time.monotonic()
-            os.killpg(k.fields['pgid'], signal.SIGINT)
-            await cell
-            assert time.monotonic()-start < 10, code
+            assert (await stopped(k, code, interrupt(k), after=1)).took < 10, code
             assert (await run(k, 'cat(count(sql("select 1")))')).text=='1', 'R, JVM and context are still there, and free'
         await k.client.shutdown(reply=True, timeout=10)
         assert await asyncio.wait_for(k.exited, 20)==0
@@ -247,7 +188,7 @@ async def test_no_context(server, scripts, spark_standalone):
     async with r_kernel(server, scripts, *args, **how) as k:
         assert (await run(k, 'cat(ls(), "SparkR" %in% loadedNamespaces())')).text.split()==['FALSE']
         os.kill(k.proc.pid, signal.SIGKILL)
-        until('R ends with the JVM that led its launch', lambda: not left_of(k.launch.kernel_id), 10)
+        await until(lambda: not left_of(k.launch.kernel_id), 10, 'R ends with the JVM that led its launch')
 
 async def test_spark_without_its_r_library(server, scripts, spark_standalone, yarn):
     how, args = submit(spark_standalone, spark_standalone.spark_home, 'lazy')

@@ -1,19 +1,18 @@
 """Scala kernels: Toree under our launcher, compiled for this test's Spark and started by bin/run.sh as a kernelspec has them, by a test that plays
 the host application. Java, pyspark and apache-toree must be there: what is missing fails the test that needs it, by name."""
-import asyncio, base64, fcntl, hashlib, json, os, re, shutil, signal, socket, stat, subprocess, sys, time, uuid
+import asyncio, base64, fcntl, hashlib, json, os, re, signal, socket, stat, subprocess, uuid
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-import psutil, pytest
+import pytest
 from Cryptodome.Protocol import HPKE
 from Cryptodome.Protocol.DH import import_x25519_private_key
-from jupyter_client.asynchronous import AsyncKernelClient
 from gateway_provisioners_ssh import toree
 from gateway_provisioners_ssh.handshake import ControlKey, HandshakeError, Launch, connection_info, control_nonce, parse_message, port_names
-from gateway_provisioners_ssh.response import ResponseServer
 from hosts import NetLab
-from installed import install, interrupted, remote_kernel, run
-from spark import CACHE, Missing, need, spark_home, until
+from installed import install, interrupted, remote_kernel, run, stopped
+from kernels import LaunchFailed, control, launched, taken_ports, until
+from spark import CACHE, Missing, need, spark_home
 
 HERE = Path(__file__).parent
 QUICK = '-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData'   # JVM options of a test: quick to start, and nothing in /tmp/hsperfdata_*
@@ -31,12 +30,6 @@ def spec(tmp_path_factory, needed):
     d = Path(spec['argv'][0]).parent.parent
     assert re.fullmatch(r'toree-launcher_\d\.\d+\.jar', next(d.glob('lib/toree-launcher*')).name) and name=='ssh_scala_spark'
     return SimpleNamespace(dir=d, **spec)
-
-@pytest.fixture
-async def server():
-    s = ResponseServer()
-    yield s
-    await s.close()
 
 # The handshake ---------------------------------------------------------------------------------------------------------
 
@@ -120,72 +113,25 @@ def test_compiles_for_scala_2_13(needed, tmp_path):
 
 # One kernel, launched by run.sh ----------------------------------------------------------------------------------------
 
-class LaunchFailed(Exception): pass
-
 @asynccontextmanager
-async def scala_kernel(server, spec, tmp, *extra, env={}, connection=None, encrypt=False, mode='lazy', spell='--{}', response=None, timeout=90, before=()):
-    "A launched kernel: its process, what it reported, a client; at the end nothing of it is left but its log."
+async def scala_kernel(server, spec, tmp, *extra, env={}, connection=None, encrypt=False, mode='lazy', spell='--{}', response=None, before=()):
+    "A `launched` kernel, and its home `home`, of which nothing is left at the end."
     launch = Launch(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
     response = response or await server.address('127.0.0.1')
     (home := tmp/launch.kernel_id).mkdir()
-    log = tmp/f'{launch.kernel_id}.log'
     opts = {'kernel-id': launch.kernel_id, 'response-address': response, 'public-key': launch.public_key, 'port-range': '0..0', 'spark-context-initialization-mode': mode}
-    argv = [spec.argv[0], *(o for k,v in opts.items() for o in (spell.format(k), v)), *extra]
+    argv = [*before, spec.argv[0], *(o for k,v in opts.items() for o in (spell.format(k), v)), *extra]
     java = f"--driver-java-options '{QUICK} -Djava.io.tmpdir={home}' --conf spark.ui.enabled=false"
     env = {**dict(PATH=os.environ['PATH'], HOME=str(home), TMPDIR=str(home), LANG='C.UTF-8', KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=launch.ticket(),
         SPARK_HOME=spec.env['SPARK_HOME'], SPARK_LOCAL_IP='127.0.0.1', __TOREE_SPARK_OPTS__=f'--master local[2] {java}', __TOREE_OPTS__=spec.env['__TOREE_OPTS__']), **env}
-    with server.expect(launch) as told, open(log, 'wb') as out:
-        start = time.monotonic()
-        proc = await asyncio.create_subprocess_exec(*before, *argv, env=env, start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out)
-        exited = asyncio.ensure_future(proc.wait())
-        try:
-            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
-            if not told.future.done(): raise LaunchFailed(f'status {proc.returncode} after {time.monotonic()-start:.1f} s: {log.read_text()[-6000:]}')
-            fields = told.future.result()
-            k = SimpleNamespace(proc=proc, fields=fields, exited=exited, log=log, launch=launch, home=home, took=time.monotonic()-start)
-            k.client = AsyncKernelClient()
-            k.client.load_connection_info(connection_info(fields))
-            k.client.start_channels(hb=False)
-            try:
-                await k.client.wait_for_ready(timeout=timeout)
-                yield k
-            finally: k.client.stop_channels()
-        finally:
-            try: os.killpg(proc.pid, signal.SIGKILL)
-            except ProcessLookupError: pass
-            await exited
-            until('all processes and files of the kernel gone', lambda: not left_of(launch.kernel_id) and not files(home), 10)
-
-def left_of(kernel_id):
-    "Processes with that kernel's id in their environment or command line."
-    def has(p):
-        try: return p.environ().get('KERNEL_ID')==kernel_id or kernel_id in p.cmdline()
-        except psutil.Error: return False
-    return [p for p in psutil.process_iter() if p.pid!=os.getpid() and has(p)]
+    try:
+        async with launched(server, launch, argv, env, tmp/f'{launch.kernel_id}.log', timeout=90) as k:
+            k.home = home
+            yield k
+    finally: await until(lambda: not files(home), 10, 'all files of the kernel gone')
 
 def files(d):  # `os.walk` does not mind directories that go while it looks
     return [Path(at)/o for at,dirs,names in os.walk(d) for o in [*names, *(o for o in dirs if o.startswith(('spark-', 'toree', 'blockmgr')))]]
-
-async def control(k, request, nonce=None, mac=None):
-    "One signed request to the launcher's listener; its reply."
-    r, w = await asyncio.open_connection(k.fields['ip'], k.fields['comm_port'])
-    key = ControlKey(k.fields['control_key'])
-    nonce = control_nonce(await r.readline())
-    w.write(key.request(nonce, request))
-    reply = key.open_reply(nonce, await r.readline())
-    w.close()
-    return reply
-
-async def stopped(k, code, interrupt, after=1.5):
-    "Run a cell that does not end by itself, and interrupt it; what `run` gives, and the seconds that took in `took`."
-    cell = asyncio.ensure_future(run(k, code))
-    await asyncio.sleep(after)
-    assert not cell.done(), cell.result()
-    start = time.monotonic()
-    await interrupt()
-    got = await cell
-    got.took = time.monotonic() - start
-    return got
 
 def group(k):
     async def interrupt(): os.killpg(k.fields['pgid'], signal.SIGINT)
@@ -221,7 +167,7 @@ async def test_a_kernel(server, spec, tmp_path):
         assert got.text.strip()=='(3,local[2])', got.error
         for code, how in (('while (true) {}', group), ('while (true) {}', listener), ('Thread.sleep(1000000)', group), ('import sys.process._; "sleep 1000".!', listener),
                           (ENDLESS, group), (ENDLESS, listener)):
-            got = await stopped(k, code, how(k))
+            got = await stopped(k, code, how(k), after=1.5)
             assert got.took < 10, (code, got.took)
             assert (await run(k, 'println(sc.parallelize(1 to 10, 4).map(_ + x).sum)')).text.strip()=='475.0', 'the context is usable, nothing is lost'
         assert re.search('cancelled', got.error)
@@ -236,8 +182,8 @@ async def test_a_kernel(server, spec, tmp_path):
         await abuse(k)
 
         await k.client.shutdown(reply=True, timeout=10)
-        assert await asyncio.wait_for(k.exited, 10)==0
-        until('files gone', lambda: not files(k.home), 5)
+        assert await asyncio.wait_for(k.exited, 20)==0
+        await until(lambda: not files(k.home), 10, 'files gone')
         said = k.log.read_text()
         for secret in (f['key'], f['control_key'], k.launch.ticket()): assert secret not in said
         assert said.count('is not signed')==1, 'refusals are mentioned once'
@@ -259,25 +205,25 @@ async def abuse(k):
         try: assert await asyncio.to_thread(talk, o)==b''
         except ConnectionError: pass
     idle = [socket.create_connection(address, 5) for _ in range(300)]
-    assert await asyncio.wait_for(control(k, {'signum': 0}), 2)=={'alive': True}
+    assert await asyncio.wait_for(control(k, {'signum': 0}), 10)=={'alive': True}
     for s in idle: s.close()
 
 async def test_a_restart_and_a_kill(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, before=('sh', '-c', 'trap "" INT; exec "$@"', 'sh')) as k:
         first = connection_info(k.fields)
-        assert (await stopped(k, 'while (true) {}', group(k))).took < 10, 'whoever started run.sh with SIGINT ignored'
+        assert (await stopped(k, 'while (true) {}', group(k), after=1.5)).took < 10, 'whoever started run.sh with SIGINT ignored'
         assert await control(k, {'shutdown': 1})=={'alive': True}
-        assert await asyncio.wait_for(k.exited, 10)==143
+        assert await asyncio.wait_for(k.exited, 20)==143
     async with scala_kernel(server, spec, tmp_path, connection=first) as k:
         assert connection_info(k.fields)==first
         assert (await run(k, 'println(1 + 1)')).text.strip()=='2'
         os.kill(k.fields['pid'], signal.SIGUSR2)                             # __TOREE_OPTS__ of Enterprise Gateway's kernelspecs: --alternate-sigint USR2
         async def usr2(): os.kill(k.fields['pid'], signal.SIGUSR2)
-        assert (await stopped(k, 'Thread.sleep(100000)', usr2)).took < 10
+        assert (await stopped(k, 'Thread.sleep(100000)', usr2, after=1.5)).took < 10
         await run(k, 'sc.parallelize(1 to 10).count')
         os.kill(k.fields['pid'], signal.SIGKILL)
-        assert await asyncio.wait_for(k.exited, 5)==-9
-        until('files gone, those of a killed kernel too', lambda: not files(k.home), 5)
+        assert await asyncio.wait_for(k.exited, 20)==-9
+        await until(lambda: not files(k.home), 10, 'files gone, those of a killed kernel too')
 
 async def test_no_context(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, mode='none') as k:
@@ -296,13 +242,12 @@ async def test_context_that_cannot_start(server, spec, tmp_path):
         async with scala_kernel(server, spec, tmp_path, mode='eager', **opts): pass
 
 async def test_refusals(server, spec, tmp_path):
-    taken = [socket.create_server(('127.0.0.1', p)) for p in range(45000, 45004)]
-    cases = [
+    cases = lambda port: [
         (dict(env=dict(KERNEL_LAUNCH_SECRET='')), (), 'status 1 .*KERNEL_LAUNCH_SECRET is not set'),
         (dict(env=dict(KERNEL_LAUNCH_SECRET='abc')), (), 'status 1 .*sent nothing that is a launch ticket'),
         (dict(encrypt=True), (), 'status 1 .*Toree cannot encrypt.*transport_encryption'),
         (dict(), ('--port-range', '9..3'), "status 2 .*--port-range '9..3' is not LOWER..UPPER"),
-        (dict(), ('--port-range', '45000..45003'), 'status 1 .*fewer than 6 ports are free in 45000..45003'),
+        (dict(), ('--port-range', f'{port}..{port+3}'), f'status 1 .*fewer than 6 ports are free in {port}..{port+3}'),
         (dict(mode='quick'), (), "status 2 .*lazy, eager or none, not 'quick'"),
         (dict(response='nonsense'), (), "status 2 .*--response-address 'nonsense' is not IP:PORT"),
         (dict(response='127.0.0.1:1'), (), 'status 1 .*cannot be reached at 127.0.0.1 port 1 .*GP_ENABLE_TUNNELING')]
@@ -313,9 +258,7 @@ async def test_refusals(server, spec, tmp_path):
                 async with scala_kernel(server, spec, tmp_path, *extra, **how): pass
         assert re.search(f'(?s){reason}', str(e.value)), (reason, str(e.value))
         assert str(e.value).count('[launcher ')==1, 'one line says why'
-    try: await asyncio.gather(*(refused(*o) for o in cases))
-    finally:
-        for s in taken: s.close()
+    with taken_ports(4) as port: await asyncio.gather(*(refused(*o) for o in cases(port)))
 
 async def test_unwanted(server, spec, tmp_path):
     "A kernel that nobody asked for, and one whose report is not answered as it should be, end themselves."
@@ -357,4 +300,4 @@ async def test_spark_over_ssh(kind, request, tmp_path):
             assert (await run(k, 'println(sc.parallelize(1 to 10, 2).sum)')).text.strip()=='55.0'
             await k.km.shutdown_kernel()
             assert not hosts.kernels(k.id)
-            until('both applications finished', lambda: [a['state'] for a in cluster.applications(k.id)]==['FINISHED']*2, 20)
+            await until(lambda: [a['state'] for a in cluster.applications(k.id)]==['FINISHED']*2, 20, 'both applications finished')
