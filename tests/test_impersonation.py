@@ -1,15 +1,14 @@
 """Impersonation, with OS users and sudo on a real sshd host: the host application logs in as one user (`gateway`), and each kernel is the process of
 the user it was started for. Hosts of their own /home and sudoers need root; so do these tests."""
 import asyncio, json, os, re, shutil, signal, sys
+from contextlib import AsyncExitStack
 import psutil, pytest
 from conftest import need
 from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.settings import LaunchError
-from hosts import wait
 from installed import interrupted, run
-from kernels import Remote, Timer, forget, value
-from types import SimpleNamespace
+from kernels import Remote, Timer, busy, forget, gone, interrupt, kill, reply_to, until, value, within
 
 RULE = 'gateway ALL=(ada, grace) NOPASSWD:SETENV: ALL'
 HABITS = [r'/home.*/\.(ipython|cache|config|local/share/jupyter/runtime$)', r'/nbsignatures', r'/homes/[^/]*/\.']
@@ -36,109 +35,85 @@ def remote(net, tmp_path, tmp_path_factory, monkeypatch):
 def uid_of(pid): return psutil.Process(pid).uids().effective
 def at(node, path): return node.dir/'homes'/path.removeprefix('/home/') if path.startswith('/home/') else node.tmp/path.removeprefix('/tmp/')
 def owner(node, path): return (s := at(node, path).stat()).st_uid, s.st_mode & 0o777
-def both(km, kc): return SimpleNamespace(km=km, client=kc)
-
-async def start(remote, user, name='ssh_python', **env):
-    km = remote.manager(name)
-    await km.start_kernel(env=dict(os.environ, KERNEL_USERNAME=user, **env))
-    kc = km.client()
-    kc.start_channels()
-    await kc.wait_for_ready(timeout=60)
-    return km, kc
-
-async def end(km, kc):
-    kc.stop_channels()
-    await km.shutdown_kernel(now=True)
+def kernel_of(remote, user, name='ssh_python'): return remote.kernel(name, env=dict(os.environ, KERNEL_USERNAME=user))
 
 async def test_the_kernel_is_the_users(remote):
     node, ada = remote.node, remote.users['ada']
     with remote.nothing_left(ignore=HABITS):
-        km, kc = await start(remote, 'ada')
-        p = km.provisioner
-        assert await value(kc, '(__import__("os").getuid(), __import__("os").getgid(), __import__("os").getgroups())') == (ada, ada, [ada])
-        env = await value(kc, 'dict(__import__("os").environ)')
-        assert (env['HOME'], env['USER'], env['KERNEL_USERNAME'], await value(kc, '__import__("os").getcwd()')) == ('/home/ada', 'ada', 'ada', '/home/ada')
-        assert env['PATH'].startswith(f'{sys.prefix}/bin:') and 'KERNEL_LAUNCH_SECRET' not in env
-        # log, connection file and listener are the user's, and nobody else's
-        assert uid_of(p.fields['pid']) == uid_of(p.fields['listener_pid']) == ada
-        assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
-        assert owner(node, f'/home/ada/.local/share/jupyter/runtime/kernel-{km.kernel_id}.json') == (ada, 0o600)
-        assert owner(node, p.process.dir) == (remote.users['gateway'], 0o700)
-        # it is interrupted, in whatever it does
-        assert (await interrupted(both(km, kc), 'while True: pass')).took < 1
-        assert (await interrupted(both(km, kc), 'import subprocess; subprocess.run(["sleep", "1000"])')).took < 1
-        # it is restarted, and killed: its end is known at once, with the status
-        before = km.get_connection_info()
-        await km.restart_kernel()
-        await kc.wait_for_ready(timeout=60)
-        assert km.get_connection_info() == before and uid_of(km.provisioner.fields['pid']) == ada
-        t = Timer()
-        os.kill(km.provisioner.fields['pid'], signal.SIGKILL)
-        assert await asyncio.wait_for(km.provisioner.wait(), 5) == -9 and t < 1
-        assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
-        km.provisioner.requested = True # its log is not wanted
-        await end(km, kc)
+        async with kernel_of(remote, 'ada') as (km, kc):
+            p = km.provisioner
+            assert await value(kc, '(__import__("os").getuid(), __import__("os").getgid(), __import__("os").getgroups())') == (ada, ada, [ada])
+            env = await value(kc, 'dict(__import__("os").environ)')
+            assert (env['HOME'], env['USER'], env['KERNEL_USERNAME'], await value(kc, '__import__("os").getcwd()')) == ('/home/ada', 'ada', 'ada', '/home/ada')
+            assert env['PATH'].startswith(f'{sys.prefix}/bin:') and 'KERNEL_LAUNCH_SECRET' not in env
+            # log, connection file and listener are the user's, and nobody else's
+            assert uid_of(p.fields['pid']) == uid_of(p.fields['listener_pid']) == ada
+            assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
+            assert owner(node, f'/home/ada/.local/share/jupyter/runtime/kernel-{km.kernel_id}.json') == (ada, 0o600)
+            assert owner(node, p.process.dir) == (remote.users['gateway'], 0o700)
+            # it is interrupted, in whatever it does
+            await within(1, lambda: interrupt(km, kc))
+            await within(1, lambda: interrupt(km, kc, 'import subprocess; subprocess.run(["sleep", "1000"])'))
+            # it is restarted, and killed: its end is known at once, with the status
+            before = km.get_connection_info()
+            await km.restart_kernel()
+            await kc.wait_for_ready(timeout=60)
+            assert km.get_connection_info() == before and uid_of(km.provisioner.fields['pid']) == ada
+            await within(1, lambda: kill(km, kc))
+            assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
+            km.provisioner.requested = True # its log is not wanted
 
 async def test_kill_and_shutdown(remote):
     for how in ('kill', 'terminate', 'shutdown'):
         with remote.nothing_left(ignore=HABITS):
-            km, kc = await start(remote, 'ada')
-            pid = km.provisioner.fields['pid']
-            child = await value(kc, '__import__("subprocess").Popen(["sleep", "1000"]).pid')
-            t = Timer()
-            if how == 'shutdown': await km.shutdown_kernel()
-            else: await getattr(km.provisioner, how)()
-            wait(lambda: gone(pid), 10, how)
-            if how == 'kill': wait(lambda: gone(child), 5, 'what it started')
-            elif not gone(child): os.kill(child, signal.SIGKILL)
-            await end(km, kc)
-
-def gone(pid): return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            async with kernel_of(remote, 'ada') as (km, kc):
+                pid = km.provisioner.fields['pid']
+                child = await value(kc, '__import__("subprocess").Popen(["sleep", "1000"]).pid')
+                if how == 'shutdown': await km.shutdown_kernel()
+                else: await getattr(km.provisioner, how)()
+                await until(lambda: gone(pid), 10, how)
+                if how == 'kill': await until(lambda: gone(child), 10, 'what it started')
+                elif not gone(child): os.kill(child, signal.SIGKILL)
 
 @pytest.mark.parametrize('user, impersonation', [('ada', 'True'), ('gateway', 'False')])
 async def test_files_that_a_kernel_writes_have_the_modes_of_the_login(remote, monkeypatch, user, impersonation):
     monkeypatch.setenv('GP_IMPERSONATION_ENABLED', impersonation)
-    km, kc = await start(remote, 'ada')
-    try:
-        assert (await run(both(km, kc), 'open("report.txt", "w").close(); import os; os.mkdir("shared")')).status == 'ok'
+    async with kernel_of(remote, 'ada') as k:
+        assert (await run(k, 'open("report.txt", "w").close(); import os; os.mkdir("shared")')).status == 'ok'
         assert owner(remote.node, f'/home/{user}/report.txt') == (remote.users[user], 0o644)
         assert owner(remote.node, f'/home/{user}/shared') == (remote.users[user], 0o755)
-    finally: await end(km, kc)
 
 async def test_users_have_nothing_of_each_other(remote):
-    (a, ac), (g, gc) = await asyncio.gather(start(remote, 'ada'), start(remote, 'grace'))
-    try:
-        assert await value(gc, '__import__("getpass").getuser()') == 'grace' and owner(remote.node, f'/tmp/kernel-{g.kernel_id}.log')[0] == remote.users['grace']
+    async with AsyncExitStack() as stack:
+        (a, _), g = await asyncio.gather(*(stack.enter_async_context(kernel_of(remote, o)) for o in ('ada', 'grace')))
+        assert await value(g.client, '__import__("getpass").getuser()') == 'grace' and owner(remote.node, f'/tmp/kernel-{g.km.kernel_id}.log')[0] == remote.users['grace']
         pid, home = a.provisioner.fields['pid'], '/home/ada/.local/share/jupyter/runtime'
         for path in (f'/tmp/kernel-{a.kernel_id}.log', f'{home}/kernel-{a.kernel_id}.json', f'/proc/{pid}/environ', f'{a.provisioner.process.dir}/pid'):
-            assert (await run(both(g, gc), f'open({path!r})')).error.startswith('[Errno 13] Permission denied'), path
-        assert (await run(both(g, gc), f'import os; os.kill({pid}, 2)')).error.startswith('[Errno 1] Operation not permitted')
-    finally: await asyncio.gather(end(a, ac), end(g, gc))
+            assert (await run(g, f'open({path!r})')).error.startswith('[Errno 13] Permission denied'), path
+        assert (await run(g, f'import os; os.kill({pid}, 2)')).error.startswith('[Errno 1] Operation not permitted')
 
 async def test_r_kernel(remote):
     need(None if shutil.which('Rscript') else 'Rscript is not installed')
     remote.install('--language', 'R', hosts=['gateway@node1'], name='ssh_r')
     with remote.nothing_left(ignore=HABITS):
-        km, kc = await start(remote, 'ada', 'ssh_r')
-        assert (await run(both(km, kc), 'cat(Sys.info()[["effective_user"]], Sys.getenv("HOME"))')).text == 'ada /home/ada'
-        assert (await interrupted(both(km, kc), 'repeat x <- 1')).took < 1
-        assert owner(remote.node, f'/tmp/kernel-{km.kernel_id}.log') == (remote.users['ada'], 0o600)
-        await end(km, kc)
+        async with kernel_of(remote, 'ada', 'ssh_r') as k:
+            assert (await run(k, 'cat(Sys.info()[["effective_user"]], Sys.getenv("HOME"))')).text == 'ada /home/ada'
+            async def seconds(): return (await interrupted(k, 'repeat x <- 1')).took
+            await within(1, seconds)
+            assert owner(remote.node, f'/tmp/kernel-{k.km.kernel_id}.log') == (remote.users['ada'], 0o600)
 
 async def test_another_host_application_takes_over(remote):
     with remote.nothing_left(ignore=HABITS):
-        km, kc = await start(remote, 'ada')
-        info = json.loads(json.dumps(await km.provisioner.get_provisioner_info()))
-        other = DistributedProvisioner(kernel_id=km.kernel_id, kernel_spec=KernelSpecManager().get_kernel_spec('ssh_python'))
-        await other.load_provisioner_info(info)
-        cell = asyncio.ensure_future(run(both(km, kc), 'while True: pass'))
-        await asyncio.sleep(.5)
-        await other.send_signal(signal.SIGINT)
-        assert (await asyncio.wait_for(cell, 5)).status == 'error'
-        await other.kill()
-        assert await asyncio.wait_for(other.wait(), 5) == -9
-        await other.cleanup()
-        await end(km, kc)
+        async with kernel_of(remote, 'ada') as (km, kc):
+            info = json.loads(json.dumps(await km.provisioner.get_provisioner_info()))
+            other = DistributedProvisioner(kernel_id=km.kernel_id, kernel_spec=KernelSpecManager().get_kernel_spec('ssh_python'))
+            await other.load_provisioner_info(info)
+            msg_id = await busy(kc, 'print("on it", flush=True)\nwhile True: pass')
+            await other.send_signal(signal.SIGINT)
+            assert (await reply_to(kc, msg_id))['status'] == 'error'
+            await other.kill()
+            assert await asyncio.wait_for(other.wait(), 20) == -9
+            await other.cleanup()
 
 async def test_a_start_given_up_leaves_nothing(remote):
     with remote.nothing_left(ignore=HABITS):
@@ -156,11 +131,13 @@ async def test_a_start_given_up_leaves_nothing(remote):
 # Refusals: before anything runs, or at once, and with nothing left
 
 async def refused(remote, user, words, status=500):
-    with remote.nothing_left(ignore=HABITS):
+    async def start():
         t = Timer()
-        with pytest.raises(LaunchError) as e: await start(remote, user)
+        with pytest.raises(LaunchError) as e:
+            async with kernel_of(remote, user): pass
         assert re.search(words, str(e.value)) and e.value.status_code == status, str(e.value)
-        assert t < 5
+        return float(t)
+    with remote.nothing_left(ignore=HABITS): await within(5, start)
 
 @pytest.mark.parametrize('user', ['"; touch /tmp/x; "', '-g root', '#0', '%sudo', 'a b', 'ada;id', '../ada', 'ada\n', 'ünï', ''])
 async def test_what_cannot_be_a_user(remote, user): await refused(remote, user, "cannot be the name of a user to run it as", 403)
