@@ -4,12 +4,18 @@ from pathlib import Path
 import pytest
 from conftest import need
 from hosts import REPO, LoopbackLab, NetLab, _proc, sh, wait
+from kernels import forget
 
 def ssh(lab, name, *cmd, timeout=10, **kw):
     return sh('ssh', '-F', lab.client.config, '-o', 'BatchMode=yes', '-o', f'ConnectTimeout={timeout}', name, *cmd, **kw)
 
 @pytest.fixture(params=['hosts', 'net'])
-def lab(request): return request.getfixturevalue(request.param)
+def lab(request):
+    "Hosts of either kind, to which this process has no connection, whatever tests were before"
+    lab = request.getfixturevalue(request.param)
+    forget()
+    wait(lambda: not any(h.connections() for h in lab), what='connections of other tests ended')
+    return lab
 
 def fails(lab, name, word, timeout=2):
     t = time.monotonic()
@@ -42,7 +48,7 @@ def test_inventory(lab):
 
 def test_disturb_sshd(lab):
     h = lab[0]
-    h.stop();            assert fails(lab, h.name, 'refused') < 1
+    h.stop();            assert min(fails(lab, h.name, 'refused') for _ in range(3)) < 1
     h.start();           ssh(lab, h.name, 'true')
     h.hang();            assert fails(lab, h.name, 'timed out') > 1.5
     h.unhang();          ssh(lab, h.name, 'true')
@@ -58,10 +64,10 @@ def test_restart_sshd(lab, drop):
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.readline()
     h.restart_sshd(drop)
-    if drop: p.wait(5)
+    if drop: p.wait(20)
     else:
         with pytest.raises(subprocess.TimeoutExpired): p.wait(0.5)
-        h.drop(); p.wait(5)
+        h.drop(); p.wait(20)
     ssh(lab, h.name, 'true')
     left = [o for o in h.processes() if o.cmdline == 'sleep 123']
     assert len(left) == 1
@@ -78,11 +84,14 @@ def test_environment(lab):
 
 # Network namespaces only
 
-def rtt(h):
-    def once():
+def rtt(h, below):
+    "The round trip time: the first below this, or the shortest of a few"
+    seen = []
+    while not seen or min(seen) >= below and len(seen) < 6:   # sshd takes ten who do not log in
         t = time.monotonic()
-        with socket.create_connection((h.address, 22), 5): return time.monotonic() - t
-    return min(once() for _ in range(3))
+        with socket.create_connection((h.address, 22), 5): seen.append(time.monotonic() - t)
+        time.sleep(.05)
+    return min(seen)
 
 def test_cut_and_heal(net):
     h = net[0]
@@ -108,9 +117,9 @@ def test_power(net):
 def test_slow(net):
     h = net[2]
     p = subprocess.Popen(['ssh', '-F', net.client.config, h.name, 'read x; echo $x; head -c 5000000 /dev/zero'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert rtt(h) < 0.05
+    assert rtt(h, .05) < .05
     h.slow(ms=40)
-    assert 0.08 < rtt(h) < 0.3
+    assert .08 < rtt(h, .3) < .3
     p.stdin.write(b'on\n'); p.stdin.flush()
     assert len(p.communicate()[0]) == 5000003, 'connections survive the change of wires'
     h.slow(mbit=8)
@@ -119,17 +128,19 @@ def test_slow(net):
     assert time.monotonic() - t > 0.8
     h.slow(ms=1, loss=0.4)
     def lost():
-        try: socket.create_connection((h.address, 22), 0.2).close()
+        try: socket.create_connection((h.address, 22), 0.5).close()
         except TimeoutError: return True
-    assert 0 < sum(bool(lost()) for _ in range(15)) < 15
+        return False
+    seen = set()
+    wait(lambda: seen.add(lost()) or seen == {True, False}, 30, 'some packets lost, and some not')
     h.slow()
-    assert rtt(h) < 0.05
+    assert rtt(h, .05) < .05
 
-def listen(where, port):
-    s = 'import socket,sys; s=socket.create_server(("",%d)); print("on",flush=True)\nwhile 1: s.accept()[0].close()' % port
+def listen(where, port=0):
+    "A process that accepts connections, by default at any port, and that port"
+    s = 'import socket,sys; s=socket.create_server(("",%d)); print(s.getsockname()[1],flush=True)\nwhile 1: s.accept()[0].close()' % port
     p = subprocess.Popen([*map(str, where), sys.executable, '-c', s], stdout=subprocess.PIPE)
-    p.stdout.readline()
-    return p
+    return p, int(p.stdout.readline())
 
 def can(where, address, port):
     s = f'import socket; socket.create_connection(({address!r}, {port}), 0.7)'
@@ -137,19 +148,19 @@ def can(where, address, port):
 
 def test_firewall(net):
     h = net[0]
-    here, there = listen([], 18877), listen(h.ns.exec([]), 40001)
-    assert can([], h.address, 40001) and can(h.ns.exec([]), net.address, 18877)
+    (here, port), (there, _) = listen([]), listen(h.ns.exec([]), 40001)
+    assert can([], h.address, 40001) and can(h.ns.exec([]), net.address, port)
     h.firewall()
-    assert not can([], h.address, 40001) and not can(h.ns.exec([]), net.address, 18877) and can([], h.address, 22)
+    assert not can([], h.address, 40001) and not can(h.ns.exec([]), net.address, port) and can([], h.address, 22)
     h.firewall(incoming=(22, 40001), outgoing=None)
-    assert can([], h.address, 40001) and can(h.ns.exec([]), net.address, 18877)
+    assert can([], h.address, 40001) and can(h.ns.exec([]), net.address, port)
     h.no_firewall()
     for p in (here, there): p.kill(); p.wait(); p.stdout.close()
 
 def test_laptop(net):
     h, app = net[0], net.laptop()
     assert app.run('ssh', '-F', net.client.config, h.name, 'echo $SSH_CONNECTION').split()[0] == net.addr(100)
-    there, mine = listen(h.ns.exec([]), 40002), listen(app.exec([]), 8877)
+    (there, _), (mine, _) = listen(h.ns.exec([]), 40002), listen(app.exec([]), 8877)
     assert not can(app.exec([]), h.address, 40002)
     assert not can(h.ns.exec([]), net.addr(100), 8877) and not can(h.ns.exec([]), net.addr(130), 8877)
     net.laptop(ports=None)
@@ -189,8 +200,8 @@ def test_capture(net):
     h = net[2]
     with h.capture() as f:
         ssh(net, h.name, 'echo kept secret')
-        here = listen([], 18878)
-        s = f'import socket; s=socket.create_connection(("{net.address}",18878)); s.sendall(b"plain words")'
+        here, port = listen([])
+        s = f'import socket; s=socket.create_connection(("{net.address}",{port})); s.sendall(b"plain words")'
         h.run('python', '-c', s)
     here.kill(); here.wait(); here.stdout.close()
     assert b'plain words' in f.read_bytes() and b'SSH-2.0' in f.read_bytes() and b'kept secret' not in f.read_bytes()
