@@ -30,7 +30,7 @@ def run(client, command, data=b''):
 def fds(): return len(os.listdir('/proc/self/fd'))
 def mine(): return sorted(o.name for o in threading.enumerate() if o.name.startswith('mock-ssh'))
 
-def until(cond, timeout=10):
+def until(cond, timeout=20):
     "Wait for `cond()`; its value."
     end = time.monotonic() + timeout
     while not (res := cond()) and time.monotonic() < end: time.sleep(.01)
@@ -59,10 +59,10 @@ def test_early_exit_keeps_output(conn):
 def test_status_before_holder_ends(conn):
     "As with sshd: the status comes when the command ends, the end of the channel when the last holder of its output has ended."
     chan = conn.get_transport().open_session()
-    chan.exec_command('sleep 1 & echo started; exit 4')
     start = time.monotonic()
-    assert chan.recv_exit_status() == 4 and time.monotonic() - start < .7
-    assert (chan.makefile('rb').read(), chan.closed or time.monotonic() - start > .8) == (b'started\n', True)
+    chan.exec_command('sleep 5 & echo started; exit 4')
+    assert chan.recv_exit_status() == 4 and time.monotonic() - start < 4
+    assert (chan.makefile('rb').read(), chan.closed or time.monotonic() - start > 4.5) == (b'started\n', True)
 
 def test_login(host, conn, monkeypatch):
     monkeypatch.setenv('SECRET_OF_THE_SERVER', 'x')
@@ -114,7 +114,7 @@ def test_frozen_host_does_not_hold_others():
         chan.start()
         start = time.monotonic()
         for _ in range(10): assert run(b, 'echo hi')[0] == b'hi\n'
-        assert time.monotonic() - start < 2 and chan.is_alive()
+        assert time.monotonic() - start < 15 and chan.is_alive()
         hosts[0].thaw()
         chan.join(30)
         assert not chan.is_alive()
@@ -122,9 +122,11 @@ def test_frozen_host_does_not_hold_others():
 def test_latency_is_not_bandwidth(host, conn):
     "Bursts are delayed side by side: much data takes hardly longer than little."
     host.delay(.1)
-    start = time.monotonic()
-    assert len(run(conn, 'head -c 4000000 /dev/zero')[0]) == 4000000
-    assert .5 < time.monotonic() - start < 4
+    def seconds():
+        start = time.monotonic()
+        assert len(run(conn, 'head -c 4000000 /dev/zero')[0]) == 4000000
+        return time.monotonic() - start
+    assert .5 < min(seconds() for _ in range(3)) < 4
 
 def test_hung_and_frozen_arrivals_are_served_later(host):
     for stop, go in (host.hang, host.accept), (host.freeze, host.thaw):
@@ -355,15 +357,14 @@ class TestOpenSSH:
             master.wait(10)
 
     def test_forwards_and_jump(self, hosts):
-        data = random.randbytes(4*MB)
-        with socket.create_server(('127.0.0.1', 0)) as spare: port = spare.getsockname()[1]
+        "Of a socket in the file system, since a port that is free now may be another's when it is used."
+        data, path = random.randbytes(4*MB), hosts.dir/'forward'
         proc = subprocess.Popen(['ssh', '-F', hosts.config, '-o', 'GlobalKnownHostsFile=/dev/null', '-o', 'ExitOnForwardFailure=yes', '-J', 'mock2',
-            '-NL', f'127.0.0.1:{port}:127.0.0.1:{sink(1)}', 'mock1'])
-        def connect():
-            try: return socket.create_connection(('127.0.0.1', port))
-            except ConnectionRefusedError: pass
+            '-NL', f'{path}:127.0.0.1:{sink(1)}', 'mock1'])
         try:
-            with until(connect) as sock:
+            assert until(path.exists)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(path))
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)
                 assert sock.makefile('rb').read() == hashlib.sha256(data).digest()
