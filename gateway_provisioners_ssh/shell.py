@@ -211,14 +211,14 @@ printf '%s\n' $s >"$dir/s" && mv "$dir/s" "$dir/status"
 printf '[ended with status %s]\n' $s >&8
 '''
 
-# %% ../nbs/03_shell.ipynb #77ec3f09
+# %% ../nbs/03_shell.ipynb #90342aff
 _orphan = r'''( exec 9>&-
 while timeout {orphan_timeout} /bin/sh -c ': <"$0"' "$dir/watched"; do
   exec 5<>"$dir/watched" 6<"$dir/watched" 5>&-; cat <&6 >/dev/null; exec 6<&-
 done
 read -r p <"$dir/pid" && {{ {become} /bin/sh -c "kill -TERM -$p; n=0; while kill -0 -$p && [ \$n -lt 5 ]; do sleep 1; n=\$((n+1)); done; kill -KILL -$p"; rm -rf "$dir"; }} ) &'''
 
-_watch = r'''cd {dir} 2>/dev/null || {{ echo gone; exit; }}
+_watch = r'''cd {dir} 2>/dev/null && [ -p watched ] || {{ echo gone; exit; }}
 exec 6<>watched
 [ -s status ] || {{ exec 8<>alive 7<alive 8>&-; read -r x <&7; }}
 if [ -s status ]; then cat status; else echo gone
@@ -281,7 +281,7 @@ class RemoteProcess:
         "Stop watching; the process goes on"
         self._watcher.cancel()
 
-# %% ../nbs/03_shell.ipynb #43f9d0af
+# %% ../nbs/03_shell.ipynb #d7ac9e52
 async def signal(self:RemoteProcess,
     signum:int, # The signal's number; 0 only asks whether the process is there
     pgid:int=None, # The process group that gets it (default: every group of the process)
@@ -304,21 +304,27 @@ async def tail(self:RemoteProcess,
     ended = f'[ -s {shlex.quote(self.dir)}/status ] && echo 20 || echo 0'
     return (await self.run(f'{self.become} /bin/sh -c {read} sh {shlex.quote(self.log)} $({ended})')).output
 
+RemoteProcess.signal,RemoteProcess.tail = signal,tail
+
+# %% ../nbs/03_shell.ipynb #00c4b09c
+_remove = '''remove() { n=99; until rm -rf "$1" || [ $n = 0 ]; do n=$((n-1)); done; } 2>/dev/null
+'''
+
 async def release(self:RemoteProcess,
     keep_log:bool=True, # Whether the log stays on the host
 ):
     "Remove what the supervisor left once the process has ended"
     log = shlex.quote(self.log)
     rm = '' if keep_log else f'; {self.become} rm -f {log} {log}.1'
-    await self.run(f'rm -rf {shlex.quote(self.dir)}{rm}')
+    await self.run(f'{_remove}remove {shlex.quote(self.dir)}{rm}')
 
-RemoteProcess.signal,RemoteProcess.tail,RemoteProcess.release = signal,tail,release
+RemoteProcess.release = release
 
-# %% ../nbs/03_shell.ipynb #784e239e
+# %% ../nbs/03_shell.ipynb #01409f9c
 _sweep = '''d={dir}; pause() {{ n=40; while [ $n -gt 0 ] && ! [ -s $d/status ] && ! [ -s $d/$1 ]; do n=$((n-1)); sleep .05; done; }}
 [ -s $d/pid ] || pause pid
 read -r p <$d/pid && {{ {become} /bin/sh -c "kill -KILL -$p{groups}"; pause status; }} 2>/dev/null
-rm -rf $d; {become} rm -f {log} {log}.1'''
+remove $d; {become} rm -f {log} {log}.1'''
 
 async def sweep(
     shells, # Coroutine function: a live `Shell` of the host, waiting until there is one
@@ -329,7 +335,7 @@ async def sweep(
 ):
     "End a process, if there is one, and remove all it left, whenever the host can be reached"
     groups = ''.join(f' -{int(g)}' for g in pgids)
-    script = _sweep.format(dir=shlex.quote(dir), become=become, log=shlex.quote(log), groups=groups)
+    script = _remove+_sweep.format(dir=shlex.quote(dir), become=become, log=shlex.quote(log), groups=groups)
     while True:
         try: return await (await shells()).run(script)
         except ShellClosed: await asyncio.sleep(0)
