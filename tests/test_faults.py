@@ -135,6 +135,7 @@ async def test_host_powered_off(net_remote, net):
         said('known to be dead after the host was back', t)
         await until(lambda: all(km.provisioner and km.provisioner.conn.host.name == 'node4' and km.provisioner.fields['pid'] in net[3].pids() for km in (direct, tunnel)), 30, 'restarted')
         said('restarted on the other host', t)
+        await tc.wait_for_ready(timeout=60)
         assert await value(tc, '__import__("socket").gethostname()', 60) == 'node4', 'in tunnel mode the same client goes on'
         async with client_of(direct) as kc: assert await value(kc, '__import__("socket").gethostname()') == 'node4'
 
