@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from traitlets.config import Config
-from kernels import Timer, running
+from kernels import Timer, running, within
 
 def install(prefix, *options):
     "Write a kernelspec below `prefix`; its name, and kernel.json as it was written."
@@ -59,3 +59,17 @@ async def stopped(k, code, interrupt, after=.5):
 async def interrupted(k, code, after=.5):
     "`stopped`, as a user does it: by the kernel's manager."
     return await stopped(k, code, k.km.interrupt_kernel, after)
+
+async def stopped_within(limit, k, code, interrupt, after=.5):
+    "`stopped`, which takes less than `limit` seconds in one of a few tries; what the last of them gives."
+    async def seconds():
+        nonlocal got
+        got = await stopped(k, code, interrupt, after)
+        return got.took
+    got = None
+    await within(limit, seconds)
+    return got
+
+async def interrupted_within(limit, k, code, after=.5):
+    "`stopped_within`, as a user does it: by the kernel's manager."
+    return await stopped_within(limit, k, code, k.km.interrupt_kernel, after)
