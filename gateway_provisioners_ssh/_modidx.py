@@ -1214,6 +1214,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'gateway_provisioners_ssh/shell.py'),
                                                 'gateway_provisioners_ssh.shell._submit': ( 'shell.html#_submit',
                                                                                             'gateway_provisioners_ssh/shell.py'),
+                                                'gateway_provisioners_ssh.shell.answers': ( 'shell.html#answers',
+                                                                                            'gateway_provisioners_ssh/shell.py'),
                                                 'gateway_provisioners_ssh.shell.detach': ( 'shell.html#detach',
                                                                                            'gateway_provisioners_ssh/shell.py'),
                                                 'gateway_provisioners_ssh.shell.exit_code': ( 'shell.html#exit_code',

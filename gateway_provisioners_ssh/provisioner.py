@@ -172,7 +172,7 @@ def _script(self:DistributedProvisioner, conn, request, launch, address):
     if conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     return start_script(argv, request.env|dict(KERNEL_LAUNCH_SECRET=launch.ticket()), self.kernel_spec.env, request.cwds)
 
-# %% ../nbs/07_provisioner.ipynb #eef4431f
+# %% ../nbs/07_provisioner.ipynb #1b0583be
 @patch
 async def _start_on(self:DistributedProvisioner, conn, request, deadline):
     "Start the kernel on the host of `conn`; returns the process, the fields of its launch message, and whether they are to be tunnelled"
@@ -209,10 +209,8 @@ _broke = 'the connection broke while the kernel was being started'
 
 async def _silence(sh, timeout):
     "Return when the host of `sh` does not answer any more"
-    with suppress(ShellClosed, asyncio.TimeoutError):
-        while True:
-            await asyncio.wait_for(sh.ping(), timeout)
-            await asyncio.wait({sh.task}, timeout=1)
+    with suppress(ShellClosed):
+        while await sh.answers(timeout): await asyncio.wait({sh.task}, timeout=1)
 
 async def _first(futures, timeout): await asyncio.wait(futures, timeout=max(0, timeout), return_when=asyncio.FIRST_COMPLETED)
 

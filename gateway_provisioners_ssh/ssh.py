@@ -211,7 +211,7 @@ class SSHConnection:
     @property
     def local_address(self): return self.link.local_address # The address of this machine that the host can reach
 
-# %% ../nbs/04_ssh.ipynb #4ac88b84
+# %% ../nbs/04_ssh.ipynb #394f89e2
 async def shell(self:SSHConnection) -> Shell:
     "The live shell, connecting if need be; raises `HostError`"
     if self.is_up: return self.sh
@@ -221,10 +221,11 @@ async def shell(self:SSHConnection) -> Shell:
 async def answering(self:SSHConnection) -> Shell:
     "The live shell, which has answered just now; raises `HostError`"
     sh,timeout = await self.shell(),self.login.connect_timeout
-    try: await asyncio.wait_for(sh.ping(), timeout)
+    try:
+        if await sh.answers(timeout): return sh
     except ShellClosed: return await self.shell()
-    except asyncio.TimeoutError as e: self._rest(); raise explain(e, self.host, self.routes[-1], timeout) from None
-    return sh
+    self._rest()
+    raise explain(TimeoutError(), self.host, self.routes[-1], timeout)
 
 def _rest(self:SSHConnection):
     self.failures += 1
@@ -264,7 +265,7 @@ async def _new_link(self:SSHConnection, routes):
     via = await self._link(routes[:-1]) if len(routes) > 1 else None
     return await open_link(self.host, routes[-1], self.login, via)
 
-# %% ../nbs/04_ssh.ipynb #966c734c
+# %% ../nbs/04_ssh.ipynb #426ecdc8
 def _down(self:SSHConnection, io, link):
     "The shell ended, for whatever reason: its connection is of no use any more"
     io.close()
@@ -276,14 +277,13 @@ async def _beat(self:SSHConnection, sh):
     "Close the connection when the host no longer answers"
     while not sh.closed:
         await asyncio.sleep(self.beat)
-        try: await asyncio.wait_for(sh.ping(), 2*self.login.connect_timeout)
+        try: alive = await sh.answers(2*self.login.connect_timeout)
         except ShellClosed: return
-        except asyncio.TimeoutError:
+        if not alive:
             log.warning('host %s does not answer; its kernels are left alone until it does', self.host)
             self.link.close(abort=True)
             sh.close()
-        else:
-            if not self.resting: self.failures = 0
+        elif not self.resting: self.failures = 0
 
 async def up(self:SSHConnection) -> Shell:
     "The live shell, once there is one; keeps trying, with growing pauses"

@@ -64,6 +64,7 @@ async def stopped_within(limit, k, code, interrupt, after=.5):
     "`stopped`, which takes less than `limit` seconds in one of a few tries; what the last of them gives."
     async def seconds():
         nonlocal got
+        while (await run(k, '0')).status != 'ok': pass   # right after an interrupt some kernels abort what comes next
         got = await stopped(k, code, interrupt, after)
         return got.took
     got = None

@@ -173,6 +173,7 @@ async def printed(kc, code, timeout=30):
 
 async def busy(kc, code):
     "Run `code` without waiting for its end; returns its message id once it has printed something"
+    await value(kc, '0')   # a kernel that was interrupted just now may abort what comes next
     msg_id = kc.execute(code, allow_stdin=False)
     while True:
         m = await kc.get_iopub_msg(timeout=30)
