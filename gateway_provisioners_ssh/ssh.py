@@ -308,7 +308,7 @@ async def close(self:SSHConnection):
 
 for _f in (shell, answering, _rest, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
-# %% ../nbs/04_ssh.ipynb #2bdd9077
+# %% ../nbs/04_ssh.ipynb #b305985a
 class Forward:
     "A listening loopback port here that leads to a port of a host"
     def __init__(self, conn:SSHConnection, port:int, first:'Forward'=None): self.conn,self.target,self.first,self.relays = conn,port,first,WeakSet()
@@ -347,6 +347,7 @@ async def forward(self:SSHConnection,
     "Lead a loopback port of this machine to `port` of the host"
     return await Forward(self, port, first).start(at)
 
+# %% ../nbs/04_ssh.ipynb #71f2bf5c
 async def reverse(self:SSHConnection,
     port:int, # A port on this machine's loopback interface
 ) -> int:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs all of them, notebooks first:  bash scripts/test.sh
 # Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS how many notebooks or
-# files of tests run at a time: one more than there are cores unless it says so, since they wait more than they compute. With CI=true
-# nothing may be missing; otherwise what cannot be had is said and left out.
+# files of tests run at a time: notebooks as many as there are cores unless it says so, files of tests one more, since they wait more than
+# they compute. With CI=true nothing may be missing; otherwise what cannot be had is said and left out.
 # shellcheck disable=SC2317,SC2016
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
-VENV=${VENV:-$PWD/.venv-test} WORKERS=${WORKERS:-$(($(nproc) + 1))}
+VENV=${VENV:-$PWD/.venv-test}
 stage() {  # stage TITLE COMMAND...: run it, and say how long it took
     local t=$SECONDS; say "$1"; shift
     "$@" || return
@@ -51,7 +51,7 @@ notebook() {  # one from top to bottom, in a process and a home of its own
 }
 notebooks() {
     export -f notebook; export work cache=${XDG_CACHE_HOME:-$HOME/.cache}
-    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -z | xargs -0 -n 1 -P "$WORKERS" bash -c 'notebook "$1"' bash
+    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -z | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
 }
 
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -63,5 +63,5 @@ stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 [ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=25 -n "$WORKERS" --dist loadfile "$@" || failed=1
+python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile "$@" || failed=1
 [ -z "$failed" ]
