@@ -85,7 +85,7 @@ class Stage:
         kc,              # client of a kernel
         code:str,        # a cell
         interrupt=None,  # a kernel manager, to interrupt the cell after
-        after:float=6.,  # seconds: the first Spark job of a cell takes its time to begin
+        after:float=2.,  # seconds
         fails=False      # whether an error is what is to be shown
     ):
         "Run a cell, and show what comes back: text, pictures, and of an error the line that matters."

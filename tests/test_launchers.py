@@ -527,7 +527,7 @@ def test_spark_lazy(launch, spark_env):
         assert run(c, 'print(sqlCtx)').text == 'mine\n' # the user's own names win
         for code in (LONG, '%%time\n' + LONG): # %%time swallows the exception that a cell ends with
             def interrupt():
-                time.sleep(6)
+                time.sleep(1)
                 ask(k.info, dict(signum=2))
             assert interrupted(c, code, interrupt).status == 'error' or '%%time' in code
             assert run(c, ACTIVE).text.endswith('[]\n')

@@ -3,7 +3,7 @@ seen computing on a cluster of tests/spark.py or on the host itself. (R and Scal
 import time
 import pytest
 from gateway_provisioners_ssh.settings import LaunchError
-from installed import install, interrupted_within, remote_kernel, run
+from installed import install, interrupted, interrupted_within, remote_kernel, run
 
 LEFT = [r'kernel-.*\.log', r'/\.ipython/']   # what kernels leave on a host: their logs, and IPython's profile
 NAMES = 'spark', 'sc', 'sql', 'sqlContext', 'sqlCtx'
@@ -56,6 +56,20 @@ async def test_cluster(kind, request, hosts, tmp_path):
             assert not hosts.kernels(k.id)
             ended = cluster.wait_state(k.id, 'FINISHED')
             assert ended.get('finalStatus', 'SUCCEEDED')=='SUCCEEDED'
+
+async def test_interrupt_while_planning(hosts, tmp_path, spark_standalone):
+    "The job of a query that was interrupted before it had one does not begin afterwards, and keep the executors."
+    name, _ = spark_spec(tmp_path, spark_standalone.master, spark_standalone.spark_home)
+    async with remote_kernel(tmp_path, name, hosts.names[:1]) as k:
+        await said(k, '''def query(rows): return sql(" union all ".join([f"select id from range(0, {rows}, 1, 1) where id % 7 = 0"]*100))
+endless, short = query(10**15), query(1)''')
+        for cell in ('endless.count()', '%time endless.count()'):   # %time swallows what its statement raises
+            got = await interrupted(k, cell, after=.3)                # planned for some seconds, each time anew
+            assert 'KeyboardInterrupt' in got.error + got.text, got
+            assert (await said(k, 'print(short.count())'))=='100', 'planned as long, so that the other would have its job first'
+        before = await said(k, 'sc.setLocalProperty("note", "mine"); print(sc.getLocalProperty("note"))')
+        assert 'KeyboardInterrupt' in (await interrupted(k, 'endless.count()', after=.3)).error
+        assert (await said(k, 'print(sc.getLocalProperty("note"))'))==before=='mine', 'what belongs to the connection to the JVM is still there'
 
 async def test_wrong_master(hosts, tmp_path, spark_standalone):
     "A master that there is not: an error in the cell where the context is lazy, of the launch where it is eager, and soon."

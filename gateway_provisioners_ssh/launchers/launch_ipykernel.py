@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'OPTIONS', 'kernel_app', 'spark_session', 'reachable', 'taken', 'SparkUnavailable', 'Spark', 'Waiting',
-           'define', 'start_lazily', 'start_eagerly', 'cancel_on_interrupt', 'spark_mode', 'main']
+           'define', 'start_lazily', 'start_eagerly', 'follow_calls', 'cancel_jobs', 'active_context', 'spark_calls',
+           'cancel_on_interrupt', 'spark_mode', 'main']
 
-# %% ../../nbs/09_ipykernel.ipynb #ca8aa45a
-import atexit, functools, gc, importlib, inspect, os, signal, socket, sys, threading
+# %% ../../nbs/09_ipykernel.ipynb #ffd5932a
+import atexit, functools, gc, importlib, inspect, os, signal, socket, sys, threading, time
+from contextlib import suppress
+from types import SimpleNamespace
 
 # %% ../../nbs/09_ipykernel.ipynb #39cf4ef3
 sys.path.insert(0, os.path.dirname(os.path.abspath(globals().get('__file__', ''))))
@@ -179,27 +182,77 @@ def start_eagerly(
     atexit.register(spark.session.stop)
     return {name: spark.get(name) for name in NAMES}
 
-# %% ../../nbs/09_ipykernel.ipynb #638a5d05
+# %% ../../nbs/09_ipykernel.ipynb #e4f24802
+def follow_calls(
+    client, # Class with a method `send_command`: py4j's `GatewayClient`
+) -> list: # The calls under way, the innermost last; each has `over` and `interrupted`, which ends it with `KeyboardInterrupt` when it is over
+    "Know of the calls that this thread makes into the JVM from now on"
+    under_way,send,thread = [],client.send_command,threading.current_thread()
+    @functools.wraps(send)
+    def send_command(*args, **kwargs):
+        if threading.current_thread() is not thread: return send(*args, **kwargs)
+        call = SimpleNamespace(over=threading.Event(), interrupted=False)
+        under_way.append(call)
+        try: return send(*args, **kwargs)
+        finally:
+            under_way.remove(call)
+            call.over.set()
+            if call.interrupted: raise KeyboardInterrupt
+    client.send_command = send_command
+    return under_way
+
+# %% ../../nbs/09_ipykernel.ipynb #9a1119e0
+def cancel_jobs(
+    context, # A `SparkContext`
+    over, # Event that ends it
+    give_up, # Function called if `over` is not set in time
+    wait=60., # Seconds until then
+):
+    "Cancel all jobs of `context`, and those that begin later, until `over`"
+    begun,told = time.monotonic(),False
+    while time.monotonic() < begun + wait:
+        with suppress(Exception): context.cancelAllJobs() # it may have been stopped
+        if over.wait(.1): return
+        if not told and (told := time.monotonic() > begun + 2):
+            print('Spark is still busy with what was interrupted. Interrupt once more to leave it to itself.', file=sys.stderr)
+    give_up()
+
+# %% ../../nbs/09_ipykernel.ipynb #ba14910a
+def active_context():
+    "The `SparkContext` of this process, or None"
+    context = getattr(sys.modules.get('pyspark'), 'SparkContext', None)
+    context = getattr(context, '_active_spark_context', None)
+    return context if getattr(context, '_jsc', None) else None # else it is still being made
+
+def spark_calls() -> list:
+    "`follow_calls` of py4j, where there is one"
+    try: from py4j.java_gateway import GatewayClient
+    except ImportError: return []
+    return follow_calls(GatewayClient)
+
 def cancel_on_interrupt(
     shell, # IPython shell of the kernel
+    calls:list, # What `follow_calls` gives
 ):
     "Have SIGINT cancel the Spark jobs of whatever context there is, beside interrupting the cell"
-    cancelling = []
+    cancelling,main,at_once = [],threading.main_thread(),threading.Event()
+    at_once.set()
+    again = functools.partial(signal.pthread_kill, main.ident, signal.SIGINT)
     def interrupted(*_):
-        context = getattr(sys.modules.get('pyspark'), 'SparkContext', None)
-        context = getattr(context, '_active_spark_context', None)
-        if context is not None:
-            cancelling.append(threading.Thread(target=context.cancelAllJobs, daemon=True))
-            cancelling[-1].start()
-        raise KeyboardInterrupt
+        context,call = active_context(),calls[-1] if calls else None
+        if context is None or call and call.interrupted: raise KeyboardInterrupt
+        if call: call.interrupted = True
+        cancelling.append(threading.Thread(target=cancel_jobs, args=(context, call.over if call else at_once, again), daemon=True))
+        cancelling[-1].start()
+        if not call: raise KeyboardInterrupt
     def before():
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, interrupted)
+        if threading.current_thread() is main: signal.signal(signal.SIGINT, interrupted)
     def after():
         while cancelling: cancelling.pop().join(10)
     shell.events.register('pre_execute', before)
     shell.events.register('post_execute', after)
 
-# %% ../../nbs/09_ipykernel.ipynb #665b0668
+# %% ../../nbs/09_ipykernel.ipynb #ddc0e6ce
 OPTIONS = dict(
     kernel_class_name=dict(default='ipykernel.ipkernel.IPythonKernel', help='the ipykernel class to run'),
     spark_context_initialization_mode=dict(choices=('lazy', 'eager', 'none'), help='when to make a Spark context, if at all'),
@@ -230,7 +283,7 @@ def main(
         app.initialize(more)
     except LaunchError as e: fail(e)
     if mode and app.shell:
-        cancel_on_interrupt(app.shell)
+        cancel_on_interrupt(app.shell, spark_calls())
         define(app.shell, names)
         from tornado.ioloop import IOLoop
         if mode == 'lazy': start_lazily(Spark(), app.shell, IOLoop.current().add_callback)
