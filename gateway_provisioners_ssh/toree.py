@@ -84,7 +84,7 @@ def toree_scala(
     found = re.search(rb'\x01\x00[\x05-\x09](2\.1\d)\.\d+', code) # a string in the table of constants: tag, length, text
     return found[1].decode() if found else None
 
-# %% ../nbs/09a_toree.ipynb #3a7ed271
+# %% ../nbs/09a_toree.ipynb #97a61f05
 sources = Path(str(files('gateway_provisioners_ssh')))/'kernelspecs'/'scala'/'launcher'
 
 def compile_launcher(
@@ -99,7 +99,7 @@ def compile_launcher(
         '(pip install "pyspark<4" is one for 2.12)')
     jar = Path(out_dir)/f'toree-launcher_{spark.scala}.jar'
     part = jar.with_name(f'.{jar.stem}.part.jar')
-    scalac = [java, '-cp', spark.classpath, 'scala.tools.nsc.Main', '-nowarn', '-classpath', f'{spark.classpath}:{toree}', '-d', str(part)]
+    scalac = [java, '-XX:TieredStopAtLevel=1', '-XX:+UseSerialGC', '-cp', spark.classpath, 'scala.tools.nsc.Main', '-nowarn', '-classpath', f'{spark.classpath}:{toree}', '-d', str(part)]
     try:
         done = subprocess.run([*scalac, *sorted(map(str, sources.glob('*.scala')))], capture_output=True, text=True)
         if done.returncode: raise BuildError(f'the Scala launcher does not compile with Spark {spark.version} and {toree.name}:\n{(done.stdout+done.stderr)[-2000:]}')

@@ -1,7 +1,7 @@
 package launcher
 
 import com.typesafe.config.{Config, ConfigFactory, ConfigValueFactory}
-import java.io.File
+import java.io.{File, OutputStream}
 import java.lang.reflect.Modifier
 import java.net.URLClassLoader
 import java.nio.file.Paths
@@ -9,7 +9,7 @@ import java.util.concurrent.ConcurrentHashMap
 import java.util.jar.JarFile
 import org.apache.toree.boot.{CommandLineOptions, KernelBootstrap}
 import org.apache.toree.boot.layer._
-import org.apache.toree.interpreter.{ExecuteError, Interpreter}
+import org.apache.toree.interpreter.{ExecuteError, Interpreter, Results}
 import org.apache.toree.kernel.api.Kernel
 import org.apache.toree.kernel.interpreter.scala.ScalaInterpreter
 import org.apache.toree.kernel.protocol.v5.MessageType
@@ -21,6 +21,7 @@ import org.slf4j.helpers.NOPLogger
 import scala.concurrent.{Await, ExecutionException, Future, Promise}
 import scala.concurrent.duration._
 import scala.util.Try
+import scala.util.control.NonFatal
 
 /** Toree, put together from its own layers with one of ours: the hooks.
   *
@@ -127,9 +128,14 @@ class CellInterpreter(config: Config) extends ScalaInterpreter(config) {
       .map(url => Try(Paths.get(url.toURI).toString).getOrElse(url.getPath)).mkString(File.pathSeparator)
 
   override def interrupt(): Interpreter = {
-    cells.interrupt(if (Spark.cancelJobs()) 200.millis else 0.millis)
+    cells.interrupt()
     this
   }
+
+  /** A cell always has a reply: what goes wrong around it, as when it was interrupted in the compiler, is its error. */
+  override def interpret(code: String, silent: Boolean, output: Option[OutputStream]) =
+    try super.interpret(code, silent, output)
+    catch { case NonFatal(e) => (Results.Error, Right(ExecuteError(e.getClass.getName, Option(e.getMessage).getOrElse(""), Nil))) }
 
   /** The error as users should see it: that the cell was interrupted rather than by which JVM internals; and a text where
     * an exception has none, for the protocol wants one. */
@@ -155,18 +161,25 @@ class CellInterpreter(config: Config) extends ScalaInterpreter(config) {
 /** Runs cells and knows the threads that run them, so that an interrupt ends the cell itself.
   *
   * Toree's own task manager gives up a cell that does not end within a tenth of a second: its thread runs on for ever
-  * and its reply never comes, so the kernel stays busy. Here an interrupt is, in this order: time for the cell to see
-  * that its Spark jobs are cancelled; `Thread.interrupt`, for whatever waits or sleeps; 0.3 seconds later
-  * `Thread.stop`, for loops that never look; and on a JVM that no longer has that (Java 20), the cell is declared
-  * aborted and the next one gets a thread of its own. */
+  * and its reply never comes, so the kernel stays busy. Here an interrupt is, in this order: time for the compiler to
+  * finish, which an interrupt would break; time for the cell to see that its Spark jobs are cancelled;
+  * `Thread.interrupt`, for whatever waits or sleeps; 0.3 seconds later `Thread.stop`, for loops that never look; and on a
+  * JVM that no longer has that (Java 20), the cell is declared aborted and the next one gets a thread of its own.
+  *
+  * A query is planned for seconds before there is a job to cancel. So jobs are cancelled until the cell has ended, and
+  * once more then. */
 final class Cells(workers: Int) extends TaskManager(maximumWorkers = workers) {
-  private final class Cell { @volatile var thread: Thread = _; val ended = Promise[Any]() }
+  private final class Cell { @volatile var thread: Thread = _; @volatile var interrupted = false; val ended = Promise[Any]() }
   private val running = ConcurrentHashMap.newKeySet[Cell]()
 
   override def add[T](taskFunction: => T): Future[T] = {
     val cell = new Cell
     def enter() = cell.synchronized { cell.thread = Thread.currentThread; running.add(cell); () }
-    def leave() = cell.synchronized { running.remove(cell); cell.thread = null; Thread.interrupted(); () }
+    def leave() = {
+      cell.synchronized { running.remove(cell); cell.thread = null; Thread.interrupted() }
+      if (cell.interrupted) Spark.cancelJobs()
+      ()
+    }
     val result = super.add { enter(); try { Spark.markThread(); taskFunction } finally leave() }
     result.onComplete(cell.ended.tryComplete)(scala.concurrent.ExecutionContext.global)
     cell.ended.future.asInstanceOf[Future[T]]
@@ -175,18 +188,63 @@ final class Cells(workers: Int) extends TaskManager(maximumWorkers = workers) {
   /** Acts on the cell's thread only while it runs the cell, for threads are used again. */
   private def onThread(cell: Cell)(act: Thread => Any): Unit = cell.synchronized { if (cell.thread != null) Try(act(cell.thread)) }
 
-  def interrupt(first: Duration, grace: Duration = 300.millis): Unit = {
+  private def frames(cell: Cell): Array[StackTraceElement] = Option(cell.thread).map(_.getStackTrace).getOrElse(Array.empty)
+
+  /** Stops the cell's thread if that does no harm where it is; whether it did. It is suspended while that is looked at,
+    * and nothing may be loaded meanwhile, for it may hold a class loader's lock: hence the first look. */
+  private def stop(cell: Cell): Boolean = Cells.stoppable(frames(cell)) && {
+    var done = false
+    onThread(cell) { thread =>
+      def tell(what: String) = Try(classOf[Thread].getMethod(what).invoke(thread))
+      tell("suspend")
+      try { done = Cells.stoppable(thread.getStackTrace); if (done) tell("stop") } finally tell("resume")
+    }
+    done
+  }
+
+  private def waitFor(time: Duration, every: Duration = 5.millis)(over: => Boolean): Unit = {
+    val end = System.nanoTime + time.toNanos
+    while (!over && System.nanoTime < end) Thread.sleep(every.toMillis)
+  }
+
+  def interrupt(grace: Duration = 300.millis, patience: Duration = 1.minute): Unit = {
     val cells = running.toArray(Array.empty[Cell])
+    cells.foreach(_.interrupted = true)
     def left = cells.filter(_.thread != null)
-    def wait(time: Duration) = { val end = System.nanoTime + time.toNanos; while (left.nonEmpty && System.nanoTime < end) Thread.sleep(5) }
-    wait(first)
+    waitFor(patience)(!left.exists(c => Cells.compiling(frames(c))))
+    waitFor(if (Spark.cancelJobs()) 200.millis else 0.millis)(left.isEmpty)
     left.foreach(onThread(_)(_.interrupt()))
-    wait(grace)
-    left.foreach(onThread(_)(t => classOf[Thread].getMethod("stop").invoke(t)))
-    wait(grace)
+    waitFor(grace)(left.isEmpty)
+    waitFor(patience, every = 50.millis) { Spark.cancelJobs(); left.forall(stop) }
+    waitFor(grace)(left.isEmpty)
     if (left.nonEmpty) {
       left.foreach { c => running.remove(c); c.ended.tryFailure(new ExecutionException("interrupted", null)) }
       restart()
     }
+  }
+}
+
+/** Where a thread is, by its stack, the innermost frame first. */
+object Cells {
+  private def ofCompiler(name: String) = name.startsWith("scala.tools.") || name.startsWith("scala.reflect.")
+  private def ofLibrary(name: String) = name.startsWith("java.") || name.startsWith("jdk.") || name.startsWith("sun.") || name.startsWith("scala.") && !ofCompiler(name)
+
+  def compiling(stack: Array[StackTraceElement]): Boolean = {
+    var i = 0
+    while (i < stack.length && ofLibrary(stack(i).getClassName)) i += 1
+    i < stack.length && ofCompiler(stack(i).getClassName)
+  }
+
+  /** Whether it is in a cell's code, or in what that has called, and neither Spark nor the compiler nor anything that is
+    * about to be loaded or initialized: what fails at that fails for good, in the cells to come, too. */
+  def stoppable(stack: Array[StackTraceElement]): Boolean = {
+    var i = 0
+    while (i < stack.length && !stack(i).getClassName.startsWith("$line")) {
+      val name = stack(i).getClassName
+      if (stack(i).getMethodName == "<clinit>" || name.startsWith("org.apache.spark.") || ofCompiler(name) ||
+        name.startsWith("java.lang.invoke.") || name.startsWith("java.lang.ClassLoader")) return false
+      i += 1
+    }
+    i < stack.length
   }
 }
