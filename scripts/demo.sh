@@ -8,7 +8,9 @@ cd "$(dirname "$0")/.."
 VENV=${VENV:-$PWD/.venv-demo}
 say "Installing into $VENV"
 venv "$VENV"
-rm -rf build   # what an earlier build left there would be installed too
-"$VENV/bin/python" -m pip install --quiet '.[kernel]'
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT   # where it is built, so that nothing stays here, and nothing of an earlier build is installed
+printf '[build]\nbuild_base=%s\n[egg_info]\negg_base=%s\n' "$work" "$work" >"$work/setup.cfg"
+DIST_EXTRA_CONFIG=$work/setup.cfg "$VENV/bin/python" -m pip install --quiet '.[kernel]'
+rm -rf "$work"
 say "jupyter ssh-spec demo" "$@"
 PATH=$VENV/bin:$PATH exec jupyter ssh-spec demo "$@"

@@ -30,7 +30,7 @@ environment() {
     local made
     made=$VENV/installed-$(cat settings.ini setup.py pyproject.toml | cksum | tr ' ' -)
     [ ! -e "$made" ] || return 0
-    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && npm_packages && kerberos && touch "$made"
+    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && npm_packages && kerberos && quick_java && touch "$made"
 }
 npm_packages() {  # those that settings.ini names, into $VENV/node; without npm there are none, as `programs` has said
     local names
@@ -40,6 +40,11 @@ npm_packages() {  # those that settings.ini names, into $VENV/node; without npm 
 kerberos() {  # an environment with the extra `gssapi`, which needs an older paramiko than all others
     { venv "$VENV/gssapi" && "$VENV/gssapi/bin/python" -m pip install --quiet -e '.[gssapi]'; } ||
         loud "No environment with the extra gssapi: the tests of Kerberos are skipped"
+}
+quick_java() {  # what `java` is here and on the hosts of the tests: for the many JVMs that live for seconds, and so are not worth optimizing for
+    local java
+    java=$(PATH=${PATH//$VENV\/bin:/} command -v java) || return 0
+    printf '#!/bin/sh\nexec "%s" -XX:TieredStopAtLevel=1 -XX:+UseSerialGC "$@"\n' "$(readlink -f "$java")" >"$VENV/bin/java" && chmod +x "$VENV/bin/java"
 }
 notebook() {  # one from top to bottom, in a process and a home of its own
     local t=$SECONDS log=$work/${1//\//-}.log
@@ -63,5 +68,5 @@ stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 [ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile "$@" || failed=1
+python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 2))}" --dist loadfile --no-loadscope-reorder "$@" || failed=1
 [ -z "$failed" ]

@@ -1,6 +1,8 @@
 "Fixtures: real SSH hosts, and a home of the tests' own for the host application."
 import os
+from pathlib import Path
 import pytest
+from gateway_provisioners_ssh import balance
 from gateway_provisioners_ssh.response import ResponseServer
 from hosts import Client, LoopbackLab, NetLab
 from kernels import Remote, forget
@@ -9,6 +11,23 @@ from spark import cluster_network, spark_standalone, yarn
 def need(reason):
     "Skip for `reason`, if there is one; under CI a missing piece is a failure"
     if reason: (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+
+LONGEST = 'test_spark', 'test_faults', 'test_scala', 'test_lifecycle', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network'
+
+def group(file):
+    "What runs in one process: the files test_spark*.py, so that each cluster is started once, and each other file"
+    return 'test_spark' if (name := Path(file).stem).startswith('test_spark') else name
+
+def pytest_collection_modifyitems(items):
+    "What takes longest comes first, so that no process is at it alone in the end"
+    items.sort(key=lambda o: [*LONGEST, group(o.path)].index(group(o.path)))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid): return group(super()._split_scope(nodeid))
+    return Groups(config, log)
 
 @pytest.fixture(scope='session', autouse=True)
 def client(tmp_path_factory):
@@ -31,13 +50,15 @@ def _net(client, tmp_path_factory):
 
 @pytest.fixture
 def hosts(_loopback):
-    "Four hosts on loopback addresses, host1 to host4, made whole after every test"
+    "Four hosts on loopback addresses, host1 to host4, made whole after every test; the first kernel of each is for the first of its hosts"
+    balance._balancer.cache_clear()
     yield _loopback
     _loopback.repair()
 
 @pytest.fixture
 def net(_net):
-    "Four hosts in network namespaces, node1 to node4, made whole after every test"
+    "Four hosts in network namespaces, node1 to node4, made whole after every test; the first kernel of each is for the first of its hosts"
+    balance._balancer.cache_clear()
     yield _net
     _net.repair()
 

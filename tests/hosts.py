@@ -20,7 +20,8 @@ Proc = namedtuple('Proc', 'pid ppid name cmdline kernel_id')   # a process; `ker
 # Processes, as /proc shows them
 
 def _read(pid, what):
-    try: return Path(f'/proc/{pid}/{what}').read_bytes()
+    try:
+        with open(f'/proc/{pid}/{what}', 'rb') as f: return f.read()
     except OSError: return b''
 
 def _pids(): return [int(o) for o in os.listdir('/proc') if o.isdigit()]
@@ -190,8 +191,9 @@ class SSHHost:
     def wrap(self, argv): return argv
     def pids(self):
         "All processes of this host, those of sshd included"
-        ours = set(self._sshd() + self._old)
-        return [o for o in _pids() if o in ours or self.marks().items() <= _environ(o).items()]
+        ours, marks = set(self._sshd() + self._old), [f'\0{k}={v}\0'.encode() for k, v in self.marks().items()]
+        def marked(pid): return all(o in b'\0' + env for o in marks) if (env := _read(pid, 'environ')) else False
+        return [o for o in _pids() if o in ours or marked(o)]
 
     def _sshd(self): return _sshd_tree(self.proc.pid) if self.proc else []
 
@@ -199,9 +201,9 @@ class SSHHost:
         "What runs on this host but sshd, as a list of `Proc`"
         return [p for o in self.pids() if (p := _proc(o)) and not p.name.startswith('sshd')]
 
-    def shells(self):
+    def shells(self, processes=None):
         "The processes that sshd itself started for its sessions"
-        return [p for p in self.processes() if (q := _proc(p.ppid)) and q.name.startswith('sshd')]
+        return [p for p in (self.processes() if processes is None else processes) if (q := _proc(p.ppid)) and q.name.startswith('sshd')]
 
     def kernels(self, kernel_id=None):
         "Processes of kernels (their KERNEL_ID is in the environment), of all or of one: kernel, listener, shell around them"
@@ -211,16 +213,16 @@ class SSHHost:
         "How many SSH connections sshd holds"
         return sum(1 for o in self._sshd() if self.proc and (p := _proc(o)) and p.ppid == self.proc.pid)
 
-    def ports(self):
+    def ports(self, processes=None):
         "TCP ports that processes of this host listen on, without those of sshd"
         socks = set()
-        for p in self.processes():
+        for p in (self.processes() if processes is None else processes):
             with contextlib.suppress(OSError):
                 socks |= {m[1] for o in os.scandir(f'/proc/{p.pid}/fd') if (m := re.match(r'socket:\[(\d+)\]', os.readlink(o.path)))}
         return sorted({port for port, inode in self._listening() if inode in socks})
 
     def _listening(self):
-        rows = [o.split() for f in ('tcp', 'tcp6') for o in self._proc_net(f).splitlines()[1:]]
+        rows = [o.split() for f in ('tcp', 'tcp6') for o in self._proc_net(f).splitlines() if ' 0A ' in o]   # many others, at times
         return [(int(o[1].rpartition(':')[2], 16), o[9]) for o in rows if o[3] == '0A']
     def _proc_net(self, f): return Path(f'/proc/net/{f}').read_text()
 
@@ -231,9 +233,10 @@ class SSHHost:
 
     def inventory(self):
         "Processes (without the shells of sessions and their guards), ports and files of now"
-        ours = {o.pid for o in self.shells()}
-        naps = {o for p in self.processes() if p.name == 'sleep' and (q := _proc(p.ppid)) and q.ppid in ours for o in (p.pid, q.pid)}
-        return dict(processes=[o for o in self.processes() if o.pid not in ours | naps], ports=self.ports(), files=self.files())
+        found = self.processes()
+        ours = {o.pid for o in self.shells(found)}
+        naps = {o for p in found if p.name == 'sleep' and (q := _proc(p.ppid)) and q.ppid in ours for o in (p.pid, q.pid)}
+        return dict(processes=[o for o in found if o.pid not in ours | naps], ports=self.ports(found), files=self.files())
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=10, ignore=()):

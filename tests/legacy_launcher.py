@@ -10,10 +10,14 @@ for o in 'kernel-id', 'port-range', 'response-address', 'public-key': ap.add_arg
 args, _ = ap.parse_known_args()
 rsa = RSA.import_key(base64.b64decode(args.public_key))
 
-socks = [socket.create_server(('', 0)) for _ in range(6)]
+def reserved():
+    "A port that the system gives to nobody else while this socket is open, and that the kernel can listen on all the same"
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(('', 0))
+    return s
+socks = [*(reserved() for _ in range(5)), socket.create_server(('', 0))]
 ports = [s.getsockname()[1] for s in socks]
-comm = socks.pop()
-for s in socks: s.close()
 info = dict(zip(('shell_port', 'iopub_port', 'stdin_port', 'hb_port', 'control_port'), ports), ip='0.0.0.0', transport='tcp', key=str(uuid.uuid4()),
             signature_scheme='hmac-sha256', kernel_name='')
 file = tempfile.NamedTemporaryFile('w', suffix='.json', delete=False)

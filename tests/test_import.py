@@ -1,6 +1,6 @@
 """`jupyter ssh-spec import`: kernelspecs of Enterprise Gateway and Gateway Provisioners, their kernel.json as those projects have them, become ones
 that run on SSH hosts; what is changed is said, and nothing else is."""
-import contextlib, json, os, re, shutil, subprocess, sys
+import contextlib, json, os, re, shutil, subprocess
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -8,7 +8,6 @@ from gateway_provisioners_ssh.adopt import Adopted, read_kernel
 from gateway_provisioners_ssh.specs import PACKAGE
 from kernels import BIN, interrupt, within
 from installed import remote_kernel, run
-from test_r import sparkr_home
 
 PROXY = 'enterprise_gateway.services.processproxies.{}ProcessProxy'
 PLACE = '/usr/local/share/jupyter/kernels'   # where both projects' documents install to
@@ -204,19 +203,3 @@ async def test_the_distributed_kernelspec_runs(bench, hosts):
             await k.km.restart_kernel()
             await k.client.wait_for_ready(timeout=60)
             assert (await run(k, 'print(1)')).text == '1\n'
-
-SUMS = dict(spark_python_yarn_client='import os; print(sc.parallelize(range(1000), 2).filter(lambda o: o % 7 == 0).count(), sc.master, os.environ["GP_TEST_HOST"])',
-    spark_scala_yarn_client='println(Seq(sc.parallelize(0 to 999, 2).filter(_ % 7 == 0).count, sc.master, sys.env("GP_TEST_HOST")).mkString(" "))',
-    spark_R_yarn_client='cat(count(sql("select id from range(1000) where id % 7 = 0")), sparkR.callJMethod(sc, "master"), Sys.getenv("GP_TEST_HOST"))')
-
-@pytest.mark.parametrize('name', SUMS)
-async def test_the_yarn_client_kernelspecs_run(bench, hosts, yarn, name):
-    "On a real YARN; the hosts' Spark and interpreters are in other places than the gateway's were"
-    home = sparkr_home(yarn) if 'R' in name else yarn.spark_home
-    k = bench.take(bench.old(name, FOUR[name]), '--spark-home', home, '--python', sys.executable, '--remote-hosts', hosts.names[0])
-    async with remote_kernel(bench.prefix, name, hosts.names[:1], timeout=90, KERNEL_EXTRA_SPARK_OPTS='--conf spark.sparkr.r.command=Rscript') as k:
-        got = await run(k, SUMS[name], timeout=90)
-        assert got.text.strip().splitlines()[-1] == f'143 yarn {hosts.names[0]}', got.error
-        yarn.wait_state(k.id, 'RUNNING')
-        await k.km.shutdown_kernel()
-        yarn.wait_state(k.id, 'FINISHED')

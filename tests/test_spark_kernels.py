@@ -1,5 +1,5 @@
 """Python kernels with Spark, as users get them: a kernelspec written by `jupyter ssh-spec install`, started by spark-submit on a host over SSH, and
-seen computing on a cluster of tests/spark.py or on the host itself. (R and Scala with Spark: test_r.py, test_scala.py.)"""
+seen computing on a cluster of tests/spark.py or on the host itself. (R and Scala with Spark: test_spark_r.py, test_spark_scala.py.)"""
 import time
 import pytest
 from gateway_provisioners_ssh.settings import LaunchError
