@@ -9,7 +9,7 @@ from Cryptodome.Protocol import HPKE
 from Cryptodome.Protocol.DH import import_x25519_private_key
 from gateway_provisioners_ssh import toree
 from gateway_provisioners_ssh.handshake import ControlKey, HandshakeError, Launch, connection_info, control_nonce, parse_message, port_names
-from installed import install, run, stopped_within
+from installed import install, run, stopped, stopped_within
 from kernels import LaunchFailed, control, launched, taken_ports, until
 from spark import CACHE, Missing, need, spark_home
 
@@ -222,6 +222,17 @@ async def test_a_restart_and_a_kill(server, spec, tmp_path):
         os.kill(k.fields['pid'], signal.SIGKILL)
         assert await asyncio.wait_for(k.exited, 20)==-9
         await until(lambda: not files(k.home), 10, 'files gone, those of a killed kernel too')
+
+async def test_interrupted_at_any_time(server, spec, tmp_path):
+    "While it is compiled, begun for the first time, planned, computed: the cell ends, the next ones work, and no job of it begins later."
+    async with scala_kernel(server, spec, tmp_path) as k:
+        first = await stopped(k, 'spark.range(1000000000000000L).filter("id % 7 = 0").count', group(k), after=.05)
+        assert first.status=='error'
+        await run(k, '''def query(rows: Long) = spark.sql(Seq.fill(40)(s"select id from range(0, $rows, 1, 1) where id % 7 = 0").mkString(" union all "))
+val (endless, short) = (query(1000000000000000L), query(1))''')
+        for after in (.05, .4, 1):
+            assert (await stopped(k, 'endless.count', group(k), after)).status=='error'
+            assert (await run(k, 'println(short.count)')).text.strip()=='40', 'planned as long, so that the other would have its job first'
 
 async def test_no_context(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, mode='none') as k:

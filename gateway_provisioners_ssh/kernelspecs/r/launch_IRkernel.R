@@ -113,8 +113,11 @@ cancel_on_interrupt <- function() {
   second <- socketConnection("localhost", as.integer(port), blocking = TRUE, open = "r+b", timeout = 6000)
   writeBin(string(Sys.getenv("SPARKR_BACKEND_AUTH_SECRET")), second)
   if (sparkr$readString(second) != "ok") stop("the JVM's R backend refused a second connection")
-  answer <- function(con) {
-    while (identical(status <- sparkr$readInt(con), 1L)) NULL           # a sign of life
+  answer <- function(con, meanwhile = function() NULL) {
+    repeat {
+      while (!socketSelect(list(con), timeout = 0.1)) meanwhile()
+      if (!identical(status <- sparkr$readInt(con), 1L)) break            # a sign of life
+    }
     if (identical(status, 0L)) sparkr$readObject(con) else sparkr$readString(con)
   }
   cancel <- function() {
@@ -128,7 +131,7 @@ cancel_on_interrupt <- function() {
   assign("invokeJava", function(...) tryCatch(call(...), interrupt = function(e) {
     suspendInterrupts({
       cancel()
-      answer(sparkr$.sparkREnv$.sparkRCon)
+      answer(sparkr$.sparkREnv$.sparkRCon, meanwhile = cancel)            # its job may begin only now: it is planned first
     })
     signalCondition(e)
   }), envir = sparkr)
