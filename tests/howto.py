@@ -86,22 +86,22 @@ class Stage:
         code:str,        # a cell
         interrupt=None,  # a kernel manager, to interrupt the cell after
         after:float=2.,  # seconds
-        fails=False      # whether an error is what is to be shown
+        fails=False      # whether an error is what is to be shown; it is where there is an interrupt
     ):
         "Run a cell, and show what comes back: text, pictures, and of an error the line that matters."
         error, self.last = None, ''
         def show(msg):
             nonlocal error
             kind, c = msg['msg_type'], msg['content']
-            if kind=='stream' and not (interrupt and c['name']=='stderr'): self.say(c['text'])   # py4j has much to say about interrupts
+            if kind=='stream': self.say(c['text'])
             elif kind=='error':
                 error = c
                 self.say(f"{c['ename']}: {c['evalue']}".strip(': ').splitlines()[0] + '\n')
             elif 'image/png' in c.get('data', {}): display(Image(data=b64decode(c['data']['image/png']), format='png'))
             elif 'data' in c: self.say(c['data'].get('text/plain', '') + '\n')
         if interrupt: Timer(after, interrupt.interrupt_kernel).start()
-        kc.execute_interactive(self.real(code), timeout=120, allow_stdin=False, output_hook=show)
-        assert bool(error)==fails or interrupt, error
+        reply = kc.execute_interactive(self.real(code), timeout=120, allow_stdin=False, output_hook=show)
+        assert (reply['content']['status']!='ok')==(fails or bool(interrupt)), error
 
     def failing(self, f, *args, **kw):
         "Call what will raise, and show with which words."
