@@ -1064,6 +1064,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner._silence': ( 'provisioner.html#_silence',
                                                                                                          'gateway_provisioners_ssh/provisioner.py'),
+                                                      'gateway_provisioners_ssh.provisioner._starting': ( 'provisioner.html#_starting',
+                                                                                                          'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner._undo': ( 'provisioner.html#_undo',
                                                                                                       'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner._withdrawn': ( 'provisioner.html#_withdrawn',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request']
 
-# %% ../nbs/07_provisioner.ipynb #d9caa78e
-import abc, asyncio, ipaddress, os, re, signal, sys, time
+# %% ../nbs/07_provisioner.ipynb #44e6c09f
+import abc, asyncio, ipaddress, os, re, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
@@ -70,7 +70,7 @@ class DistributedProvisioner(KernelProvisionerBase, HostSettings):
         "How to log in to hosts"
         return Login(self.remote_user or None, self.remote_password or None, self.ssh_port, self.gss_auth, self.connect_timeout, self.ssh_config or None)
 
-# %% ../nbs/07_provisioner.ipynb #3c56a43c
+# %% ../nbs/07_provisioner.ipynb #6762780d
 @dataclass
 class Request:
     "A checked start request"
@@ -81,6 +81,8 @@ class Request:
     pinned:str|None = None # The entry of `remote_hosts` that KERNEL_REMOTE_HOST names
     cwds:list = field(default_factory=list) # Directories to start in, the first that exists
     called_off:bool = False # Whether the kernel was shut down before it had started
+    task:asyncio.Task|None = None # Starts it, in the background loop
+    over:threading.Event = field(default_factory=threading.Event) # Set when whoever asked for the kernel has the answer
 
 _user_name = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?')
 _file_name = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}')
@@ -250,7 +252,7 @@ async def _why(self:DistributedProvisioner, conn, process, request):
     with suppress(ShellClosed, asyncio.TimeoutError): tail = (await asyncio.wait_for(process.tail(), self.connect_timeout)).strip()
     return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), f'Last lines of {process.log} on that host:', tail or '(empty)'])))
 
-# %% ../nbs/07_provisioner.ipynb #15a49aa8
+# %% ../nbs/07_provisioner.ipynb #b40f3658
 @patch
 def _place(self:DistributedProvisioner, request):
     "A claim in the ledger, with the hosts to try in order"
@@ -266,7 +268,7 @@ def _place(self:DistributedProvisioner, request):
 @patch
 async def _start(self:DistributedProvisioner, request):
     "Start the kernel on the first host that will have it"
-    self.starting = asyncio.current_task(),request
+    request.task = asyncio.current_task()
     deadline,claim,errors = time.monotonic()+request.timeout,self._place(request),[]
     try:
         conns = [await shared().pool.connection(Host.parse(h), self.login) for h in claim.order]
@@ -329,26 +331,43 @@ async def _give_up(self:DistributedProvisioner, conn, process):
             return process.end(GONE)
         await asyncio.wait({process.exited}, timeout=left)
 
-# %% ../nbs/07_provisioner.ipynb #c7040261
+# %% ../nbs/07_provisioner.ipynb #fcbb6708
 @patch
 async def launch_kernel(self:DistributedProvisioner, cmd, **kwargs):
     "Start the kernel; returns its connection information. Raises `LaunchError`"
-    request = kwargs.get('request') or self._check(kwargs.get('env') or {}, cmd, kwargs.get('cwd'))
-    with _withdrawn(self):
-        try: return await background().run(self._start(request))
+    request = self.starting = kwargs.get('request') or self._check(kwargs.get('env') or {}, cmd, kwargs.get('cwd'))
+    with _withdrawn(self), _starting(self, request):
+        info = None
+        try: info = await background().run(self._start(request))
         except asyncio.CancelledError:
-            if request.called_off: raise LaunchError(f'kernel {self.kernel_id} was shut down while it was starting') from None
-            if self.process is not None: await background().run(self._abandon())
-            raise
+            if not request.called_off:
+                if self.process is not None: await background().run(self._abandon())
+                raise
+        if request.called_off: raise LaunchError(f'kernel {self.kernel_id} was shut down while it was starting')
+        return info
+
+@contextmanager
+def _starting(self, request):
+    "Tell a start that fails in the future that `KernelManager.ready` was at first, and only then whoever waits for its end"
+    km,ready = self.parent,getattr(self.parent, '_ready', None)
+    def over():
+        self.starting = None
+        request.over.set()
+    try: yield
+    except BaseException as e:
+        soon = asyncio.get_running_loop().call_soon
+        if isinstance(e, Exception) and getattr(km, '_ready', None) is not ready:
+            soon(setattr, km, '_ready', km._ready)
+            km._ready = ready
+        soon(over)
+        raise
+    over()
 
 @patch
-async def _call_off(self:DistributedProvisioner):
-    "End a start that is under way, and wait until what it started is gone"
-    task,request = self.starting
-    if task.done() or self.process is not None: return
-    request.called_off = True
-    task.cancel()
-    await asyncio.wait({task}, timeout=10)
+async def _call_off(self:DistributedProvisioner, request):
+    "End a start that is under way, and wait until what it started is gone and whoever asked for it knows"
+    if self.process is None: request.task.cancel()
+    await in_thread(request.over.wait, 10)
 
 @patch
 async def _abandon(self:DistributedProvisioner):
@@ -360,11 +379,11 @@ async def _abandon(self:DistributedProvisioner):
     self._close_forwards()
     await _undo(_ready(process))
 
-# %% ../nbs/07_provisioner.ipynb #b90783e6
+# %% ../nbs/07_provisioner.ipynb #29833ba3
 @patch(as_prop=True)
 def has_process(self:DistributedProvisioner) -> bool:
-    "Whether there is a process, running or ended, that was not cleaned up"
-    return self.process is not None
+    "Whether there is a process, running or ended, that was not cleaned up; not while whoever starts it does not know of it yet"
+    return self.process is not None and self.starting is None
 
 @patch
 async def poll(self:DistributedProvisioner):
@@ -437,11 +456,13 @@ async def shutdown_requested(self:DistributedProvisioner, restart=False):
     "Note that the end, when it comes, was asked for"
     self.requested = True
 
-# %% ../nbs/07_provisioner.ipynb #c453c457
+# %% ../nbs/07_provisioner.ipynb #075bdcf8
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
     "Forget the process and remove what it left on its host"
-    if self.starting is not None: await background().run(self._call_off())
+    if starting := self.starting:
+        starting.called_off = True
+        await background().run(self._call_off(starting))
     if self.process is not None: await background().run(self._cleanup(restart))
 
 @patch
