@@ -61,6 +61,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'gateway_provisioners_ssh/background.py'),
                                                      'gateway_provisioners_ssh.background.in_thread': ( 'background.html#in_thread',
                                                                                                         'gateway_provisioners_ssh/background.py'),
+                                                     'gateway_provisioners_ssh.background.in_time': ( 'background.html#in_time',
+                                                                                                      'gateway_provisioners_ssh/background.py'),
                                                      'gateway_provisioners_ssh.background.run': ( 'background.html#run',
                                                                                                   'gateway_provisioners_ssh/background.py')},
             'gateway_provisioners_ssh.balance': { 'gateway_provisioners_ssh.balance.Claim': ( 'balance.html#claim',

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request']
 
-# %% ../nbs/07_provisioner.ipynb #44e6c09f
+# %% ../nbs/07_provisioner.ipynb #e6c395d4
 import abc, asyncio, ipaddress, os, re, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from jupyter_client.provisioning import KernelProvisionerBase
-from .background import at_exit, background, in_thread
+from .background import at_exit, background, in_thread, in_time
 from .balance import Ledger, load_balancer
 from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
 from .hosts import Host, HostError, Login, this_user
@@ -226,7 +226,7 @@ async def _undo(starting, patience=5):
             await sweep(p.shells, p.dir, p.log, p.become, p.pgids)
     await asyncio.wait({later(undo())}, timeout=patience)
 
-# %% ../nbs/07_provisioner.ipynb #e5d0f216
+# %% ../nbs/07_provisioner.ipynb #24c2ffa6
 hints = {
     r"No module named '?ipykernel": 'Install ipykernel for that interpreter on the host',
     r"No module named '?(Cryptodome|HPKE)": 'Install pycryptodomex (3.22 or newer) for that interpreter on the host',
@@ -249,7 +249,7 @@ async def _why(self:DistributedProvisioner, conn, process, request):
     code = process.returncode
     what = _late(request) if code is None else f'the launcher ended with status {code} before the kernel was ready'
     tail = ''
-    with suppress(ShellClosed, asyncio.TimeoutError): tail = (await asyncio.wait_for(process.tail(), self.connect_timeout)).strip()
+    with suppress(ShellClosed, asyncio.TimeoutError): tail = (await in_time(process.tail(), self.connect_timeout)).strip()
     return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), f'Last lines of {process.log} on that host:', tail or '(empty)'])))
 
 # %% ../nbs/07_provisioner.ipynb #b40f3658
@@ -379,7 +379,7 @@ async def _abandon(self:DistributedProvisioner):
     self._close_forwards()
     await _undo(_ready(process))
 
-# %% ../nbs/07_provisioner.ipynb #29833ba3
+# %% ../nbs/07_provisioner.ipynb #503159c9
 @patch(as_prop=True)
 def has_process(self:DistributedProvisioner) -> bool:
     "Whether there is a process, running or ended, that was not cleaned up; not while whoever starts it does not know of it yet"
@@ -410,10 +410,10 @@ async def send_signal(self:DistributedProvisioner, signum):
 async def _signal(self:DistributedProvisioner, process, signum):
     pgid = self.fields.get('pgid') if signum == signal.SIGINT else None
     patience = self.connect_timeout * (1 if self.conn.down_since else 4) # a host that is up may be busy
-    try: await asyncio.wait_for(process.signal(signum, pgid), patience)
+    try: await in_time(process.signal(signum, pgid), patience)
     except asyncio.TimeoutError: await self._ask_listener(dict(signum=int(signum)))
 
-# %% ../nbs/07_provisioner.ipynb #52dea76c
+# %% ../nbs/07_provisioner.ipynb #7157a7ac
 async def _control(ip, port, key, request):
     "The listener's reply to a signed request"
     r,w = await asyncio.open_connection(ip, port, limit=4096)
@@ -428,7 +428,7 @@ async def _ask_listener(self:DistributedProvisioner, request):
     f = self.fields
     try:
         if self.forwards or 'control_key' not in f: raise OSError('there is no other way')
-        return await asyncio.wait_for(_control(self.connection_info['ip'], f['comm_port'], ControlKey(f['control_key']), request), self.connect_timeout)
+        return await in_time(_control(self.connection_info['ip'], f['comm_port'], ControlKey(f['control_key']), request), self.connect_timeout)
     except (OSError, ValueError, asyncio.TimeoutError):
         raise HostError(self.conn.host, self.conn.user, f'out of reach, so kernel {self.kernel_id} did not get the request',
             'The kernel is left as it is; try again when the host answers') from None

@@ -6,11 +6,12 @@
 __all__ = ['GONE', 'ShellClosed', 'Done', 'Shell', 'run', 'ping', 'answers', 'local_shell', 'detach', 'exit_code', 'sudo',
            'StartFailed', 'RemoteProcess', 'signal', 'tail', 'release', 'sweep', 'later', 'spawn']
 
-# %% ../nbs/03_shell.ipynb #3b97c111
+# %% ../nbs/03_shell.ipynb #5f10c55b
 import asyncio, re, secrets, shlex, signal
 from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
+from .background import in_time
 
 # %% ../nbs/03_shell.ipynb #05cf71cc
 class ShellClosed(ConnectionError):
@@ -124,7 +125,7 @@ def _submit(self:Shell, template, **parts):
 
 Shell._send,Shell._listen,Shell._line,Shell._submit = _send,_listen,_line,_submit
 
-# %% ../nbs/03_shell.ipynb #57d916b9
+# %% ../nbs/03_shell.ipynb #5b1c470a
 async def run(self:Shell,
     script:str, # POSIX shell commands; they see `/dev/null` as standard input
 ) -> Done:
@@ -141,11 +142,8 @@ async def answers(self:Shell,
     timeout:float, # Seconds
 ) -> bool:
     "Whether the shell answers in time; raises `ShellClosed`"
-    pong = asyncio.ensure_future(self.ping())
-    try: await asyncio.wait({pong}, timeout=timeout) # `wait_for` loses a cancellation that comes together with the answer, before Python 3.12
-    finally: pong.cancel()
-    if not pong.done(): return False
-    pong.result()
+    try: await in_time(self.ping(), timeout)
+    except asyncio.TimeoutError: return False
     return True
 
 Shell.run,Shell.ping,Shell.answers = run,ping,answers
