@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request']
 
-# %% ../nbs/07_provisioner.ipynb #e6c395d4
+# %% ../nbs/07_provisioner.ipynb #b537a52a
 import abc, asyncio, ipaddress, os, re, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive,
 from .hosts import Host, HostError, Login, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
-from .settings import HostSettings, LaunchError, seconds
+from .settings import HostSettings, LaunchError, SettingError, checked, seconds
 from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
 
 # %% ../nbs/07_provisioner.ipynb #308b2e4f
@@ -105,7 +105,7 @@ def _pin(self:DistributedProvisioner, wanted):
     raise LaunchError(f'KERNEL_REMOTE_HOST={wanted!r} is not among the hosts of kernel {self.kernel_spec.display_name!r}: '
         + ', '.join(self.remote_hosts), 400)
 
-# %% ../nbs/07_provisioner.ipynb #6b0c7536
+# %% ../nbs/07_provisioner.ipynb #5edee900
 @patch
 def _check(self:DistributedProvisioner, env, argv, cwd):
     "The checked `Request` of a start; raises `LaunchError`"
@@ -116,10 +116,10 @@ def _check(self:DistributedProvisioner, env, argv, cwd):
     if not _file_name.fullmatch(self.kernel_id): raise LaunchError(f'{self.kernel_id!r} cannot be the id of a kernel', 400)
     env = keep|kernel|dict(KERNEL_ID=self.kernel_id)
     try:
-        timeout = seconds(kernel.get('KERNEL_LAUNCH_TIMEOUT', self.launch_timeout))
+        timeout = checked(seconds, kernel.get('KERNEL_LAUNCH_TIMEOUT', self.launch_timeout), 'KERNEL_LAUNCH_TIMEOUT')
         cwds = [str(o) for o in (kernel.get('KERNEL_WORKING_DIR'), cwd) if o]
         start_script(argv, env, self.kernel_spec.env, cwds)
-    except ValueError as e: raise LaunchError(f'the start request cannot be used: {e}', 400) from None
+    except (ValueError, SettingError) as e: raise LaunchError(f'the start request cannot be used: {e}', 400) from None
     if any('{connection_file}' in o for o in argv) and not any('{response_address}' in o for o in argv):
         raise LaunchError(f'kernel {self.kernel_spec.display_name!r} has no launcher for other hosts; make a kernelspec with: jupyter ssh-spec install --from-kernel NAME', 400)
     return Request(user, env, argv, timeout, self._pin(kernel.get('KERNEL_REMOTE_HOST')), cwds)
