@@ -7,7 +7,7 @@ __all__ = ['Refused', 'nearest', 'tidy', 'StrictApp', 'names', 'RemoteProvisione
            'SshSpecInstaller', 'installed', 'SshSpecImporter', 'copy_command', 'copy_commands', 'try_it', 'next_steps',
            'SshDemo', 'SshProvisionerApp', 'main']
 
-# %% ../nbs/11_cli.ipynb #48b184be
+# %% ../nbs/11_cli.ipynb #f019f5c0
 import difflib, os, re, shlex, shutil, sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -21,7 +21,7 @@ from traitlets.config import Configurable
 from . import __version__
 from .adopt import Adopted, read_kernel
 from .hosts import Host, parse_hosts
-from .settings import Setting, checked, from_environment, read_port_range, settings, variable, whole_seconds
+from .settings import Setting, checked, from_environment, lacking, settings, variable, whole_seconds
 from .specs import KERNEL_CLASS, Spec
 
 # %% ../nbs/11_cli.ipynb #ccc6baf8
@@ -409,7 +409,7 @@ def next_steps(
     copy = ['Copy it to the same place on every host that does not share this directory:', *(f'  {o}' for o in copy_commands(target, away))] if away else []
     return '\n'.join([*copy, f'Try it: {try_it(spec.kernel_name, spec.display_name, target.parent)}'])
 
-# %% ../nbs/11_cli.ipynb #48e162a2
+# %% ../nbs/11_cli.ipynb #f573a1be
 class SshDemo(StrictApp):
     "Three SSH hosts in this process, kernels on each, one interrupted, one restarted, nothing left behind."
     name, description = 'jupyter-ssh-spec-demo', __doc__
@@ -429,7 +429,8 @@ One kernel each on eight hosts:
 
     def start(self):
         super().start()
-        from .demo import demo
+        try: from .demo import demo
+        except ImportError as e: self.fail(lacking(e))
         self.exit(demo(n=self.hosts))
 
 # %% ../nbs/11_cli.ipynb #6a07df05

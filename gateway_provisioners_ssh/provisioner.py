@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request']
 
-# %% ../nbs/07_provisioner.ipynb #b537a52a
+# %% ../nbs/07_provisioner.ipynb #ac4d2933
 import abc, asyncio, ipaddress, os, re, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
+from importlib.util import find_spec
 from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread, in_time
 from .balance import Ledger, load_balancer
@@ -17,14 +18,17 @@ from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive,
 from .hosts import Host, HostError, Login, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
-from .settings import HostSettings, LaunchError, SettingError, checked, seconds
+from .settings import HostSettings, LaunchError, SettingError, checked, lacking, seconds
 from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
 
-# %% ../nbs/07_provisioner.ipynb #308b2e4f
+# %% ../nbs/07_provisioner.ipynb #8dde27f8
 class Shared:
     "What the kernels of one host application have in common; lives in the background loop"
     def __init__(self):
-        from gateway_provisioners_ssh.ssh import Pool
+        try:
+            from gateway_provisioners_ssh.ssh import Pool
+            if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
+        except ImportError as e: raise LaunchError(lacking(e)) from None
         self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
 
     def server(self, port, retries, addr_any) -> ResponseServer:
