@@ -1228,8 +1228,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'gateway_provisioners_ssh/shell.py'),
                                                 'gateway_provisioners_ssh.shell.detach': ( 'shell.html#detach',
                                                                                            'gateway_provisioners_ssh/shell.py'),
-                                                'gateway_provisioners_ssh.shell.exit_code': ( 'shell.html#exit_code',
-                                                                                              'gateway_provisioners_ssh/shell.py'),
                                                 'gateway_provisioners_ssh.shell.later': ( 'shell.html#later',
                                                                                           'gateway_provisioners_ssh/shell.py'),
                                                 'gateway_provisioners_ssh.shell.local_shell': ( 'shell.html#local_shell',

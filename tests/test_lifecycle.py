@@ -319,7 +319,7 @@ async def test_killed_on_its_host(remote):
             assert await asyncio.wait_for(waiting, 20) == -9
             assert await km.provisioner.poll() == -9 and not await km.is_alive()
             log = Path(f'/tmp/kernel-{km.kernel_id}.log')
-            wait(lambda: '[ended with status 137]' in log.read_text())
+            wait(lambda: '[ended with status -9]' in log.read_text())
             await km.restart_kernel(now=True)
             await kc.wait_for_ready(timeout=60)
             assert await value(kc, '6*7') == 42 and remote.host(km) is host
