@@ -230,9 +230,10 @@ async def _undo(starting, patience=5):
             await sweep(p.shells, p.dir, p.log, p.become, p.pgids)
     await asyncio.wait({later(undo())}, timeout=patience)
 
-# %% ../nbs/07_provisioner.ipynb #24c2ffa6
+# %% ../nbs/07_provisioner.ipynb #faab1961
 hints = {
-    r"No module named '?ipykernel": 'Install ipykernel for that interpreter on the host',
+    r"(?s)cannot run an IPython kernel.*pycryptodomex|cannot seal .*cannot run an IPython kernel": 'Install ipykernel and pycryptodomex (3.22 or newer) for that interpreter on the host',
+    r"No module named '?ipykernel|cannot run an IPython kernel": 'Install ipykernel for that interpreter on the host',
     r"No module named '?(Cryptodome|HPKE)": 'Install pycryptodomex (3.22 or newer) for that interpreter on the host',
     r'sudo: unknown user': 'With impersonation_enabled a kernel runs as KERNEL_USERNAME, who must be a user of the host',
     r'sudo:': 'Impersonation needs a sudoers rule on the host that lets this login run commands as the user, without a password and in its own '
