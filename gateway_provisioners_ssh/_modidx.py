@@ -1176,6 +1176,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'gateway_provisioners_ssh/settings.py'),
                                                    'gateway_provisioners_ssh.settings.lacking': ( 'settings.html#lacking',
                                                                                                   'gateway_provisioners_ssh/settings.py'),
+                                                   'gateway_provisioners_ssh.settings.misspelt': ( 'settings.html#misspelt',
+                                                                                                   'gateway_provisioners_ssh/settings.py'),
                                                    'gateway_provisioners_ssh.settings.parse_port_range': ( 'settings.html#parse_port_range',
                                                                                                            'gateway_provisioners_ssh/settings.py'),
                                                    'gateway_provisioners_ssh.settings.read_port_range': ( 'settings.html#read_port_range',

@@ -7,7 +7,7 @@ __all__ = ['Refused', 'nearest', 'tidy', 'StrictApp', 'names', 'RemoteProvisione
            'SshSpecInstaller', 'installed', 'SshSpecImporter', 'copy_command', 'copy_commands', 'try_it', 'next_steps',
            'SshDemo', 'SshProvisionerApp', 'main']
 
-# %% ../nbs/11_cli.ipynb #f019f5c0
+# %% ../nbs/11_cli.ipynb #691b9d39
 import difflib, os, re, shlex, shutil, sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -21,7 +21,7 @@ from traitlets.config import Configurable
 from . import __version__
 from .adopt import Adopted, read_kernel
 from .hosts import Host, parse_hosts
-from .settings import Setting, checked, from_environment, lacking, settings, variable, whole_seconds
+from .settings import Setting, checked, from_environment, lacking, misspelt, settings, variable, whole_seconds
 from .specs import KERNEL_CLASS, Spec
 
 # %% ../nbs/11_cli.ipynb #ccc6baf8
@@ -86,9 +86,10 @@ class StrictApp(JupyterApp):
         dotted = [f'{c.__name__}.{o}' for c in type(self).__mro__ if issubclass(c, Configurable) for o in c.class_traits(config=True)]
         super().parse_command_line(tidy(sys.argv[1:] if argv is None else argv, self.aliases | dict.fromkeys(dotted), self.flags, self.words))
 
-# %% ../nbs/11_cli.ipynb #909f9c46
+# %% ../nbs/11_cli.ipynb #a421df78
 @patch
 def update_config(self:StrictApp, config):
+    for o,meant in misspelt(config, type(self)): self.log.warning('c.%s has no effect; is c.%s meant?', o, meant)
     known = self.traits(config=True)
     ours = [c.__name__ for c in type(self).__mro__ if issubclass(c, (StrictApp, RemoteProvisionerConfigMixin))]
     for o,option in [(o, k) for o in ours for k in config[o] if k not in known]:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['seconds', 'whole_seconds', 'settings', 'LaunchError', 'SettingError', 'lacking', 'found', 'variable', 'checked',
-           'parse_port_range', 'Setting', 'from_environment', 'read_port_range', 'HostSettings', 'settle']
+           'parse_port_range', 'Setting', 'from_environment', 'read_port_range', 'HostSettings', 'misspelt', 'settle']
 
-# %% ../nbs/06a_settings.ipynb #d4677ff0
+# %% ../nbs/06a_settings.ipynb #ab8eac6b
 import os, re, sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from tornado.web import HTTPError
 from traitlets import Bool, Float, Integer, List, Set, TraitError, Unicode
 from traitlets.config import LoggingConfigurable
@@ -187,7 +188,17 @@ class HostSettings(LoggingConfigurable):
         (GP_INHERITED_ENVS).""").tag(config=True)
     ssh_config = Unicode(help="""OpenSSH client configuration to use; default: ~/.ssh/config and the system's (GP_SSH_CONFIG).""").tag(config=True)
 
-# %% ../nbs/06a_settings.ipynb #daa6751e
+# %% ../nbs/06a_settings.ipynb #0d3fe32b
+def misspelt(
+    config, # A configuration: names of classes, and what is set for each
+    cls:type, # The class that is configured
+) -> list: # E.g. `[('DistributedProvsioner', 'DistributedProvisioner')]`
+    "Names in `config` that nearly are the name of `cls` or of one of its bases, each with that"
+    ours = {o.__name__.lower(): o.__name__ for o in cls.__mro__}
+    close = [(k, ours[m]) for k in config for m in get_close_matches(k.lower(), ours, 1, .9)]
+    return [(k, o) for k,o in close if k not in ours.values()]
+
+# %% ../nbs/06a_settings.ipynb #fd367d73
 def _default(s): return lambda self: from_environment(s)
 for _k,_s in settings.items(): setattr(HostSettings, f'_{_k}_default', _default(_s))
 
@@ -197,6 +208,7 @@ def settle(
     kernel:str='', # The kernelspec's name, for messages
 ):
     "Bring every option to its final, checked value; raises `SettingError`"
+    for k,meant in misspelt(self.config, type(self)): self.log.warning('c.%s has no effect; is c.%s meant?', k, meant)
     for k in spec:
         if k not in settings or not settings[k].per_spec:
             self.log.warning('kernelspec %r sets %s, which is for the host application to set (c.DistributedProvisioner.%s): ignored', kernel, k, k)

@@ -380,6 +380,13 @@ def test_unknown_trait_is_refused(bench):
     (bench.tmp/'c.py').write_text('c.RemoteProvisionerConfigMixin.port_rang = "0..0"\n')
     bench.refuse('--config', bench.tmp/'c.py', match='is port_range meant')
 
+def test_a_misspelt_class_is_pointed_out(bench):
+    "Others are none of our business: a file serves many applications"
+    (bench.tmp/'config').mkdir()
+    (bench.tmp/'config/jupyter_config.py').write_text('c.SSHSpecInstaler.remote_hosts = ["gpu1"]\nc.K8sSpecInstaller.tolerations = True\nc.ServerApp.port = 1\n')
+    assert 'remote_hosts' not in config(bench.install())
+    assert re.findall(r'c\.\w+ has no effect.*', bench.log) == ['c.SSHSpecInstaler has no effect; is c.SshSpecInstaller meant?']
+
 def test_broken_configuration_file_in_the_usual_place(bench):
     (bench.tmp/'config').mkdir()
     (bench.tmp/'config/jupyter_config.py').write_text('c.BaseSpecApp.launch_timeout = "soon"\n')
