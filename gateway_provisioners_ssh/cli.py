@@ -7,7 +7,7 @@ __all__ = ['Refused', 'nearest', 'tidy', 'StrictApp', 'names', 'RemoteProvisione
            'SshSpecInstaller', 'installed', 'SshSpecImporter', 'copy_command', 'copy_commands', 'try_it', 'next_steps',
            'SshDemo', 'SshProvisionerApp', 'main']
 
-# %% ../nbs/11_cli.ipynb #bba7940b
+# %% ../nbs/11_cli.ipynb #691b9d39
 import difflib, os, re, shlex, shutil, sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -21,7 +21,7 @@ from traitlets.config import Configurable
 from . import __version__
 from .adopt import Adopted, read_kernel
 from .hosts import Host, parse_hosts
-from .settings import variable
+from .settings import Setting, checked, from_environment, lacking, misspelt, settings, variable, whole_seconds
 from .specs import KERNEL_CLASS, Spec
 
 # %% ../nbs/11_cli.ipynb #ccc6baf8
@@ -86,9 +86,10 @@ class StrictApp(JupyterApp):
         dotted = [f'{c.__name__}.{o}' for c in type(self).__mro__ if issubclass(c, Configurable) for o in c.class_traits(config=True)]
         super().parse_command_line(tidy(sys.argv[1:] if argv is None else argv, self.aliases | dict.fromkeys(dotted), self.flags, self.words))
 
-# %% ../nbs/11_cli.ipynb #909f9c46
+# %% ../nbs/11_cli.ipynb #a421df78
 @patch
 def update_config(self:StrictApp, config):
+    for o,meant in misspelt(config, type(self)): self.log.warning('c.%s has no effect; is c.%s meant?', o, meant)
     known = self.traits(config=True)
     ours = [c.__name__ for c in type(self).__mro__ if issubclass(c, (StrictApp, RemoteProvisionerConfigMixin))]
     for o,option in [(o, k) for o in ours for k in config[o] if k not in known]:
@@ -110,7 +111,7 @@ def names(values) -> list:
     "Values that may hold several, separated by commas, one by one."
     return [o.strip() for v in values for o in v.split(',') if o.strip()]
 
-# %% ../nbs/11_cli.ipynb #df1868bc
+# %% ../nbs/11_cli.ipynb #06beeac5
 class RemoteProvisionerConfigMixin(Configurable):
     "Options of the provisioner that a kernelspec may set for its kernels."
     authorized_users = Set(Unicode(), config=True, help="""Only these users may start this kernel: KERNEL_USERNAME is compared with each name, upper and lower
@@ -131,13 +132,10 @@ class RemoteProvisionerConfigMixin(Configurable):
     def _unauthorized_users_default(self): return set(names([variable('UNAUTHORIZED_USERS', 'root')]))
 
     @default('port_range')
-    def _port_range_default(self): return variable('PORT_RANGE') or '0..0'
+    def _port_range_default(self): return from_environment(settings['port_range']) if variable('PORT_RANGE') else '0..0'
 
     @default('launch_timeout')
-    def _launch_timeout_default(self):
-        text = variable('LAUNCH_TIMEOUT') or '30'
-        try: return int(text)
-        except ValueError: raise TraitError(f'GP_LAUNCH_TIMEOUT is no number of seconds: {text!r}') from None
+    def _launch_timeout_default(self): return from_environment(Setting('LAUNCH_TIMEOUT', 30, whole_seconds)) if variable('LAUNCH_TIMEOUT') else 30
 
 # %% ../nbs/11_cli.ipynb #cbf2c1f8
 class BaseSpecApp(RemoteProvisionerConfigMixin, StrictApp):
@@ -173,11 +171,13 @@ def _aliases(options): return {o: f'BaseSpecApp.{o.replace("-", "_")}' for o in 
 BaseSpecApp.aliases = _aliases('prefix kernel-name display-name language python') | _aliases(
     'authorized-users unauthorized-users port-range launch-timeout ipykernel-subclass-name') | {k: base_aliases[k] for k in ('log-level', 'config')}
 
-# %% ../nbs/11_cli.ipynb #b773c158
+# %% ../nbs/11_cli.ipynb #d19e33fe
 @patch
-def given(self:BaseSpecApp, option):
-    "Whether an option stands on the command line or in a configuration file"
-    return any(option in self.config[o.__name__] for o in type(self).__mro__ if issubclass(o, Configurable))
+def given(self:BaseSpecApp, option) -> str: # e.g. '--port-range', 'c.BaseSpecApp.port_range'; or nothing
+    "How an option was given, on the command line or in a configuration file"
+    classes = [o.__name__ for o in type(self).__mro__ if issubclass(o, Configurable)]
+    if any(option in self.cli_config[o] for o in classes): return '--'+option.replace('_', '-')
+    return next((f'c.{o}.{option}' for o in classes if option in self.config[o]), '')
 
 # %% ../nbs/11_cli.ipynb #c6e3c3ad
 @patch
@@ -223,7 +223,7 @@ class BaseSpecSparkApp(BaseSpecApp):
         if scala: idle.append(('python', 'Scala kernels need no Python'))
         return [(o, why) for o,why in idle if self.given(o)]
 
-# %% ../nbs/11_cli.ipynb #ad921978
+# %% ../nbs/11_cli.ipynb #13928ca9
 class SshSpecInstaller(BaseSpecSparkApp):
     "Writes a kernelspec whose kernels run on hosts reached by SSH."
     description = 'Write a Jupyter kernel specification for kernels that run on other hosts, reached by SSH.'
@@ -280,14 +280,15 @@ under the class its description names:
         'from-kernel': 'SshSpecInstaller.from_kernel'} | BaseSpecSparkApp.aliases
 
     @default('remote_hosts')
-    def _remote_hosts_default(self): return names([variable('REMOTE_HOSTS', 'localhost')])
+    def _remote_hosts_default(self): return from_environment(settings['remote_hosts'])
 
-# %% ../nbs/11_cli.ipynb #68de7b2b
+# %% ../nbs/11_cli.ipynb #a4683b16
 @patch
 def config_given(self:SshSpecInstaller) -> dict:
-    "The provisioner's options for the kernelspec; ValueError names what is wrong"
-    values = dict(remote_hosts=[str(o) for o in parse_hosts(self.remote_hosts)], authorized_users=sorted(names(self.authorized_users)),
-        unauthorized_users=sorted(names(self.unauthorized_users)), port_range=self.port_range.strip())
+    "The provisioner's options for the kernelspec; SettingError says which is wrong, and where it was given"
+    read = lambda option: checked(settings[option].read, getattr(self, option), self.given(option))
+    values = dict(remote_hosts=read('remote_hosts'), authorized_users=sorted(names(self.authorized_users)),
+        unauthorized_users=sorted(names(self.unauthorized_users)), port_range=read('port_range'))
     return {k: v for k,v in values.items() if self.given(k) or (k=='port_range' and v!='0..0')}
 
 @patch
@@ -409,7 +410,7 @@ def next_steps(
     copy = ['Copy it to the same place on every host that does not share this directory:', *(f'  {o}' for o in copy_commands(target, away))] if away else []
     return '\n'.join([*copy, f'Try it: {try_it(spec.kernel_name, spec.display_name, target.parent)}'])
 
-# %% ../nbs/11_cli.ipynb #48e162a2
+# %% ../nbs/11_cli.ipynb #f573a1be
 class SshDemo(StrictApp):
     "Three SSH hosts in this process, kernels on each, one interrupted, one restarted, nothing left behind."
     name, description = 'jupyter-ssh-spec-demo', __doc__
@@ -429,7 +430,8 @@ One kernel each on eight hosts:
 
     def start(self):
         super().start()
-        from .demo import demo
+        try: from .demo import demo
+        except ImportError as e: self.fail(lacking(e))
         self.exit(demo(n=self.hosts))
 
 # %% ../nbs/11_cli.ipynb #6a07df05

@@ -6,7 +6,7 @@
 __all__ = ['log', 'NOTEBOOK', 'Board', 'Failed', 'expect', 'DemoKernel', 'together', 'listening', 'disconnect', 'remains',
            'surroundings', 'python_env', 'act', 'play', 'show', 'demo']
 
-# %% ../nbs/13_demo.ipynb #7de07524
+# %% ../nbs/13_demo.ipynb #799777f1
 import asyncio, logging, os, shutil, signal, site, sys, tempfile, time
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
-from .background import background
+from .background import background, in_time
 from .mock_ssh import MockHosts
 from .specs import Spec
 
@@ -125,7 +125,7 @@ async def stop(self: DemoKernel):
     if self.km.has_kernel: await self.km.shutdown_kernel(now=not self.kc)
     self.show(state='stopped')
 
-# %% ../nbs/13_demo.ipynb #af094a72
+# %% ../nbs/13_demo.ipynb #5a3102b8
 NOTEBOOK = [  # cell, what it says; {host} is the host's address
     ('import os\nprint("hello from", os.environ["SSH_CONNECTION"].split()[2])', 'hello from {host}\n'),
     ('def primes(n): return [p for p in range(2, n) if all(p % d for d in range(2, p))]\nprimes(30)',
@@ -149,7 +149,7 @@ async def stuck(self: DemoKernel):
     begun = time.monotonic()
     self.show(state='interrupted')
     await self.km.interrupt_kernel()
-    said, error = await asyncio.wait_for(job, 10)
+    said, error = await in_time(job, 10)
     expect(error == 'KeyboardInterrupt', f'the interrupted kernel on {self.host} answered {error or said!r}')
     return time.monotonic()-begun
 
@@ -249,7 +249,7 @@ async def play(board: Board, kernels: list[DemoKernel], addresses: dict[str, str
     expect((await two.run('total'))[1] == 'NameError', 'the restarted kernel still has its variables')
     board.note(f'{two.name} was restarted on {two.host}: pid {was[1]} became {two.pid}, its variables are gone')
 
-# %% ../nbs/13_demo.ipynb #33b05c33
+# %% ../nbs/13_demo.ipynb #9a544f09
 async def show(
     out=None,         # text stream; by default standard output
     n: int=3,         # hosts
@@ -261,7 +261,7 @@ async def show(
         board.note('The demo cannot run: ' + '; '.join(lacks))
         return 1
     with tempfile.TemporaryDirectory(prefix='ssh-demo-') as tmp, surroundings(Path(tmp)):
-        try: await asyncio.wait_for(act(board, Path(tmp), n), timeout)
+        try: await in_time(act(board, Path(tmp), n), timeout)
         except asyncio.TimeoutError: problem = f'not done after {timeout:g} s'
         except Exception as e: problem = str(e) if isinstance(e, Failed) else f'{type(e).__name__}: {e}'
         else: problem = ''

@@ -5,26 +5,30 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request']
 
-# %% ../nbs/07_provisioner.ipynb #d9caa78e
-import abc, asyncio, ipaddress, os, re, signal, sys, time
+# %% ../nbs/07_provisioner.ipynb #ac4d2933
+import abc, asyncio, ipaddress, os, re, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
+from importlib.util import find_spec
 from jupyter_client.provisioning import KernelProvisionerBase
-from .background import at_exit, background, in_thread
+from .background import at_exit, background, in_thread, in_time
 from .balance import Ledger, load_balancer
 from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
 from .hosts import Host, HostError, Login, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
-from .settings import HostSettings, LaunchError, seconds
+from .settings import HostSettings, LaunchError, SettingError, checked, lacking, seconds
 from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
 
-# %% ../nbs/07_provisioner.ipynb #308b2e4f
+# %% ../nbs/07_provisioner.ipynb #8dde27f8
 class Shared:
     "What the kernels of one host application have in common; lives in the background loop"
     def __init__(self):
-        from gateway_provisioners_ssh.ssh import Pool
+        try:
+            from gateway_provisioners_ssh.ssh import Pool
+            if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
+        except ImportError as e: raise LaunchError(lacking(e)) from None
         self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
 
     def server(self, port, retries, addr_any) -> ResponseServer:
@@ -70,7 +74,7 @@ class DistributedProvisioner(KernelProvisionerBase, HostSettings):
         "How to log in to hosts"
         return Login(self.remote_user or None, self.remote_password or None, self.ssh_port, self.gss_auth, self.connect_timeout, self.ssh_config or None)
 
-# %% ../nbs/07_provisioner.ipynb #3c56a43c
+# %% ../nbs/07_provisioner.ipynb #6762780d
 @dataclass
 class Request:
     "A checked start request"
@@ -81,6 +85,8 @@ class Request:
     pinned:str|None = None # The entry of `remote_hosts` that KERNEL_REMOTE_HOST names
     cwds:list = field(default_factory=list) # Directories to start in, the first that exists
     called_off:bool = False # Whether the kernel was shut down before it had started
+    task:asyncio.Task|None = None # Starts it, in the background loop
+    over:threading.Event = field(default_factory=threading.Event) # Set when whoever asked for the kernel has the answer
 
 _user_name = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?')
 _file_name = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}')
@@ -103,7 +109,7 @@ def _pin(self:DistributedProvisioner, wanted):
     raise LaunchError(f'KERNEL_REMOTE_HOST={wanted!r} is not among the hosts of kernel {self.kernel_spec.display_name!r}: '
         + ', '.join(self.remote_hosts), 400)
 
-# %% ../nbs/07_provisioner.ipynb #6b0c7536
+# %% ../nbs/07_provisioner.ipynb #5edee900
 @patch
 def _check(self:DistributedProvisioner, env, argv, cwd):
     "The checked `Request` of a start; raises `LaunchError`"
@@ -114,10 +120,10 @@ def _check(self:DistributedProvisioner, env, argv, cwd):
     if not _file_name.fullmatch(self.kernel_id): raise LaunchError(f'{self.kernel_id!r} cannot be the id of a kernel', 400)
     env = keep|kernel|dict(KERNEL_ID=self.kernel_id)
     try:
-        timeout = seconds(kernel.get('KERNEL_LAUNCH_TIMEOUT', self.launch_timeout))
+        timeout = checked(seconds, kernel.get('KERNEL_LAUNCH_TIMEOUT', self.launch_timeout), 'KERNEL_LAUNCH_TIMEOUT')
         cwds = [str(o) for o in (kernel.get('KERNEL_WORKING_DIR'), cwd) if o]
         start_script(argv, env, self.kernel_spec.env, cwds)
-    except ValueError as e: raise LaunchError(f'the start request cannot be used: {e}', 400) from None
+    except (ValueError, SettingError) as e: raise LaunchError(f'the start request cannot be used: {e}', 400) from None
     if any('{connection_file}' in o for o in argv) and not any('{response_address}' in o for o in argv):
         raise LaunchError(f'kernel {self.kernel_spec.display_name!r} has no launcher for other hosts; make a kernelspec with: jupyter ssh-spec install --from-kernel NAME', 400)
     return Request(user, env, argv, timeout, self._pin(kernel.get('KERNEL_REMOTE_HOST')), cwds)
@@ -224,9 +230,10 @@ async def _undo(starting, patience=5):
             await sweep(p.shells, p.dir, p.log, p.become, p.pgids)
     await asyncio.wait({later(undo())}, timeout=patience)
 
-# %% ../nbs/07_provisioner.ipynb #e5d0f216
+# %% ../nbs/07_provisioner.ipynb #faab1961
 hints = {
-    r"No module named '?ipykernel": 'Install ipykernel for that interpreter on the host',
+    r"(?s)cannot run an IPython kernel.*pycryptodomex|cannot seal .*cannot run an IPython kernel": 'Install ipykernel and pycryptodomex (3.22 or newer) for that interpreter on the host',
+    r"No module named '?ipykernel|cannot run an IPython kernel": 'Install ipykernel for that interpreter on the host',
     r"No module named '?(Cryptodome|HPKE)": 'Install pycryptodomex (3.22 or newer) for that interpreter on the host',
     r'sudo: unknown user': 'With impersonation_enabled a kernel runs as KERNEL_USERNAME, who must be a user of the host',
     r'sudo:': 'Impersonation needs a sudoers rule on the host that lets this login run commands as the user, without a password and in its own '
@@ -247,10 +254,10 @@ async def _why(self:DistributedProvisioner, conn, process, request):
     code = process.returncode
     what = _late(request) if code is None else f'the launcher ended with status {code} before the kernel was ready'
     tail = ''
-    with suppress(ShellClosed, asyncio.TimeoutError): tail = (await asyncio.wait_for(process.tail(), self.connect_timeout)).strip()
+    with suppress(ShellClosed, asyncio.TimeoutError): tail = (await in_time(process.tail(), self.connect_timeout)).strip()
     return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), f'Last lines of {process.log} on that host:', tail or '(empty)'])))
 
-# %% ../nbs/07_provisioner.ipynb #15a49aa8
+# %% ../nbs/07_provisioner.ipynb #b40f3658
 @patch
 def _place(self:DistributedProvisioner, request):
     "A claim in the ledger, with the hosts to try in order"
@@ -266,7 +273,7 @@ def _place(self:DistributedProvisioner, request):
 @patch
 async def _start(self:DistributedProvisioner, request):
     "Start the kernel on the first host that will have it"
-    self.starting = asyncio.current_task(),request
+    request.task = asyncio.current_task()
     deadline,claim,errors = time.monotonic()+request.timeout,self._place(request),[]
     try:
         conns = [await shared().pool.connection(Host.parse(h), self.login) for h in claim.order]
@@ -329,26 +336,43 @@ async def _give_up(self:DistributedProvisioner, conn, process):
             return process.end(GONE)
         await asyncio.wait({process.exited}, timeout=left)
 
-# %% ../nbs/07_provisioner.ipynb #c7040261
+# %% ../nbs/07_provisioner.ipynb #fcbb6708
 @patch
 async def launch_kernel(self:DistributedProvisioner, cmd, **kwargs):
     "Start the kernel; returns its connection information. Raises `LaunchError`"
-    request = kwargs.get('request') or self._check(kwargs.get('env') or {}, cmd, kwargs.get('cwd'))
-    with _withdrawn(self):
-        try: return await background().run(self._start(request))
+    request = self.starting = kwargs.get('request') or self._check(kwargs.get('env') or {}, cmd, kwargs.get('cwd'))
+    with _withdrawn(self), _starting(self, request):
+        info = None
+        try: info = await background().run(self._start(request))
         except asyncio.CancelledError:
-            if request.called_off: raise LaunchError(f'kernel {self.kernel_id} was shut down while it was starting') from None
-            if self.process is not None: await background().run(self._abandon())
-            raise
+            if not request.called_off:
+                if self.process is not None: await background().run(self._abandon())
+                raise
+        if request.called_off: raise LaunchError(f'kernel {self.kernel_id} was shut down while it was starting')
+        return info
+
+@contextmanager
+def _starting(self, request):
+    "Tell a start that fails in the future that `KernelManager.ready` was at first, and only then whoever waits for its end"
+    km,ready = self.parent,getattr(self.parent, '_ready', None)
+    def over():
+        self.starting = None
+        request.over.set()
+    try: yield
+    except BaseException as e:
+        soon = asyncio.get_running_loop().call_soon
+        if isinstance(e, Exception) and getattr(km, '_ready', None) is not ready:
+            soon(setattr, km, '_ready', km._ready)
+            km._ready = ready
+        soon(over)
+        raise
+    over()
 
 @patch
-async def _call_off(self:DistributedProvisioner):
-    "End a start that is under way, and wait until what it started is gone"
-    task,request = self.starting
-    if task.done() or self.process is not None: return
-    request.called_off = True
-    task.cancel()
-    await asyncio.wait({task}, timeout=10)
+async def _call_off(self:DistributedProvisioner, request):
+    "End a start that is under way, and wait until what it started is gone and whoever asked for it knows"
+    if self.process is None: request.task.cancel()
+    await in_thread(request.over.wait, 10)
 
 @patch
 async def _abandon(self:DistributedProvisioner):
@@ -360,11 +384,11 @@ async def _abandon(self:DistributedProvisioner):
     self._close_forwards()
     await _undo(_ready(process))
 
-# %% ../nbs/07_provisioner.ipynb #b90783e6
+# %% ../nbs/07_provisioner.ipynb #503159c9
 @patch(as_prop=True)
 def has_process(self:DistributedProvisioner) -> bool:
-    "Whether there is a process, running or ended, that was not cleaned up"
-    return self.process is not None
+    "Whether there is a process, running or ended, that was not cleaned up; not while whoever starts it does not know of it yet"
+    return self.process is not None and self.starting is None
 
 @patch
 async def poll(self:DistributedProvisioner):
@@ -391,10 +415,10 @@ async def send_signal(self:DistributedProvisioner, signum):
 async def _signal(self:DistributedProvisioner, process, signum):
     pgid = self.fields.get('pgid') if signum == signal.SIGINT else None
     patience = self.connect_timeout * (1 if self.conn.down_since else 4) # a host that is up may be busy
-    try: await asyncio.wait_for(process.signal(signum, pgid), patience)
+    try: await in_time(process.signal(signum, pgid), patience)
     except asyncio.TimeoutError: await self._ask_listener(dict(signum=int(signum)))
 
-# %% ../nbs/07_provisioner.ipynb #52dea76c
+# %% ../nbs/07_provisioner.ipynb #7157a7ac
 async def _control(ip, port, key, request):
     "The listener's reply to a signed request"
     r,w = await asyncio.open_connection(ip, port, limit=4096)
@@ -409,7 +433,7 @@ async def _ask_listener(self:DistributedProvisioner, request):
     f = self.fields
     try:
         if self.forwards or 'control_key' not in f: raise OSError('there is no other way')
-        return await asyncio.wait_for(_control(self.connection_info['ip'], f['comm_port'], ControlKey(f['control_key']), request), self.connect_timeout)
+        return await in_time(_control(self.connection_info['ip'], f['comm_port'], ControlKey(f['control_key']), request), self.connect_timeout)
     except (OSError, ValueError, asyncio.TimeoutError):
         raise HostError(self.conn.host, self.conn.user, f'out of reach, so kernel {self.kernel_id} did not get the request',
             'The kernel is left as it is; try again when the host answers') from None
@@ -437,11 +461,13 @@ async def shutdown_requested(self:DistributedProvisioner, restart=False):
     "Note that the end, when it comes, was asked for"
     self.requested = True
 
-# %% ../nbs/07_provisioner.ipynb #c453c457
+# %% ../nbs/07_provisioner.ipynb #075bdcf8
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
     "Forget the process and remove what it left on its host"
-    if self.starting is not None: await background().run(self._call_off())
+    if starting := self.starting:
+        starting.called_off = True
+        await background().run(self._call_off(starting))
     if self.process is not None: await background().run(self._cleanup(restart))
 
 @patch

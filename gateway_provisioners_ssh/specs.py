@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'LANGUAGES', 'CLUSTERS', 'MODES', 'KERNEL_CLASS', 'NEEDS',
            'spark_opts', 'Spec', 'need_ipykernel', 'need_listener', 'need_irkernel', 'need_spark', 'need_java',
            'need_toree', 'build_toree', 'place']
 
-# %% ../nbs/10_specs.ipynb #ccdf9071
+# %% ../nbs/10_specs.ipynb #97a6f2ca
 import json, os, re, shlex, shutil, stat, subprocess, sys, tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from fastcore.basics import patch
 from .hosts import parse_hosts
-from .settings import parse_port_range, variable
+from .settings import read_port_range
 from .toree import BuildError, compile_launcher, find_toree_assembly, toree_jars
 
 PACKAGE = Path(str(files('gateway_provisioners_ssh'))) # launchers and templates are its data
@@ -121,7 +121,7 @@ class Spec:
         self.python = self.python or (sys.executable if self.spark else 'python')
         self.check()
 
-# %% ../nbs/10_specs.ipynb #88d613cd
+# %% ../nbs/10_specs.ipynb #14679cf8
 def _line(what, value):
     if not value.strip() or any(ord(c)<32 or ord(c)==127 for c in value): raise ValueError(f'{what} {value!r} must be one line of text')
 
@@ -137,7 +137,7 @@ def check(self:Spec):
     cluster(self.spark_master)
     try: shlex.split(self.extra_spark_opts)
     except ValueError as e: raise ValueError(f'Spark options {self.extra_spark_opts!r}: {str(e).lower()}') from None
-    if 'port_range' in self.config: parse_port_range(self.config['port_range'], int(variable('MIN_PORT_RANGE_SIZE', 1000)))
+    if 'port_range' in self.config: read_port_range(self.config['port_range'])
     if 'remote_hosts' in self.config: parse_hosts(self.config['remote_hosts'])
     for who in ('authorized_users', 'unauthorized_users'):
         for name in self.config.get(who, ()): _line(f'{who}: user', name)

@@ -6,14 +6,14 @@
 __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_link', 'SSHConnection', 'shell', 'answering', 'up',
            'close', 'Forward', 'forward', 'reverse', 'LocalConnection', 'Pool']
 
-# %% ../nbs/04_ssh.ipynb #770d6b15
+# %% ../nbs/04_ssh.ipynb #c26c002b
 import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
 import paramiko
 from contextlib import suppress
 from functools import partial
 from weakref import WeakSet
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
-from .background import in_thread
+from .background import in_thread, in_time
 from .channels import ChannelIO, Relay, Transport, Wire
 from .hosts import Host, HostError, Login, Route, hops, this_user
 from .shell import Shell, ShellClosed, later, local_shell
@@ -154,7 +154,7 @@ class Link:
         self.wire.close(abort)
         later(in_thread(self.client.close))
 
-# %% ../nbs/04_ssh.ipynb #534a6f95
+# %% ../nbs/04_ssh.ipynb #d3daf20a
 async def open_link(
     host, # The entry, for messages
     route:Route, # The last hop
@@ -172,7 +172,7 @@ async def open_link(
         return Link(await in_thread(_authenticate, wire, route, login), wire, route)
     for tries in 2,1,0:
         begun = time.monotonic()
-        try: return await asyncio.wait_for(attempt(), 4*login.connect_timeout)
+        try: return await in_time(attempt(), 4*login.connect_timeout)
         except BaseException as e:
             if wire: wire.close()
             if not isinstance(e, Exception): raise
@@ -211,7 +211,7 @@ class SSHConnection:
     @property
     def local_address(self): return self.link.local_address # The address of this machine that the host can reach
 
-# %% ../nbs/04_ssh.ipynb #394f89e2
+# %% ../nbs/04_ssh.ipynb #f55dfb8d
 async def shell(self:SSHConnection) -> Shell:
     "The live shell, connecting if need be; raises `HostError`"
     if self.is_up: return self.sh
@@ -237,7 +237,9 @@ async def _open(self:SSHConnection):
         chan = await in_thread(_exec, link.transport)
         reader = asyncio.StreamReader(limit=2**24)
         io = ChannelIO(chan, link.wire, reader.feed_data, reader.feed_eof)
-        self.sh = await asyncio.wait_for(Shell(reader, io.write, lambda: self._down(io, link), str(self.host), self.patience).start(), 2*self.login.connect_timeout)
+        sh = Shell(reader, io.write, lambda: self._down(io, link), str(self.host), self.patience)
+        try: self.sh = await in_time(sh.start(), 2*self.login.connect_timeout)
+        except asyncio.CancelledError: sh.close(); raise # it may have started just now
     except Exception as e:
         self.error = explain(e, self.host, self.routes[-1], self.login.connect_timeout)
         self._rest()

@@ -121,3 +121,9 @@ async def test_what_goes_wrong_is_said(monkeypatch):
         await fails('left behind: port')
         m.extra.close()
     assert not D.listening() - before
+
+def test_a_package_is_missing(places):
+    env, place = places
+    code = 'import sys; sys.modules["paramiko"] = None; sys.argv = ["jupyter-ssh-spec", "demo"]; from gateway_provisioners_ssh.cli import main; main()'
+    r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=60)
+    assert r.returncode == 1 and 'paramiko' in r.stderr and f'{sys.executable} -m pip install' in r.stderr and 'Traceback' not in r.stderr, r.stderr

@@ -79,7 +79,7 @@ def spec(tmp_path):
     "A kernelspec's scripts directory, elsewhere"
     d = tmp_path/'a spec'/'scripts'
     d.mkdir(parents=True)
-    for o in ('launch_ipykernel.py', 'server_listener.py'): shutil.copy(LAUNCHERS/o, d)
+    for o in ('launch_ipykernel.py', 'launch_kernel.py', 'server_listener.py'): shutil.copy(LAUNCHERS/o, d)
     return d
 
 def members(pgid):
@@ -127,8 +127,8 @@ def launch(spec):
     for k in made: k.host.server.close()
 
 def light(start, *args, host=None, **kw):
-    "A launch of the small stand-in for a kernel, by way of server_listener.py's command form"
-    return start(host, *args, script='server_listener.py', command=[sys.executable, '-c', LIGHT, '{connection_file}'], **kw)
+    "A launch of the small stand-in for a kernel, by way of launch_kernel.py"
+    return start(host, *args, script='launch_kernel.py', command=[sys.executable, '-c', LIGHT, '{connection_file}'], **kw)
 
 @contextmanager
 def client(info):
@@ -312,7 +312,7 @@ def test_an_unconfirmed_launch_leaves_nothing(launch, answer):
 
 def test_an_unconfirmed_kernel_that_ignores_sigterm_is_killed(launch):
     stubborn = LIGHT.replace('signal.signal(', 'signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); signal.signal(', 1)
-    k = launch(None, script='server_listener.py', command=[sys.executable, '-c', stubborn, '{connection_file}']).up(answer=b'no')
+    k = launch(None, script='launch_kernel.py', command=[sys.executable, '-c', stubborn, '{connection_file}']).up(answer=b'no')
     assert k.proc.wait(10) == -signal.SIGKILL
     until('nothing left', lambda: not k.left(), 10)
 
@@ -323,9 +323,9 @@ def test_a_host_application_that_is_gone(launch):
     assert k.proc.wait(10) == -signal.SIGTERM and f'cannot be reached at 127.0.0.1 port {host.address[10:]}' in k.text()
 
 def test_a_kernel_that_cannot_start(launch):
-    k = launch(None, script='server_listener.py', command=['/no/such/kernel', '{connection_file}'])
-    assert k.proc.wait(10) == 1 and "cannot run /no/such/kernel (No such file or directory)" in k.text() and 'Traceback' not in k.text()
-    k = launch(None, script='server_listener.py', command=[sys.executable, '-c', 'raise SystemExit(7)'])
+    k = launch(None, script='launch_kernel.py', command=['/no/such/kernel', '{connection_file}'])
+    assert k.proc.wait(10) == 127 and 'there is no /no/such/kernel on this host' in k.text() and 'Traceback' not in k.text()
+    k = launch(None, script='launch_kernel.py', command=[sys.executable, '-c', 'raise SystemExit(7)', '{connection_file}'])
     assert k.proc.wait(10) == 7
 
 def test_a_launch_cancelled_at_any_moment_leaves_nothing(launch):
@@ -364,7 +364,7 @@ def test_missing_packages_are_named(launch, tmp_path):
     host = Host()
     got = subprocess.run([python, LAUNCHERS/'launch_ipykernel.py', *host.argv()], env=dict(os.environ, KERNEL_LAUNCH_SECRET=host.secret), capture_output=True, text=True)
     assert got.returncode in (1, -signal.SIGTERM) and f'{python} -m pip install ' in got.stderr # whichever is missed first
-    got = subprocess.run([python, LAUNCHERS/'server_listener.py', *host.argv(), '--', 'sleep', '100'], capture_output=True, text=True, start_new_session=True,
+    got = subprocess.run([python, LAUNCHERS/'launch_kernel.py', *host.argv(), '--', 'sh', '-c', 'sleep 100', '{connection_file}'], capture_output=True, text=True, start_new_session=True,
                          env=dict(os.environ, KERNEL_LAUNCH_SECRET=host.secret, JUPYTER_RUNTIME_DIR=str(tmp_path)))
     assert got.returncode == -signal.SIGTERM and f'{python} -m pip install "pycryptodomex>=3.22"' in got.stderr
 

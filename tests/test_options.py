@@ -313,6 +313,10 @@ def test_variables_and_their_fall_back(name, monkeypatch):
 def test_bad_hosts(bad):
     with pytest.raises(LaunchError, match='remote_hosts'): DistributedProvisioner(kernel_id='42', config=Config(DistributedProvisioner=dict(remote_hosts=[bad])))
 
+def test_a_misspelt_class_is_pointed_out(caplog):
+    DistributedProvisioner(kernel_id='42', config=Config(DistributedProvsioner=dict(remote_hosts=['gpu1']), RemoteProvisionerBase=dict(a=1)))
+    assert [o.getMessage() for o in caplog.records] == ['c.DistributedProvsioner has no effect; is c.DistributedProvisioner meant?']
+
 # Launchers of old
 
 @pytest.mark.parametrize('tunnel', [False, True])

@@ -355,8 +355,15 @@ def test_refused(bench, argv, match):
     if match: bench.refuse(*argv, match=match)
     else: assert bench.install(*argv)['argv'][0] == 'python' # empty is the default
 
-@pytest.mark.parametrize('env,match', [({'GP_LAUNCH_TIMEOUT': 'x'}, 'GP_LAUNCH_TIMEOUT'), ({'EG_PORT_RANGE': '9..3'}, '9..3'), ({'GP_REMOTE_HOSTS': 'a b'}, 'a b')])
-def test_wrong_environment_is_refused(bench, env, match): bench.refuse(match=match, **env)
+@pytest.mark.parametrize('var,value,match', [('GP_LAUNCH_TIMEOUT', 'x', "'x' is not a number"), ('EG_LAUNCH_TIMEOUT', '2.5', 'not a number'), ('EG_PORT_RANGE', '9..3', '9..3'),
+    ('GP_PORT_RANGE', 'abc', 'low..high'), ('GP_REMOTE_HOSTS', 'a b', "host 'a b'"), ('EG_REMOTE_HOSTS', '', 'empty'), ('GP_MIN_PORT_RANGE_SIZE', 'wide', 'not a number')])
+def test_wrong_environment_is_refused(bench, var, value, match): bench.refuse(match=f'{var}: .*{match}', **{var: value})
+
+def test_a_wrong_value_is_refused_with_its_place(bench):
+    bench.refuse('--port-range', 'abc', match="--port-range: 'abc' is not a port range", GP_PORT_RANGE='def')
+    bench.refuse('--BaseSpecApp.port_range=9..3', match='--port-range: 9..3')
+    (bench.tmp/'c.py').write_text('c.SshSpecInstaller.remote_hosts = ["gpu:99999"]\n')
+    bench.refuse('--config', bench.tmp/'c.py', match=r'c\.SshSpecInstaller\.remote_hosts: .*99999')
 
 def test_missing_configuration_file(bench):
     bench.refuse('--config', '/nonexistent/specs.py', match='no configuration file /nonexistent/specs.py')
@@ -372,6 +379,13 @@ def test_unknown_trait_is_refused(bench):
     bench.refuse('--config', bench.tmp/'c.py', match=r'c\.py: c\.BaseSpecApp\.lanugage is no option; is language meant')
     (bench.tmp/'c.py').write_text('c.RemoteProvisionerConfigMixin.port_rang = "0..0"\n')
     bench.refuse('--config', bench.tmp/'c.py', match='is port_range meant')
+
+def test_a_misspelt_class_is_pointed_out(bench):
+    "Others are none of our business: a file serves many applications"
+    (bench.tmp/'config').mkdir()
+    (bench.tmp/'config/jupyter_config.py').write_text('c.SSHSpecInstaler.remote_hosts = ["gpu1"]\nc.K8sSpecInstaller.tolerations = True\nc.ServerApp.port = 1\n')
+    assert 'remote_hosts' not in config(bench.install())
+    assert re.findall(r'c\.\w+ has no effect.*', bench.log) == ['c.SSHSpecInstaler has no effect; is c.SshSpecInstaller meant?']
 
 def test_broken_configuration_file_in_the_usual_place(bench):
     (bench.tmp/'config').mkdir()

@@ -571,7 +571,7 @@ def fork_listener(
         with open(write, 'w') as f: f.write(json.dumps(fields) + '\n')
     return tell
 
-# %% ../../nbs/08_listener.ipynb #fb395d37
+# %% ../../nbs/08_listener.ipynb #0f374617
 def curve_keypair() -> tuple: # public, secret: 40 bytes each
     "A CURVE key pair as ZeroMQ writes it (Z85), for launchers that have no ZeroMQ"
     key = hpke()[1].generate(curve='Curve25519')
@@ -585,29 +585,21 @@ def main(
     argv=None, # Default: the command line
 ):
     "Serve a launcher that is not a Python script"
-    argv = sys.argv[1:] if argv is None else argv
-    i = argv.index('--') if '--' in argv else len(argv)
-    command,parent = argv[i+1:],None
+    kernel = None
     try:
-        args = Arguments('Report a kernel to its host application and answer for it. After --: the command of a kernel, with {connection_file}',
+        args = Arguments('Report a kernel to its host application and answer for it',
             connection_file=dict(default='', help="where to write it; default: Jupyter's runtime directory"),
-            parent_pid=dict(type=int, help='the process that is, or becomes, the kernel'),
-            curve=dict(action='store_true', help='the kernel takes CURVE keys from its connection file')).parse_args(argv[:i])
-        if bool(command) == bool(args.parent_pid): raise LaunchError('either --parent-pid or a command after -- says what the kernel is', 2)
-        parent,keypair = args.parent_pid and Process(args.parent_pid),curve_keypair if args.curve else None
+            parent_pid=dict(type=int, required=True, help='the process that is, or becomes, the kernel'),
+            curve=dict(action='store_true', help='the kernel takes CURVE keys from its connection file')).parse_args(argv)
+        kernel = Process(args.parent_pid)
         launch = Launch(args, connection_file=args.connection_file)
-        if parent:
-            leader = leader_of(parent.pid) # before it sees the file and perhaps leaves its group
-            fields = launch.write(parent.pid, keypair)
-            return attend(launch, parent, leader, lambda: when_listening(fields))
-        tell = fork_listener(launch, knock=True)
-        tell(launch.write(os.getpid(), keypair))
-        try: os.execvp(command[0], [o.replace('{connection_file}', launch.file) for o in command])
-        except OSError as e: raise LaunchError(f'cannot run {command[0]} ({e.strerror}): is the kernel installed on this host?') from None
+        leader = leader_of(kernel.pid) # before it sees the file and perhaps leaves its group
+        fields = launch.write(kernel.pid, curve_keypair if args.curve else None)
+        attend(launch, kernel, leader, lambda: when_listening(fields))
     except LaunchError as e:
-        if parent:
+        if kernel:
             signal.signal(signal.SIGTERM, signal.SIG_IGN) # we may be in its group
-            parent.signal(signal.SIGTERM)
+            kernel.signal(signal.SIGTERM)
         fail(e)
 
 # %% ../../nbs/08_listener.ipynb #0b560378
