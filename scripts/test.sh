@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs all of them, notebooks first:  bash scripts/test.sh
 # Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS how many notebooks or
-# files of tests run at a time: notebooks as many as there are cores unless it says so, files of tests one more, since they wait more than
+# files of tests run at a time: notebooks as many as there are cores unless it says so, files of tests two more, since they wait more than
 # they compute. With CI=true nothing may be missing; otherwise what cannot be had is said and left out.
 # shellcheck disable=SC2317,SC2016
 set -euo pipefail
@@ -56,7 +56,7 @@ notebook() {  # one from top to bottom, in a process and a home of its own
 }
 notebooks() {
     export -f notebook; export work cache=${XDG_CACHE_HOME:-$HOME/.cache}
-    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -z | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
+    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -rz | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
 }
 
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
