@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what the tests need and runs all of them, notebooks first:  bash scripts/test.sh
 # Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS how many notebooks or
-# files of tests run at a time: notebooks as many as there are cores unless it says so, files of tests two more, since they wait more than
+# files of tests run at a time: notebooks as many as there are cores unless it says so, files of tests one more, since they wait more than
 # they compute. With CI=true nothing may be missing; otherwise what cannot be had is said and left out.
 # shellcheck disable=SC2317,SC2016
 set -euo pipefail
@@ -68,5 +68,5 @@ stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 [ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 2))}" --dist loadfile --no-loadscope-reorder "$@" || failed=1
+python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "$@" || failed=1
 [ -z "$failed" ]
