@@ -56,7 +56,7 @@ notebook() {  # one from top to bottom, in a process and a home of its own
 }
 notebooks() {
     export -f notebook; export work cache=${XDG_CACHE_HOME:-$HOME/.cache}
-    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -z | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
+    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -rz | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
 }
 
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -68,5 +68,5 @@ stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 [ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 2))}" --dist loadfile --no-loadscope-reorder "$@" || failed=1
+python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "$@" || failed=1
 [ -z "$failed" ]

@@ -12,14 +12,15 @@ def need(reason):
     "Skip for `reason`, if there is one; under CI a missing piece is a failure"
     if reason: (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
 
-LONGEST = 'test_spark', 'test_faults', 'test_scala', 'test_lifecycle', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network'
+LONGEST = ('test_spark', 'test_faults', 'test_lifecycle', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network', 'test_hosts',
+           'test_server', 'test_impersonation')
 
 def group(file):
     "What runs in one process: the files test_spark*.py, so that each cluster is started once, and each other file"
     return 'test_spark' if (name := Path(file).stem).startswith('test_spark') else name
 
 def pytest_collection_modifyitems(items):
-    "What takes longest comes first, so that no process is at it alone in the end"
+    "What takes longest comes first, so that no process is at it alone in the end; but Scala, which computes like Spark, not beside it at once"
     items.sort(key=lambda o: [*LONGEST, group(o.path)].index(group(o.path)))
 
 @pytest.hookimpl(optionalhook=True)

@@ -513,10 +513,10 @@ def spark_env():
     if not shutil.which('java'): pytest.skip('no java')
     return lambda master: dict(SPARK_LOCAL_IP='127.0.0.1', PYSPARK_SUBMIT_ARGS=f'--master {master} --conf spark.ui.enabled=false pyspark-shell')
 
-LONG = 'import time; sc.parallelize(range(4), 4).map(lambda x: time.sleep(300)).count()'
+LONG = 'import pathlib, time; sc.parallelize(range(4), 4).map(lambda x: pathlib.Path("{}").touch() or time.sleep(300)).count()'
 ACTIVE = 'print(list(sc.statusTracker().getActiveJobsIds()))'
 
-def test_spark_lazy(launch, spark_env):
+def test_spark_lazy(launch, spark_env, tmp_path):
     k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('local[2]')).up()
     with client(k.info) as c:
         assert run(c, 'print(type(sc).__name__); sqlCtx = "mine"').text == 'Waiting\n' # the first reply is there before Spark is
@@ -525,11 +525,12 @@ def test_spark_lazy(launch, spark_env):
         assert 'Row(two=2)' in run(c, 'sql("select 1+1 as two").collect()').text
         until('the real ones', lambda: run(c, 'print(type(sc).__name__, type(spark).__name__, type(sqlContext).__name__)').text == 'SparkContext SparkSession SQLContext\n')
         assert run(c, 'print(sqlCtx)').text == 'mine\n' # the user's own names win
-        for code in (LONG, '%%time\n' + LONG): # %%time swallows the exception that a cell ends with
+        for i, code in enumerate((LONG, '%%time\n' + LONG)): # %%time swallows the exception that a cell ends with
+            begun = tmp_path/f'begun{i}'
             def interrupt():
-                time.sleep(1)
+                until('the job has begun', begun.exists, 60)
                 ask(k.info, dict(signum=2))
-            assert interrupted(c, code, interrupt).status == 'error' or '%%time' in code
+            assert interrupted(c, code.format(begun), interrupt).status == 'error' or '%%time' in code
             assert run(c, ACTIVE).text.endswith('[]\n')
             assert '10' in run(c, 'spark.range(10).count()').text
         jvms = [p for p in psutil.Process(k.proc.pid).children() if p.name() == 'java']

@@ -175,6 +175,7 @@ async def test_unreachable_timeout(spec, hosts, caplog):
         assert await asyncio.wait_for(km.provisioner.wait(), 20) == 255
         assert not await km.is_alive() and 'is lost' in caplog.text
         hosts['host4'].start()
+        await until(lambda: not hosts['host4'].kernels(), 30, 'the lost kernel ended')
 
 async def test_orphan_timeout(spec, hosts):
     code = f'''
