@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['seconds', 'whole_seconds', 'settings', 'LaunchError', 'SettingError', 'lacking', 'found', 'variable', 'checked',
-           'parse_port_range', 'Setting', 'from_environment', 'read_port_range', 'HostSettings', 'misspelt', 'settle']
+           'parse_port_range', 'Setting', 'from_environment', 'read_port_range', 'HostSettings', 'misspelt', 'settle',
+           'source']
 
 # %% ../nbs/06a_settings.ipynb #ab8eac6b
 import os, re, sys
@@ -74,12 +75,12 @@ def _number(kind, least, most):
         return n
     return convert
 
-# %% ../nbs/06a_settings.ipynb #c13090f4
+# %% ../nbs/06a_settings.ipynb #9fb2a0ab
 def parse_port_range(
     text:str, # `low..high`, or `0..0` for none
     least:int=1000, # The least number of ports, GP_MIN_PORT_RANGE_SIZE
 ) -> str:
-    "`text`, in its plain form; raises `ValueError` for what is no usable range"
+    "`text`, in its plain form; raises `ValueError` for what is not a usable range"
     m = re.fullmatch(r'\s*(\d{1,5})\s*\.\.\s*(\d{1,5})\s*', str(text))
     if not m: raise ValueError(f'{text!r} is not a port range; write it as low..high, e.g. 40000..41000')
     lo,hi = int(m[1]),int(m[2])
@@ -198,7 +199,7 @@ def misspelt(
     close = [(k, ours[m]) for k in config for m in get_close_matches(k.lower(), ours, 1, .9)]
     return [(k, o) for k,o in close if k not in ours.values()]
 
-# %% ../nbs/06a_settings.ipynb #fd367d73
+# %% ../nbs/06a_settings.ipynb #7ac069e0
 def _default(s): return lambda self: from_environment(s)
 for _k,_s in settings.items(): setattr(HostSettings, f'_{_k}_default', _default(_s))
 
@@ -207,16 +208,24 @@ def settle(
     spec:dict, # What a kernelspec sets: `metadata.kernel_provisioner.config`
     kernel:str='', # The kernelspec's name, for messages
 ):
-    "Bring every option to its final, checked value; raises `SettingError`"
-    for k,meant in misspelt(self.config, type(self)): self.log.warning('c.%s has no effect; is c.%s meant?', k, meant)
+    "Bring every option to its final, checked value; raises `SettingError`. `refused_by` says which names each source of `unauthorized_users` has"
+    for k,meant in misspelt(self.config, type(self)): self.log.warning('c.%s has no effect; did you mean c.%s?', k, meant)
     for k in spec:
         if k not in settings or not settings[k].per_spec:
             self.log.warning('kernelspec %r sets %s, which is for the host application to set (c.DistributedProvisioner.%s): ignored', kernel, k, k)
+    source = self.source('unauthorized_users')
     for name,s in settings.items():
-        value = checked(s.read, getattr(self, name), f'DistributedProvisioner.{name}')
-        if s.per_spec and spec.get(name) is not None:
-            own = checked(s.read, spec[name], f'{name} of kernelspec {kernel!r}')
-            value = value|own if name == 'unauthorized_users' else own or value
-        setattr(self, name, value)
+        value,own = checked(s.read, getattr(self, name), f'DistributedProvisioner.{name}'),None
+        if s.per_spec and spec.get(name) is not None: own = checked(s.read, spec[name], f'{name} of kernelspec {kernel!r}')
+        if name == 'unauthorized_users': self.refused_by,own = {source: value, 'kernel.json': own or set()},value|(own or set())
+        setattr(self, name, own or value)
 
-HostSettings.settle = settle
+def source(self:HostSettings,
+    name:str, # An option that is not settled yet
+) -> str:
+    "Where the value of an option comes from"
+    s = settings[name]
+    if self.trait_has_value(name): return f'c.DistributedProvisioner.{name}'
+    return found(s.var)[0] or f'the default; GP_{s.var} replaces it'
+
+HostSettings.settle,HostSettings.source = settle,source
