@@ -38,7 +38,7 @@ def _name(text, entry):
     if not _NAME.fullmatch(text): _refuse(entry, 'a host name has letters, digits, dots, dashes and underscores only' if text else 'the host name is missing')
     return text
 
-# %% ../nbs/00_hosts.ipynb #82a03b2c
+# %% ../nbs/00_hosts.ipynb #e68f746b
 @dataclass(frozen=True)
 class Host:
     "One entry of `remote_hosts`."
@@ -53,7 +53,7 @@ class Host:
         "The `Host` an entry names; ValueError says what is wrong with it."
         text = entry.strip()
         user, at, rest = text.rpartition('@')
-        if at and not _USER.fullmatch(user): _refuse(entry, f'{user!r} is no user name' if user else 'the user name before @ is missing')
+        if at and not _USER.fullmatch(user): _refuse(entry, f'{user!r} is not a user name' if user else 'the user name before @ is missing')
         if rest.startswith('['):
             name, bracket, port = rest[1:].partition(']')
             if not bracket or (port and port[0]!=':') or ':' not in name: _refuse(entry, 'brackets hold an IPv6 address, and only :port may follow')
@@ -67,14 +67,14 @@ class Host:
         name = f'[{self.name}]' if ':' in self.name and not bare else self.name
         return (f'{self.user}@' if self.user else '') + name + (f':{self.port}' if self.port else '')
 
-# %% ../nbs/00_hosts.ipynb #b43f6188
+# %% ../nbs/00_hosts.ipynb #13b66408
 def parse_hosts(
     entries: str|Iterable[str] # entries as a list, or separated by commas, or both
 ) -> list[Host]: # in order, repetitions kept
     "The hosts that `entries` name; ValueError names the first entry that is wrong, or says that there is none."
     entries = [entries] if isinstance(entries, str) else list(entries)
     for o in entries:
-        if not isinstance(o, str): raise ValueError(f'host {o!r} is no text; an entry is [user@]host[:port]')
+        if not isinstance(o, str): raise ValueError(f'host {o!r} is not text; an entry is [user@]host[:port]')
     found = [Host.parse(o) for entry in entries for o in entry.split(',') if o.strip()]
     if not found: raise ValueError('the list of remote hosts is empty; give at least one [user@]host[:port]')
     return found
@@ -235,7 +235,7 @@ def settle(self:_Lookup):
     if self.final: self.name = name; self.opts['hostname'] = [name.replace('%', '%%')]
     return self.final
 
-# %% ../nbs/00_hosts.ipynb #f118e475
+# %% ../nbs/00_hosts.ipynb #e0c805d8
 @dataclass(frozen=True)
 class Route:
     "Where, as whom and through what a `Host` is reached."
@@ -250,10 +250,8 @@ class Route:
     proxy_command: str|None = None # a shell command that speaks to the server, tokens expanded
     known_hosts: tuple[str,...] = () # files with host keys, the user's first
     host_key_alias: str|None = None # the name to look for in them instead of `hostname`
-    strict: str = 'ask' # StrictHostKeyChecking: yes, accept-new, no or ask
     address_family: str = 'any' # any, inet or inet6
     bind_address: str|None = None # the address of this machine to connect from
-    connect_timeout: int|None = None # seconds
     compression: bool = False # compress what is sent
 
 # %% ../nbs/00_hosts.ipynb #003fa533
@@ -275,7 +273,7 @@ def _jumps(text):
     "The hosts of a `ProxyJump`, which may be written as URIs"
     return () if text.lower()=='none' else tuple(parse_hosts(re.sub(r'ssh://([^,/]*)/?', r'\1', text)))
 
-# %% ../nbs/00_hosts.ipynb #69aeed0c
+# %% ../nbs/00_hosts.ipynb #f6f482f2
 def route(
     host: Host, # an entry of `remote_hosts`
     user: str|None = None, # the user where neither entry nor configuration name one
@@ -283,21 +281,19 @@ def route(
     config: str|None = None # the configuration file; None: the user's, then the system's
 ) -> Route:
     "The way to `host` that OpenSSH would take. Reads files, may run `Match exec` commands: call it in a thread."
-    if user and not _USER.fullmatch(user): raise ValueError(f'{user!r} is no user name to log in with')
+    if user and not _USER.fullmatch(user): raise ValueError(f'{user!r} is not a user name to log in with')
     o = _lookup(host, user, port, config)
     some = lambda key: None if o.get(key, 'none').lower()=='none' else o.get(key)
     yes = lambda key: o.get(key).lower() in ('yes', 'true')
     files = lambda key, *default: _files(o.opts.get(key, default), o)
-    strict, wait = o.get('stricthostkeychecking', 'ask').lower(), o.get('connecttimeout')
     try:
         return Route(hostname=o.hostname(), port=_port(o.get('port'), o.get('port')), user=some('user'), identity_files=files('identityfile'),
             certificate_files=files('certificatefile'), identities_only=yes('identitiesonly'), identity_agent=_agent(o.get('identityagent', 'SSH_AUTH_SOCK'), o),
             proxy_jump=_jumps(o.get('proxyjump', 'none')), proxy_command=some('proxycommand') and o.tokens(o.get('proxycommand')),
             known_hosts=files('userknownhostsfile', '~/.ssh/known_hosts', '~/.ssh/known_hosts2') +
                 files('globalknownhostsfile', '/etc/ssh/ssh_known_hosts', '/etc/ssh/ssh_known_hosts2'),
-            host_key_alias=some('hostkeyalias') and o.tokens(o.get('hostkeyalias')), strict={'off':'no', 'false':'no', 'true':'yes'}.get(strict, strict),
-            address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'), connect_timeout=int(wait) if wait.isdecimal() else None,
-            compression=yes('compression'))
+            host_key_alias=some('hostkeyalias') and o.tokens(o.get('hostkeyalias')),
+            address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'), compression=yes('compression'))
     except ValueError as e: raise ValueError(f'OpenSSH configuration for {host}: {e}') from None
 
 # %% ../nbs/00_hosts.ipynb #7e0f8fec
@@ -329,7 +325,7 @@ def is_local(self:Host,
     r = route(self, config=config)
     return (r.hostname.lower(), r.port, r.proxy_jump, r.proxy_command)==(self.name.lower(), 22, (), None)
 
-# %% ../nbs/00_hosts.ipynb #da92b1e7
+# %% ../nbs/00_hosts.ipynb #58cb7a69
 @dataclass(frozen=True)
 class Login:
     "How to log in where an entry and the OpenSSH configuration leave it open"
@@ -339,6 +335,10 @@ class Login:
     gss_auth:bool = False # Kerberos, through GSSAPI
     connect_timeout:float = 5 # Seconds until a host counts as unreachable
     config:str|None = None # The OpenSSH client configuration file; None: the user's, then the system's
+
+    def user_of(self, host:Host) -> str:
+        "Who logs in to `host`, unless the OpenSSH configuration says otherwise"
+        return host.user or self.user or this_user()
 
 # %% ../nbs/00_hosts.ipynb #d1368130
 class HostError(OSError):

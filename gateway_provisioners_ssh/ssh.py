@@ -24,7 +24,7 @@ atexit.unregister(getattr(paramiko.transport, '_join_lingering_threads', None)) 
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
 if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # what matters of it is in our own messages
 
-# %% ../nbs/04_ssh.ipynb #719468b1
+# %% ../nbs/04_ssh.ipynb #18bcc885
 def fingerprint(key) -> str: # `SHA256:...`, as `ssh-keygen -l` prints it
     "The fingerprint of a host key"
     return 'SHA256:' + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip('=')
@@ -33,34 +33,47 @@ def _keyscan(route):
     port = f'-p {route.port} ' if route.port != 22 else ''
     return f'ssh-keyscan {port}{route.hostname} >> {route.known_hosts[0] if route.known_hosts else "~/.ssh/known_hosts"}'
 
+def _where(route): return f'{route.hostname} port {route.port}'
 def _at(route): return (f'-p {route.port} ' if route.port != 22 else '') + f'{route.user}@{route.hostname}'
+
+def _of_trust(e, route):
+    "What is wrong, and what to do, if a key of the host or of ours is the matter"
+    where = _where(route)
+    if not isinstance(e, SSHException): return
+    if isinstance(e, BadHostKeyException):
+        return (f'the host key has changed: {where} now shows {e.key.get_name()} {fingerprint(e.key)}',
+            f'If that is expected, run: ssh-keygen -R {_known_name(route)} and add the new key; if not, somebody may be between you and the host')
+    if 'not found in known_hosts' in str(e):
+        return f'the host key of {where} is unknown', f'Add it after checking its fingerprint: {_keyscan(route)}'
+    if isinstance(e, PasswordRequiredException): return 'the private key is protected by a passphrase', 'Add it to an agent: ssh-add'
+    if 'No authentication methods' in str(e):
+        return 'there is no key, agent or password to log in with', f'Make a key with ssh-keygen, then: ssh-copy-id {_at(route)}'
+    if isinstance(e, AuthenticationException) and 'timeout' not in str(e):
+        return f'{where} refused the login', f'Check that this works without a question: ssh {_at(route)} true; to install a key: ssh-copy-id {_at(route)}'
+
+def _of_the_way(e, route, waited):
+    "The same, if it is how far the connection came"
+    where,time_out = _where(route),f'within {round(waited, 1):g} s'
+    if isinstance(e, socket.gaierror): return f'the name {route.hostname} is not known', 'Check the entry in remote_hosts, or its HostName in ~/.ssh/config'
+    if isinstance(e, ConnectionRefusedError): return f'nothing listens on {where}', 'Is sshd running there, and is the port right?'
+    if isinstance(e, AuthenticationException):
+        return f'{where} did not answer the login {time_out}', f'See what it waits for: ssh -v {_at(route)} true (GP_CONNECT_TIMEOUT sets the time)'
+    if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or 'No existing session' in str(e):
+        return f'no answer from {where} {time_out}', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)'
+    if isinstance(e, ShellClosed): return str(e), f'See what this says: ssh {_at(route)} /bin/sh' if ' ended: ' in str(e) else ''
+    if isinstance(e, ConnectionError) or _shut_out(e):
+        return f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)'
 
 def explain(
     e:BaseException, # What a connection attempt raised
     host, # The entry of `remote_hosts`
     route:Route, # Where it led
-    timeout:float, # Seconds allowed
+    waited:float, # Seconds until then
 ) -> HostError:
     "What `e` means, and what to do about it"
-    err = partial(HostError, host, route.user)
-    where = f'{route.hostname} port {route.port}'
     if isinstance(e, HostError): return e
-    if isinstance(e, ShellClosed): return err(str(e), f'See what this says: ssh {_at(route)} /bin/sh')
-    if isinstance(e, BadHostKeyException):
-        return err(f'the host key has changed: {where} now shows {e.key.get_name()} {fingerprint(e.key)}',
-            f'If that is expected, run: ssh-keygen -R {_known_name(route)} and add the new key; if not, somebody may be between you and the host')
-    if isinstance(e, PasswordRequiredException): return err('the private key is protected by a passphrase', 'Add it to an agent: ssh-add')
-    if 'No authentication methods' in str(e):
-        return err('there is no key, agent or password to log in with', f'Make a key with ssh-keygen, then: ssh-copy-id {_at(route)}')
-    if isinstance(e, AuthenticationException):
-        return err(f'{where} refused the login', f'Check that this works without a question: ssh {_at(route)} true; to install a key: ssh-copy-id {_at(route)}')
-    if isinstance(e, SSHException) and 'not found in known_hosts' in str(e):
-        return err(f'the host key of {where} is unknown', f'Add it after checking its fingerprint: {_keyscan(route)}')
-    if isinstance(e, socket.gaierror): return err(f'the name {route.hostname} is not known', 'Check the entry in remote_hosts, or its HostName in ~/.ssh/config')
-    if isinstance(e, ConnectionRefusedError): return err(f'nothing listens on {where}', 'Is sshd running there, and is the port right?')
-    if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or 'No existing session' in str(e): return err(f'no answer from {where} within {timeout:g} s', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)')
-    if isinstance(e, ConnectionError) or _shut_out(e): return err(f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)')
-    return err(f'cannot connect to {where}: {e or type(e).__name__}')
+    said = _of_trust(e, route) or _of_the_way(e, route, waited) or (f'cannot connect to {_where(route)}: {e or type(e).__name__}',)
+    return HostError(host, route.user, *said)
 
 def _known_name(route):
     name = route.host_key_alias or route.hostname
@@ -154,7 +167,7 @@ class Link:
         self.wire.close(abort)
         later(in_thread(self.client.close))
 
-# %% ../nbs/04_ssh.ipynb #d3daf20a
+# %% ../nbs/04_ssh.ipynb #0dc09597
 async def open_link(
     host, # The entry, for messages
     route:Route, # The last hop
@@ -176,23 +189,25 @@ async def open_link(
         except BaseException as e:
             if wire: wire.close()
             if not isinstance(e, Exception): raise
-            busy = _shut_out(e) and time.monotonic()-begun < login.connect_timeout/2
-            if not (busy and tries): raise explain(e, host, route, login.connect_timeout) from None
+            waited = time.monotonic()-begun
+            if _shut_out(e) and waited >= login.connect_timeout: e = TimeoutError() # which of paramiko's timers was first does not matter
+            busy = _shut_out(e) and waited < login.connect_timeout/2
+            if not (busy and tries): raise explain(e, host, route, waited) from None
         await asyncio.sleep(random.uniform(.2, .8))
 
 def _shut_out(e): return isinstance(e, (EOFError, ConnectionResetError)) or 'banner' in str(e).lower()
 
-# %% ../nbs/04_ssh.ipynb #a902304d
+# %% ../nbs/04_ssh.ipynb #525a4f2a
 class SSHConnection:
     "The connection to one host; every method runs in the loop that made it"
     beat,patience,max_rest,local = 5,30,30,False
     def __init__(self,
         host:Host, # The entry
-        routes:list[Route], # The hops, the host itself last
         login:Login, # How to log in
         links:dict, # Live links by hops and login, shared with the other connections
     ):
-        self.host,self.routes,self.login,self.links = host,tuple(routes),login,links
+        self.host,self.login,self.links = host,login,links
+        self.routes = () # The hops of the last attempt, the host itself last
         self.sh = self.link = self.error = self.opening = self.reviving = None
         self.failures,self.rest_until,self.down_since,self.reverses = 0,0,None,{}
 
@@ -205,13 +220,13 @@ class SSHConnection:
     @property
     def proxied(self): return len(self.routes) > 1 or bool(self.routes[-1].proxy_command)
     @property
-    def user(self): return self.routes[-1].user
+    def user(self): return self.routes[-1].user if self.routes else self.login.user_of(self.host)
     @property
     def address(self): return self.link.address # Where the host's own ports are, for a host that is not proxied
     @property
     def local_address(self): return self.link.local_address # The address of this machine that the host can reach
 
-# %% ../nbs/04_ssh.ipynb #f55dfb8d
+# %% ../nbs/04_ssh.ipynb #693ee756
 async def shell(self:SSHConnection) -> Shell:
     "The live shell, connecting if need be; raises `HostError`"
     if self.is_up: return self.sh
@@ -232,22 +247,41 @@ def _rest(self:SSHConnection):
     self.rest_until = time.monotonic() + min(2**(self.failures-1), self.max_rest)
 
 async def _open(self:SSHConnection):
-    try:
-        link = await self._link(self.routes)
-        chan = await in_thread(_exec, link.transport)
-        reader = asyncio.StreamReader(limit=2**24)
-        io = ChannelIO(chan, link.wire, reader.feed_data, reader.feed_eof)
-        sh = Shell(reader, io.write, lambda: self._down(io, link), str(self.host), self.patience)
-        try: self.sh = await in_time(sh.start(), 2*self.login.connect_timeout)
-        except asyncio.CancelledError: sh.close(); raise # it may have started just now
-    except Exception as e:
-        self.error = explain(e, self.host, self.routes[-1], self.login.connect_timeout)
+    try: self.link,self.sh = await self._connect()
+    except HostError as e:
+        self.error = e
         self._rest()
         if self.down_since is None: self.down_since = time.monotonic()
-        raise self.error from None
-    self.link,self.error,self.failures,self.rest_until,self.down_since,self.reverses = link,None,0,0,None,{}
+        raise
+    self.error,self.failures,self.rest_until,self.down_since,self.reverses = None,0,0,None,{}
     self.beating = asyncio.create_task(self._beat(self.sh))
     return self.sh
+
+async def _connect(self:SSHConnection):
+    "A link, and a shell at its end; raises `HostError`"
+    self.routes = await self._find()
+    link,begun = await self._link(self.routes),time.monotonic()
+    try: return link,await self._new_shell(link)
+    except Exception as e: raise explain(e, self.host, self.routes[-1], time.monotonic()-begun) from None
+
+async def _new_shell(self:SSHConnection, link):
+    try: chan = await in_time(in_thread(_exec, link.transport), self.login.connect_timeout)
+    except asyncio.TimeoutError: link.close(abort=True); raise
+    reader,patience = asyncio.StreamReader(limit=2**24),2*self.login.connect_timeout
+    io = ChannelIO(chan, link.wire, reader.feed_data, reader.feed_eof)
+    sh = Shell(reader, io.write, lambda: self._down(io, link), str(self.host), self.patience)
+    try: return await in_time(sh.start(), patience)
+    except asyncio.CancelledError: sh.close(); raise # it may have started just now
+    except asyncio.TimeoutError:
+        raise HostError(self.host, self.user, f'the login succeeded, but no shell answered within {patience:g} s',
+            f'See what the login shell waits for: ssh {_at(self.routes[-1])} true (GP_CONNECT_TIMEOUT sets the time)') from None
+
+async def _find(self:SSHConnection):
+    "The hops, as the configuration has them now: somebody may just have mended it"
+    try: return tuple(await in_thread(hops, self.host, self.login.user_of(self.host), self.login.port, self.login.config))
+    except ValueError as e: raise HostError(self.host, self.user, str(e), _mend) from None
+
+_mend = 'Mend that; the configuration is read again before the next attempt'
 
 def _exec(transport):
     chan = transport.open_session()
@@ -267,7 +301,7 @@ async def _new_link(self:SSHConnection, routes):
     via = await self._link(routes[:-1]) if len(routes) > 1 else None
     return await open_link(self.host, routes[-1], self.login, via)
 
-# %% ../nbs/04_ssh.ipynb #426ecdc8
+# %% ../nbs/04_ssh.ipynb #abaacd0b
 def _down(self:SSHConnection, io, link):
     "The shell ended, for whatever reason: its connection is of no use any more"
     io.close()
@@ -308,9 +342,9 @@ async def close(self:SSHConnection):
         self.sh.close()
         await in_thread(self.link.client.close)
 
-for _f in (shell, answering, _rest, _open, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
+for _f in (shell, answering, _rest, _open, _connect, _find, _new_shell, _link, _new_link, _down, _beat, up, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
-# %% ../nbs/04_ssh.ipynb #b305985a
+# %% ../nbs/04_ssh.ipynb #1a03fadb
 class Forward:
     "A listening loopback port here that leads to a port of a host"
     def __init__(self, conn:SSHConnection, port:int, first:'Forward'=None): self.conn,self.target,self.first,self.relays = conn,port,first,WeakSet()
@@ -332,7 +366,7 @@ class Forward:
         return await link.open_channel('direct-tcpip', ('127.0.0.1', self.target)), link.wire
 
     async def joined(self):
-        "Return when all who wait here are through"
+        "Return when every waiting connection is open or has failed"
         if tasks := [r.task for r in self.relays if r.tr]: await asyncio.wait(tasks)
 
     def aim(self, conn, port):
@@ -349,17 +383,17 @@ async def forward(self:SSHConnection,
     "Lead a loopback port of this machine to `port` of the host"
     return await Forward(self, port, first).start(at)
 
-# %% ../nbs/04_ssh.ipynb #71f2bf5c
+# %% ../nbs/04_ssh.ipynb #ee8076d4
 async def reverse(self:SSHConnection,
     port:int, # A port on this machine's loopback interface
 ) -> int:
     "A loopback port of the host that leads to `port` here; made once per connection"
     await self.shell()
     link = self.link
-    if port not in self.reverses: self.reverses[port] = later(_reverse(link, port))
-    try: return await asyncio.shield(self.reverses[port])
+    if (task := self.reverses.get(port)) is None: task = self.reverses[port] = later(_reverse(link, port))
+    try: return await asyncio.shield(task)
     except (SSHException, EOFError, OSError) as e:
-        self.reverses.pop(port, None)
+        if self.reverses.get(port) is task: del self.reverses[port] # a newer connection may have its own by now
         if not link.alive: raise HostError(self.host, self.user, 'the connection broke while a port was being forwarded') from None
         raise HostError(self.host, self.user, f'the SSH server does not forward ports ({e})', 'Tunnelling needs AllowTcpForwarding in its sshd_config') from None
 
@@ -399,7 +433,7 @@ class LocalConnection:
     async def close(self):
         if self.is_up: self.sh.close()
 
-# %% ../nbs/04_ssh.ipynb #109949cc
+# %% ../nbs/04_ssh.ipynb #f4fa2319
 class Pool:
     "The connections of this process; every method runs in the loop that made it"
     def __init__(self): self.conns,self.links = {},{}
@@ -408,25 +442,29 @@ class Pool:
         host:Host, # An entry of `remote_hosts`
         login:Login=Login(), # How to log in where the entry and the configuration leave it open
     ) -> SSHConnection|LocalConnection:
-        "The connection to `host`, up or not; raises `ValueError` for an OpenSSH configuration that cannot be read"
+        "The connection to `host`, up or not; raises `HostError` if the OpenSSH configuration does not let us know what to do with it"
         key = host,login
         if key not in self.conns: self.conns[key] = later(self._make(host, login))
         try: return await asyncio.shield(self.conns[key])
         except Exception: self.conns.pop(key, None); raise
 
     async def _make(self, host, login):
-        if await in_thread(host.is_local, login.config): return LocalConnection(host)
-        user = login.user or this_user()
-        return SSHConnection(host, await in_thread(hops, host, user, login.port, login.config), login, self.links)
+        try: local = await in_thread(host.is_local, login.config)
+        except ValueError as e: raise HostError(host, login.user_of(host), str(e), _mend) from None
+        return LocalConnection(host) if local else SSHConnection(host, login, self.links)
+
+    def resting(self, host:Host, login:Login=Login()) -> bool:
+        "Whether `host` was tried in vain just now"
+        return (host,login) in self.conns and any(c.resting for c in _made([self.conns[host,login]]))
 
     async def close(self):
         "Close every connection; processes on the hosts go on"
-        conns = [t.result() for t in self.conns.values() if t.done() and not t.cancelled() and not t.exception()]
-        await asyncio.gather(*(c.close() for c in conns), return_exceptions=True)
+        await asyncio.gather(*(c.close() for c in _made(self.conns.values())), return_exceptions=True)
         links = list(self.links.values())
         for t in links: t.cancel() # one that is being made ends
         if links: await asyncio.wait(links)
-        for t in links:
-            if not t.cancelled() and not t.exception(): t.result().close() # jump hosts
+        for l in _made(links): l.close() # jump hosts
         self.conns.clear()
         self.links.clear()
+
+def _made(tasks): return [t.result() for t in tasks if t.done() and not t.cancelled() and not t.exception()]

@@ -108,8 +108,7 @@ def test_routes_agree_with_openssh(passwd_home, tmp_path, top, included, rest, n
     assert (ours.proxy_command or 'none') == expand(one('proxycommand', 'none')), cfg.read_text()
     assert list(ours.known_hosts) == [expand(o) for o in one('userknownhostsfile').split()+one('globalknownhostsfile').split()]
     assert ours.host_key_alias == one('hostkeyalias')
-    assert {'no':'false', 'yes':'true'}.get(ours.strict, ours.strict) == one('stricthostkeychecking')
-    assert (ours.address_family, ours.compression, ours.connect_timeout) == (one('addressfamily'), one('compression')=='yes', None if one('connecttimeout')=='none' else int(one('connecttimeout')))
+    assert (ours.address_family, ours.compression) == (one('addressfamily'), one('compression')=='yes')
 
 def write(tmp_path, text, name='config'): (tmp_path/name).write_text(text); return str(tmp_path/name)
 
@@ -139,7 +138,7 @@ def test_broken_configuration_is_an_error_or_harmless(tmp_path, text):
 
 def test_missing_file_is_empty(tmp_path):
     r = route(Host('h'), 'bob', 2022, str(tmp_path/'none'))
-    assert (r.hostname, r.port, r.user, r.identity_files, r.proxy_jump, r.proxy_command, r.strict) == ('h', 2022, 'bob', (), (), None, 'ask')
+    assert (r.hostname, r.port, r.user, r.identity_files, r.proxy_jump, r.proxy_command) == ('h', 2022, 'bob', (), (), None)
     assert r.known_hosts[0] == os.path.expanduser('~/.ssh/known_hosts')
 
 def test_user_configuration_comes_before_the_system_one(tmp_path, monkeypatch):

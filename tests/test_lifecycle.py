@@ -1,6 +1,6 @@
 """A kernel's whole life on real hosts, as host applications lead it: notebooks, consoles, managers of every kind, forty at once, every way in
 which a launch can fail or be given up, and what is left afterwards, which is nothing."""
-import asyncio, contextlib, gc, logging, os, re, shutil, signal, subprocess, sys, textwrap, threading
+import asyncio, contextlib, gc, logging, os, re, shutil, signal, subprocess, sys, textwrap, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import jupyter_kernel_test, nbformat, psutil, pytest
@@ -11,7 +11,7 @@ from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError
 from hosts import wait
-from kernels import BIN, Remote, Timer, client_of, forget, interrupt, kill, printed, taken_ports, value, within
+from kernels import BIN, Remote, Timer, client_of, forget, interrupt, kill, printed, taken_ports, until, value, within
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):
@@ -627,3 +627,18 @@ async def test_shutdown_as_it_succeeds(remote, monkeypatch):
         with pytest.raises(LaunchError, match='was shut down while it was starting'): await km.start_kernel()
         await stops[0]
         assert not await km.is_alive()
+
+async def test_shutdown_before_the_start_got_a_turn(remote):
+    "The background loop is busy, so the start is asked for and has not begun; a shutdown waits for its end all the same"
+    p, loop = remote.provisioner(), bg.background().loop
+    with remote.nothing_left():
+        for _ in range(2):   # the second time there was a start before
+            loop.call_soon_threadsafe(time.sleep, .3)
+            start = asyncio.ensure_future(started_by(p))
+            await until(lambda: p.starting)
+            assert p.starting.task is None
+            await p.cleanup()
+            assert p.starting is None
+            with pytest.raises(LaunchError, match='was shut down while it was starting'): await start
+        await started_by(p)
+        await ended([p])

@@ -1,10 +1,11 @@
 "Every option and variable of the provisioner, on real SSH hosts: set, and its effect seen."
-import asyncio, contextlib, json, os, signal, socket, subprocess, sys
+import asyncio, contextlib, json, os, re, signal, socket, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
+from gateway_provisioners_ssh import balance
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError, settings
 from kernels import LEGACY, Timer, forget, interrupt, until, value
@@ -61,6 +62,40 @@ async def test_localhost_needs_no_ssh(spec, hosts):
         assert km.provisioner.conn.local and sum(h.connections() for h in hosts) == before
         assert await value(kc, '__import__("sys").executable') == sys.executable
         assert await value(kc, '__import__("os").environ.get("GP_SSH_CONFIG")') is None
+
+@pytest.fixture
+def slow_names(monkeypatch):
+    "The name service takes two seconds for names that begin with slow, which it does not know; a list of those it was asked for"
+    asked, real = [], socket.getaddrinfo
+    def getaddrinfo(name, *a, **kw):
+        if not str(name).startswith('slow'): return real(name, *a, **kw)
+        asked.append(name)
+        time.sleep(2)
+        raise socket.gaierror(socket.EAI_AGAIN, 'Temporary failure in name resolution')
+    monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
+    return asked
+
+SLOW = [f'slow{i}.invalid' for i in range(10)]
+
+async def test_a_slow_name_service_has_no_more_time_than_the_launch(spec, hosts, slow_names):
+    t = Timer()
+    with pytest.raises(LaunchError, match=r'host slow0.invalid \(user \w+\): not reached within the 3 s \(KERNEL_LAUNCH_TIMEOUT'):
+        async with running(spec(remote_hosts=SLOW), dict(KERNEL_LAUNCH_TIMEOUT='3')): pass
+    assert t < 5
+
+async def test_only_the_hosts_that_are_tried_are_looked_up(spec, hosts, slow_names):
+    async with running(spec(remote_hosts=['host1', *SLOW])) as (km, _): assert host_of(km) == 'host1' and not slow_names
+
+async def test_an_entry_that_cannot_be_read_is_one_host_less(spec, hosts):
+    hosts.client.alias('wrong', Port='lots')
+    try:
+        balance._balancer.cache_clear()
+        async with running(spec(remote_hosts=['wrong', 'host2'])) as (km, _): assert host_of(km) == 'host2'
+        with pytest.raises(LaunchError, match=r"host wrong \(user \w+\): OpenSSH configuration for wrong: .*'lots' is not a number"):
+            async with running(spec(remote_hosts=['wrong', 'host2']), dict(KERNEL_REMOTE_HOST='wrong')): pass
+    finally:
+        del hosts.client.aliases['wrong']
+        hosts.client.write()
 
 async def test_entry_with_user_and_port(spec, hosts, monkeypatch):
     h = hosts[0]
@@ -120,6 +155,16 @@ async def test_a_kernelspec_adds_to_unauthorized_users(spec):
     for user in 'root', 'eve':
         with pytest.raises(LaunchError, match='unauthorized_users'):
             async with running(spec(unauthorized_users=['eve']), dict(KERNEL_USERNAME=user)): pass
+
+@pytest.mark.parametrize('config, var, own, lists', [
+    (dict(), None, None, 'the default; GP_UNAUTHORIZED_USERS replaces it'),
+    (dict(), 'root,eve', None, 'GP_UNAUTHORIZED_USERS'),
+    (dict(), '', ['root'], 'kernel.json'),
+    (dict(unauthorized_users={'root'}), '', ['root'], 'c.DistributedProvisioner.unauthorized_users; kernel.json')])
+async def test_root_learns_which_lists_it_stands_on(spec, monkeypatch, config, var, own, lists):
+    if var is not None: monkeypatch.setenv('GP_UNAUTHORIZED_USERS', var)
+    with pytest.raises(LaunchError, match=re.escape(f'in unauthorized_users ({lists}). Set KERNEL_USERNAME to the name of the person, or take root off')):
+        async with running(spec(**dict(unauthorized_users=own) if own else {}), dict(KERNEL_USERNAME='root'), config): pass
 
 # Ports
 
@@ -225,6 +270,14 @@ async def test_tunneling(spec, hosts):
         await kc.wait_for_ready(timeout=60)
         assert km.ports == before
 
+async def test_tunnels_need_a_server_that_forwards(spec, hosts):
+    await asyncio.to_thread(forget)
+    hosts[0].options = dict(AllowTcpForwarding='no')
+    hosts[0].restart_sshd()
+    with hosts.nothing_left():
+        with pytest.raises(LaunchError, match=r'host host1 \(user \w+\): the SSH server does not forward ports .*AllowTcpForwarding'):
+            async with running(spec(remote_hosts=['host1']), config=dict(tunneling_enabled=True)): pass
+
 async def test_gss_auth_names_the_extra(spec):
     with pytest.raises(LaunchError, match=r'gateway_provisioners_ssh\[gssapi\]'):
         async with running(spec(remote_hosts=['host1']), config=dict(gss_auth=True)): pass
@@ -316,7 +369,7 @@ def test_bad_hosts(bad):
 
 def test_a_misspelt_class_is_pointed_out(caplog):
     DistributedProvisioner(kernel_id='42', config=Config(DistributedProvsioner=dict(remote_hosts=['gpu1']), RemoteProvisionerBase=dict(a=1)))
-    assert [o.getMessage() for o in caplog.records] == ['c.DistributedProvsioner has no effect; is c.DistributedProvisioner meant?']
+    assert [o.getMessage() for o in caplog.records] == ['c.DistributedProvsioner has no effect; did you mean c.DistributedProvisioner?']
 
 # Launchers of old
 
