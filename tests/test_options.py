@@ -7,7 +7,7 @@ from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError, settings
-from kernels import LEGACY, Timer, forget, interrupt, until, value
+from kernels import HABITS, LEGACY, Timer, forget, interrupt, until, value
 import kernels
 
 @pytest.fixture
@@ -175,7 +175,7 @@ async def test_unreachable_timeout(spec, hosts, caplog):
         assert await asyncio.wait_for(km.provisioner.wait(), 20) == 255
         assert not await km.is_alive() and 'is lost' in caplog.text
         hosts['host4'].start()
-        await until(lambda: not hosts['host4'].kernels(), 30, 'the lost kernel ended')
+    await until(lambda: not hosts['host4'].kernels(), 30, 'the lost kernel ended')
 
 async def test_orphan_timeout(spec, hosts):
     code = f'''
@@ -188,7 +188,7 @@ async def main():
     print(km.provisioner.fields['pid'], flush=True)
     os.kill(os.getpid(), 9)
 asyncio.run(main())'''
-    with hosts.nothing_left(30):
+    with hosts.nothing_left(30, HABITS):
         out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, GP_ORPHAN_TIMEOUT='2'), capture_output=True, text=True, timeout=60)
         pid = int(out.stdout)
         assert psutil.pid_exists(pid)
