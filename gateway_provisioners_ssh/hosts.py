@@ -38,7 +38,7 @@ def _name(text, entry):
     if not _NAME.fullmatch(text): _refuse(entry, 'a host name has letters, digits, dots, dashes and underscores only' if text else 'the host name is missing')
     return text
 
-# %% ../nbs/00_hosts.ipynb #82a03b2c
+# %% ../nbs/00_hosts.ipynb #e68f746b
 @dataclass(frozen=True)
 class Host:
     "One entry of `remote_hosts`."
@@ -53,7 +53,7 @@ class Host:
         "The `Host` an entry names; ValueError says what is wrong with it."
         text = entry.strip()
         user, at, rest = text.rpartition('@')
-        if at and not _USER.fullmatch(user): _refuse(entry, f'{user!r} is no user name' if user else 'the user name before @ is missing')
+        if at and not _USER.fullmatch(user): _refuse(entry, f'{user!r} is not a user name' if user else 'the user name before @ is missing')
         if rest.startswith('['):
             name, bracket, port = rest[1:].partition(']')
             if not bracket or (port and port[0]!=':') or ':' not in name: _refuse(entry, 'brackets hold an IPv6 address, and only :port may follow')
@@ -67,14 +67,14 @@ class Host:
         name = f'[{self.name}]' if ':' in self.name and not bare else self.name
         return (f'{self.user}@' if self.user else '') + name + (f':{self.port}' if self.port else '')
 
-# %% ../nbs/00_hosts.ipynb #b43f6188
+# %% ../nbs/00_hosts.ipynb #a3f5495c
 def parse_hosts(
     entries: str|Iterable[str] # entries as a list, or separated by commas, or both
 ) -> list[Host]: # in order, repetitions kept
     "The hosts that `entries` name; ValueError names the first entry that is wrong, or says that there is none."
     entries = [entries] if isinstance(entries, str) else list(entries)
     for o in entries:
-        if not isinstance(o, str): raise ValueError(f'host {o!r} is no text; an entry is [user@]host[:port]')
+        if not isinstance(o, str): raise ValueError(f'host {o!r} is not a text; an entry is [user@]host[:port]')
     found = [Host.parse(o) for entry in entries for o in entry.split(',') if o.strip()]
     if not found: raise ValueError('the list of remote hosts is empty; give at least one [user@]host[:port]')
     return found
@@ -256,13 +256,13 @@ class Route:
     connect_timeout: int|None = None # seconds
     compression: bool = False # compress what is sent
 
-# %% ../nbs/00_hosts.ipynb #003fa533
+# %% ../nbs/00_hosts.ipynb #c91fcccd
 def _file(text, o):
     "A file name with tokens, `${NAME}` and a leading `~` expanded"
     return os.path.expanduser(re.sub(r'\$\{(\w+)\}', lambda m: os.environ.get(m[1], ''), o.tokens(text)))
 
 def _files(words, o):
-    "Absolute paths of a list of files; `none` is no file"
+    "Absolute paths of a list of files; `none` is not a file"
     return tuple(dict.fromkeys(_file(w, o) for w in words if w.lower()!='none'))
 
 def _agent(text, o):
@@ -275,7 +275,7 @@ def _jumps(text):
     "The hosts of a `ProxyJump`, which may be written as URIs"
     return () if text.lower()=='none' else tuple(parse_hosts(re.sub(r'ssh://([^,/]*)/?', r'\1', text)))
 
-# %% ../nbs/00_hosts.ipynb #69aeed0c
+# %% ../nbs/00_hosts.ipynb #265aaef5
 def route(
     host: Host, # an entry of `remote_hosts`
     user: str|None = None, # the user where neither entry nor configuration name one
@@ -283,7 +283,7 @@ def route(
     config: str|None = None # the configuration file; None: the user's, then the system's
 ) -> Route:
     "The way to `host` that OpenSSH would take. Reads files, may run `Match exec` commands: call it in a thread."
-    if user and not _USER.fullmatch(user): raise ValueError(f'{user!r} is no user name to log in with')
+    if user and not _USER.fullmatch(user): raise ValueError(f'{user!r} is not a user name to log in with')
     o = _lookup(host, user, port, config)
     some = lambda key: None if o.get(key, 'none').lower()=='none' else o.get(key)
     yes = lambda key: o.get(key).lower() in ('yes', 'true')

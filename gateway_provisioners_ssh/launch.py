@@ -16,7 +16,7 @@ def expand_argv(
     "`argv` with the known placeholders replaced"
     return [re.sub(r'\{([A-Za-z0-9_]+)\}', lambda m: str(values.get(m[1], m[0])), str(o)) for o in argv]
 
-# %% ../nbs/06_launch.ipynb #f787553f
+# %% ../nbs/06_launch.ipynb #19682a16
 _name = re.compile(r'[A-Za-z_][A-Za-z0-9_]*')
 
 def literal(
@@ -25,7 +25,7 @@ def literal(
     "A shell word that stands for exactly `value`; raises `ValueError` for a NUL character, and for half a surrogate pair"
     if '\0' in value: raise ValueError('a value with a NUL character cannot be passed to a process')
     try: value.encode('utf-8', 'surrogateescape') # how the script will travel
-    except UnicodeEncodeError: raise ValueError('a value that is no Unicode text cannot be passed to a process') from None
+    except UnicodeEncodeError: raise ValueError('a value that is not Unicode text cannot be passed to a process') from None
     return shlex.quote(value).replace('\n', "\n''")
 
 def assign(name, word):
