@@ -22,9 +22,9 @@ def check_kernel(
     texts = lambda o, kind: isinstance(o, kind) and all(isinstance(v, str) for v in (o.values() if kind is dict else o))
     if not isinstance(kernel, dict): raise ValueError('kernel.json does not hold an object')
     if not texts(kernel.get('argv'), list) or not kernel['argv']: raise ValueError('argv in kernel.json is not a list of words')
-    if not texts(kernel.get('env') or {}, dict): raise ValueError('env in kernel.json is not an object of texts')
+    if not texts(kernel.get('env') or {}, dict): raise ValueError('env in kernel.json is not an object with text values')
     for k in ('display_name', 'language'):
-        if not isinstance(kernel.get(k, ''), str): raise ValueError(f'{k} in kernel.json is not a text')
+        if not isinstance(kernel.get(k, ''), str): raise ValueError(f'{k} in kernel.json is not text')
     meta = kernel.get('metadata') or {}
     for where, o in (('metadata', meta), ('process_proxy', stanza(kernel)[1]), ('config', stanza(kernel)[1].get('config') or {})):
         if not isinstance(o, dict): raise ValueError(f'{where} in kernel.json is not an object')

@@ -74,7 +74,7 @@ def parse_hosts(
     "The hosts that `entries` name; ValueError names the first entry that is wrong, or says that there is none."
     entries = [entries] if isinstance(entries, str) else list(entries)
     for o in entries:
-        if not isinstance(o, str): raise ValueError(f'host {o!r} is not a text; an entry is [user@]host[:port]')
+        if not isinstance(o, str): raise ValueError(f'host {o!r} is not text; an entry is [user@]host[:port]')
     found = [Host.parse(o) for entry in entries for o in entry.split(',') if o.strip()]
     if not found: raise ValueError('the list of remote hosts is empty; give at least one [user@]host[:port]')
     return found

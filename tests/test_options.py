@@ -5,6 +5,8 @@ import psutil, pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
+from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.hosts import Host, HostError
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError, settings
 from kernels import HABITS, LEGACY, Timer, forget, interrupt, until, value
@@ -121,6 +123,16 @@ async def test_a_kernelspec_adds_to_unauthorized_users(spec):
         with pytest.raises(LaunchError, match='unauthorized_users'):
             async with running(spec(unauthorized_users=['eve']), dict(KERNEL_USERNAME=user)): pass
 
+async def test_root_is_told_what_to_do_and_others_are_not(spec, monkeypatch):
+    remedies = 'Set KERNEL_USERNAME to the name of the person', 'GP_UNAUTHORIZED_USERS= '
+    for user in 'root', 'eve':
+        with pytest.raises(LaunchError, match='unauthorized_users') as e:
+            async with running(spec(unauthorized_users=['eve']), dict(KERNEL_USERNAME=user)): pass
+        assert [o in str(e.value) for o in remedies] == [user == 'root']*2
+    monkeypatch.setenv('GP_UNAUTHORIZED_USERS', '')
+    async with running(spec(unauthorized_users=['eve']), dict(KERNEL_USERNAME='root')) as (km, kc):
+        assert await value(kc, '__import__("os").environ["KERNEL_USERNAME"]') == 'root'
+
 # Ports
 
 async def test_port_range(spec):
@@ -224,6 +236,27 @@ async def test_tunneling(spec, hosts):
         await km.restart_kernel(now=True)
         await kc.wait_for_ready(timeout=60)
         assert km.ports == before
+
+@pytest.mark.parametrize('allowed', ['no', 'local'])
+async def test_tunneling_where_the_server_does_not_forward(spec, hosts, allowed):
+    "Another host takes over; without one, the message names host, user, what failed and what to change; once that is done, it works"
+    await asyncio.to_thread(forget)
+    words = r"host host1 \(user \S+\): the SSH server does not forward ports \(.+\)\. Tunnelling needs AllowTcpForwarding in its sshd_config"
+    hosts[0].options = dict(AllowTcpForwarding=allowed)
+    hosts[0].restart_sshd()
+    config = dict(tunneling_enabled=True)
+    with hosts.nothing_left():
+        with pytest.raises(LaunchError, match=words):
+            async with running(spec(remote_hosts=['host1']), config=config): pass
+    async with running(spec(remote_hosts=['host1', 'host2']), config=config) as (km, _): assert host_of(km) == 'host2'
+    async def refused():
+        conn = await shared().pool.connection(Host.parse('host1'), km.provisioner.login)
+        with pytest.raises(HostError, match=words): await conn.reverse(8877)
+        return conn.is_up
+    assert await background().run(refused()), 'a connection that does not forward is still one'
+    hosts[0].options = {}
+    hosts[0].restart_sshd()
+    async with running(spec(remote_hosts=['host1']), config=config) as (km, kc): assert await value(kc, '1+1') == 2
 
 async def test_gss_auth_names_the_extra(spec):
     with pytest.raises(LaunchError, match=r'gateway_provisioners_ssh\[gssapi\]'):
