@@ -14,20 +14,20 @@ from fastcore.basics import patch
 from .settings import settings
 from .specs import BUILDS, LANGUAGES, PACKAGE, Language, Spec, _LISTENER, _RANGE, _RUN_SH, _lacks
 
-# %% ../nbs/10a_adopt.ipynb #cdbea09b
+# %% ../nbs/10a_adopt.ipynb #ac264451
 def check_kernel(
     kernel, # what kernel.json holds
 ) -> dict: # the same
     "ValueError unless `kernel` has the shape of a kernelspec"
     texts = lambda o, kind: isinstance(o, kind) and all(isinstance(v, str) for v in (o.values() if kind is dict else o))
-    if not isinstance(kernel, dict): raise ValueError('kernel.json holds no object')
-    if not texts(kernel.get('argv'), list) or not kernel['argv']: raise ValueError('argv in kernel.json is no list of words')
-    if not texts(kernel.get('env') or {}, dict): raise ValueError('env in kernel.json is no object of texts')
+    if not isinstance(kernel, dict): raise ValueError('kernel.json does not hold an object')
+    if not texts(kernel.get('argv'), list) or not kernel['argv']: raise ValueError('argv in kernel.json is not a list of words')
+    if not texts(kernel.get('env') or {}, dict): raise ValueError('env in kernel.json is not an object with text values')
     for k in ('display_name', 'language'):
-        if not isinstance(kernel.get(k, ''), str): raise ValueError(f'{k} in kernel.json is no text')
+        if not isinstance(kernel.get(k, ''), str): raise ValueError(f'{k} in kernel.json is not text')
     meta = kernel.get('metadata') or {}
     for where, o in (('metadata', meta), ('process_proxy', stanza(kernel)[1]), ('config', stanza(kernel)[1].get('config') or {})):
-        if not isinstance(o, dict): raise ValueError(f'{where} in kernel.json is no object')
+        if not isinstance(o, dict): raise ValueError(f'{where} in kernel.json is not an object')
     return kernel
 
 def read_kernel(
@@ -35,7 +35,7 @@ def read_kernel(
 ) -> dict:
     "The contents of its `kernel.json`; ValueError if it is none, OSError if it cannot be read"
     try: return check_kernel(json.loads((Path(source)/'kernel.json').read_text(encoding='utf-8')))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{source}/kernel.json is no JSON: {e}') from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e: raise ValueError(f'{source}/kernel.json is not JSON: {e}') from None
     except ValueError as e: raise ValueError(f'{source}: {e}') from None
 
 # %% ../nbs/10a_adopt.ipynb #4993c404
@@ -99,7 +99,7 @@ def interpreter(argv, launcher):
     before = range(names.index(launcher) if launcher in names else 0)
     return next((i for i in reversed(before) if re.fullmatch(r'python[0-9.]*', names[i])), None)
 
-# %% ../nbs/10a_adopt.ipynb #2ecb5405
+# %% ../nbs/10a_adopt.ipynb #d0e9ecdd
 def expandable(value: str) -> str:
     "`value` with every `$NAME` spelled `${NAME}`"
     return re.sub(r'(?<!\$)\$([A-Za-z_]\w*)', r'${\1}', value)
@@ -119,13 +119,13 @@ def _env(self:Adopted, target):
 
 def words(value) -> list:
     "A list of texts, which may stand as one text with commas"
-    if not isinstance(value, (str, list)): raise ValueError(f'{value!r} in the configuration of kernel.json is no list')
+    if not isinstance(value, (str, list)): raise ValueError(f'{value!r} in the configuration of kernel.json is not a list')
     return [o.strip() for v in ([value] if isinstance(value, str) else value) for o in str(v).split(',') if o.strip()]
 
 def whole(value) -> int:
     "A number of seconds"
     try: return int(value)
-    except (TypeError, ValueError, OverflowError): raise ValueError(f'launch_timeout {value!r} in kernel.json is no number of seconds') from None
+    except (TypeError, ValueError, OverflowError): raise ValueError(f'launch_timeout {value!r} in kernel.json is not a number of seconds') from None
 
 def taken_over(
     kernel: dict, # contents of kernel.json
@@ -135,7 +135,7 @@ def taken_over(
     keep = {k: v for k,v in config.items() if k in settings and settings[k].per_spec and v not in (None, '', [])}
     return {k: words(v) if k in ('remote_hosts', 'authorized_users', 'unauthorized_users') else v for k,v in keep.items()}, [k for k in config if k not in keep]
 
-# %% ../nbs/10a_adopt.ipynb #82dd15a4
+# %% ../nbs/10a_adopt.ipynb #6d03a7be
 _needed = {'kernel-id': '{kernel_id}', 'response-address': '{response_address}', 'public-key': '{public_key}', 'port-range': '{port_range}'}
 _known = {*_needed, 'spark-context-initialization-mode', 'cluster-type', 'kernel-class-name', 'customAppName'}
 
@@ -177,7 +177,7 @@ def _arguments(self:Adopted, argv):
     given = [re.sub(r'^--(RemoteProcessProxy\.)?|=.*', '', o) for o in out if o.startswith('--')]
     for name,value in _needed.items():
         if name not in given: out += [prefix+name, value]; self.changes.append(f'argv: {prefix}{name} {value} was added')
-    if self.language != 'Scala': self.doubts += [f'argv: the launcher knows no option --{o}' for o in given if o not in _known]
+    if self.language != 'Scala': self.doubts += [f'argv: the launcher does not know the option --{o}' for o in given if o not in _known]
     return out
 
 # %% ../nbs/10a_adopt.ipynb #ef9a897b

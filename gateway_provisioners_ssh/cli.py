@@ -24,7 +24,7 @@ from .hosts import Host, parse_hosts
 from .settings import Setting, checked, from_environment, lacking, misspelt, settings, variable, whole_seconds
 from .specs import KERNEL_CLASS, Spec
 
-# %% ../nbs/11_cli.ipynb #ccc6baf8
+# %% ../nbs/11_cli.ipynb #71c1812d
 class Refused(Exception): "What the user typed or configured cannot be used; the text says why."
 
 def nearest(
@@ -32,7 +32,7 @@ def nearest(
     known # what could have been meant
 ) -> str: # for the end of a message; may be empty
     "A suggestion."
-    return ''.join(f'; is {o} meant?' for o in difflib.get_close_matches(word, known, 1))
+    return ''.join(f'; did you mean {o}?' for o in difflib.get_close_matches(word, known, 1))
 
 def _split(word):
     name, eq, value = word.partition('=')
@@ -86,14 +86,14 @@ class StrictApp(JupyterApp):
         dotted = [f'{c.__name__}.{o}' for c in type(self).__mro__ if issubclass(c, Configurable) for o in c.class_traits(config=True)]
         super().parse_command_line(tidy(sys.argv[1:] if argv is None else argv, self.aliases | dict.fromkeys(dotted), self.flags, self.words))
 
-# %% ../nbs/11_cli.ipynb #a421df78
+# %% ../nbs/11_cli.ipynb #9eb5e667
 @patch
 def update_config(self:StrictApp, config):
     for o,meant in misspelt(config, type(self)): self.log.warning('c.%s has no effect; is c.%s meant?', o, meant)
     known = self.traits(config=True)
     ours = [c.__name__ for c in type(self).__mro__ if issubclass(c, (StrictApp, RemoteProvisionerConfigMixin))]
     for o,option in [(o, k) for o in ours for k in config[o] if k not in known]:
-        raise Refused(f'c.{o}.{option} is no option{nearest(option, known)}')
+        raise Refused(f'c.{o}.{option} is not an option{nearest(option, known)}')
     try: super(StrictApp, self).update_config(config)
     except TraitError as e:
         raise Refused(re.sub(r"the (?:value of the )?'(\w+)' trait of an? \w+ instance", lambda m: '--'+m[1].replace('_', '-'), str(e), flags=re.I)) from None
@@ -204,24 +204,12 @@ def write(self:BaseSpecApp, spec) -> Path:
     self.log.info('Installed kernelspec %s in %s', target.name, target)
     return target
 
-# %% ../nbs/11_cli.ipynb #79d73dc0
+# %% ../nbs/11_cli.ipynb #43af47e2
 class BaseSpecSparkApp(BaseSpecApp):
     "An application that writes a kernelspec, with or without Spark."
     flags = {'user': BaseSpecApp.flags['user'], 'sys-prefix': BaseSpecApp.flags['sys-prefix'],
         'spark': ({'BaseSpecApp': {'spark': True}}, 'Start the kernel through spark-submit')} | BaseSpecApp.flags
     aliases = _aliases('prefix kernel-name display-name language python spark-home spark-init-mode extra-spark-opts') | BaseSpecApp.aliases
-
-    def idle(self):
-        "Options given that nothing will come of, each with the reason"
-        if getattr(self, 'from_kernel', ''):
-            of_a_language = 'language', 'ipykernel_subclass_name', 'spark', 'spark_master', 'spark_init_mode', 'extra_spark_opts', 'spark_home'
-            return [(o, 'the kernel is taken as it is') for o in of_a_language if self.given(o)]
-        scala = self.language.lower()=='scala'
-        sparks = ['spark_master', 'spark_init_mode', 'extra_spark_opts'] + ['spark_home']*(not scala)
-        idle = [] if self.spark else [(o, '--spark is not given') for o in sparks]
-        if self.language.lower()!='python': idle.append(('ipykernel_subclass_name', 'the language is not Python'))
-        if scala: idle.append(('python', 'Scala kernels need no Python'))
-        return [(o, why) for o,why in idle if self.given(o)]
 
 # %% ../nbs/11_cli.ipynb #13928ca9
 class SshSpecInstaller(BaseSpecSparkApp):
@@ -282,7 +270,7 @@ under the class its description names:
     @default('remote_hosts')
     def _remote_hosts_default(self): return from_environment(settings['remote_hosts'])
 
-# %% ../nbs/11_cli.ipynb #a4683b16
+# %% ../nbs/11_cli.ipynb #a0d9e392
 @patch
 def config_given(self:SshSpecInstaller) -> dict:
     "The provisioner's options for the kernelspec; SettingError says which is wrong, and where it was given"
@@ -313,18 +301,36 @@ def installed(
     source = Path(spec.resource_dir)
     return source, read_kernel(source) if (source/'kernel.json').exists() else {k: v for k,v in spec.to_dict().items() if v}
 
+# %% ../nbs/11_cli.ipynb #a8165072
+@patch
+def idle(self:SshSpecInstaller) -> list: # of pairs: an option that was given; why nothing comes of it
+    "Options that have no effect"
+    if self.from_kernel:
+        of_a_language = 'language', 'ipykernel_subclass_name', 'spark', 'spark_master', 'spark_init_mode', 'extra_spark_opts', 'spark_home'
+        return [(o, 'the kernel is taken as it is') for o in of_a_language if self.given(o)]
+    scala = self.language.lower()=='scala'
+    sparks = ['spark_master', 'spark_init_mode', 'extra_spark_opts'] + ['spark_home']*(not scala)
+    idle = [] if self.spark else [(o, '--spark is not given') for o in sparks]
+    if self.language.lower()!='python': idle.append(('ipykernel_subclass_name', 'the language is not Python'))
+    if scala: idle.append(('python', 'Scala kernels need no Python'))
+    return [(o, why) for o,why in idle if self.given(o)]
+
+@patch
+def report(self:SshSpecInstaller, spec):
+    "Point out what may be a mistake"
+    for option,why in self.idle(): self.log.warning('--%s has no effect: %s', option.replace('_', '-'), why)
+    for o in spec.doubts: self.log.warning(o)
+
 @patch
 def start(self:SshSpecInstaller):
     super(SshSpecInstaller, self).start()
     try: spec, _ = self.spec(), self.kernels()
     except (ValueError, OSError, TraitError) as e: self.fail(e)
-    for option,why in self.idle(): self.log.warning('--%s has no effect: %s', option.replace('_', '-'), why)
     target = self.write(spec)
-    for o in getattr(spec, 'changes', ()) if self.words else (): self.log.info(shorten(o, 500, placeholder=' ...'))
-    for o in getattr(spec, 'doubts', ()): self.log.warning(o)
+    self.report(spec)
     print(next_steps(target, spec, parse_hosts(spec.config.get('remote_hosts', self.remote_hosts)), self.log.info))
 
-# %% ../nbs/11_cli.ipynb #25ba1b30
+# %% ../nbs/11_cli.ipynb #e601a6d7
 class SshSpecImporter(SshSpecInstaller):
     "Makes a kernelspec of an Enterprise Gateway, or any other, one whose kernels run on hosts reached by SSH."
     description = """Import a kernelspec of Enterprise Gateway or Gateway Provisioners:
@@ -332,12 +338,15 @@ class SshSpecImporter(SshSpecInstaller):
     jupyter ssh-spec import DIR
 
 DIR is the kernelspec's directory. It stays as it is; a copy is installed in which the launchers are the ones of this package, and the
-host application's part is DistributedProvisioner's. A plain kernelspec can be imported, too."""
+host application's part is DistributedProvisioner's. Only if the copy goes to the place of the original, with --replace, is the original
+gone. A plain kernelspec can be imported, too."""
     examples = """
-All kernelspecs of an Enterprise Gateway, for all users of this machine:
+All those of an Enterprise Gateway that run on hosts, for all users of this
+machine, each in its own place, from a copy that stays:
 
-    for d in /usr/local/share/jupyter/kernels/*_distributed
-    do jupyter ssh-spec import "$d" --replace; done
+    cp -a /usr/local/share/jupyter/kernels ~/kernels.old
+    for f in $(grep -l DistributedProcessProxy ~/kernels.old/*/kernel.json)
+    do jupyter ssh-spec import "$(dirname "$f")" --replace; done
 
 One under another name, for yourself, and on other hosts than it says:
 
@@ -350,20 +359,24 @@ One under another name, for yourself, and on other hosts than it says:
         'prefix kernel-name display-name python spark-home authorized-users unauthorized-users port-range launch-timeout') | {
         k: base_aliases[k] for k in ('log-level', 'config')}
 
-    def idle(self): return []
-
     def spec(self):
         if len(self.extra_args)!=1: raise ValueError('which kernelspec? Give its directory: jupyter ssh-spec import DIR')
         source = Path(os.path.abspath(self.extra_args[0]))
-        if not (source/'kernel.json').is_file(): raise ValueError(f'{source} is no kernelspec: there is no kernel.json in it; jupyter kernelspec list shows the directories of yours')
+        if not (source/'kernel.json').is_file(): raise ValueError(f'{source} is not a kernelspec: there is no kernel.json in it; jupyter kernelspec list shows the directories of yours')
         return self.adopted(source, read_kernel(source), self.launch_timeout if self.given('launch_timeout') else 0)
 
-# %% ../nbs/11_cli.ipynb #429ca6fa
+    def report(self, spec):
+        "Tell what was changed, and what may need somebody's eye"
+        for o in spec.changes: self.log.info(shorten(o, 500, placeholder=' ...'))
+        for o in spec.doubts: self.log.warning(o)
+
+# %% ../nbs/11_cli.ipynb #8cc43e79
 def _copy(target, login, to, port): # of these, words for a shell: `login` and `to`
+    "A command that makes the place, and one that fills it"
     parent, port = shlex.quote(str(target.parent)), port and f'{port} '
     mkdir = f'mkdir -p {parent}' # in the shell over there
     there = mkdir if parent==str(target.parent) else shlex.quote(mkdir)
-    return f'ssh -n {port and "-p "+port}{login} {there} && scp {port and "-P "+port}-rp {shlex.quote(str(target))} {to}:{parent}/'
+    return f'ssh -n {port and "-p "+port}{login} {there}', f'scp {port and "-P "+port}-rp {shlex.quote(str(target))} {to}:{parent}/'
 
 def copy_command(
     target: Path, # the kernelspec's directory
@@ -371,7 +384,7 @@ def copy_command(
 ) -> str:
     "The command that puts a kernelspec into the same place on `host`."
     user, name = f'{host.user}@' if host.user else '', host.name
-    return _copy(target, shlex.quote(user+name), shlex.quote(user + (f'[{name}]' if ':' in name else name)), host.port or '')
+    return ' && '.join(_copy(target, shlex.quote(user+name), shlex.quote(user + (f'[{name}]' if ':' in name else name)), host.port or ''))
 
 def copy_commands(
     target: Path, # the kernelspec's directory
@@ -380,9 +393,9 @@ def copy_commands(
     "The commands for all `hosts`: a loop over those that a name is enough for, if they are more than four."
     loop = [o for o in hosts if not o.port and ':' not in o.name]
     if len(loop) <= 4: return [copy_command(target, o) for o in hosts]
-    names = wrap(' '.join(map(str, loop)), 70, break_long_words=False, break_on_hyphens=False)
-    each = _copy(target, '"$h"', '"$h"', '').split(' && ')
-    return [*('for h in ' + ' \\\n  '.join(names)).splitlines(), f'do {each[0]} &&', f'  {each[1]}', 'done', *(copy_command(target, o) for o in hosts if o not in loop)]
+    names = wrap(shlex.join(map(str, loop)), 70, break_long_words=False, break_on_hyphens=False)
+    make, fill = _copy(target, '"$h"', '"$h"', '')
+    return [*('for h in ' + ' \\\n  '.join(names)).splitlines(), f'do {make} &&', f'  {fill}', 'done', *(copy_command(target, o) for o in hosts if o not in loop)]
 
 # %% ../nbs/11_cli.ipynb #8c9a527c
 def try_it(

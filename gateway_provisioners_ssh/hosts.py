@@ -67,7 +67,7 @@ class Host:
         name = f'[{self.name}]' if ':' in self.name and not bare else self.name
         return (f'{self.user}@' if self.user else '') + name + (f':{self.port}' if self.port else '')
 
-# %% ../nbs/00_hosts.ipynb #13b66408
+# %% ../nbs/00_hosts.ipynb #a3f5495c
 def parse_hosts(
     entries: str|Iterable[str] # entries as a list, or separated by commas, or both
 ) -> list[Host]: # in order, repetitions kept
@@ -254,13 +254,13 @@ class Route:
     bind_address: str|None = None # the address of this machine to connect from
     compression: bool = False # compress what is sent
 
-# %% ../nbs/00_hosts.ipynb #003fa533
+# %% ../nbs/00_hosts.ipynb #c91fcccd
 def _file(text, o):
     "A file name with tokens, `${NAME}` and a leading `~` expanded"
     return os.path.expanduser(re.sub(r'\$\{(\w+)\}', lambda m: os.environ.get(m[1], ''), o.tokens(text)))
 
 def _files(words, o):
-    "Absolute paths of a list of files; `none` is no file"
+    "Absolute paths of a list of files; `none` is not a file"
     return tuple(dict.fromkeys(_file(w, o) for w in words if w.lower()!='none'))
 
 def _agent(text, o):
@@ -273,7 +273,7 @@ def _jumps(text):
     "The hosts of a `ProxyJump`, which may be written as URIs"
     return () if text.lower()=='none' else tuple(parse_hosts(re.sub(r'ssh://([^,/]*)/?', r'\1', text)))
 
-# %% ../nbs/00_hosts.ipynb #f6f482f2
+# %% ../nbs/00_hosts.ipynb #265aaef5
 def route(
     host: Host, # an entry of `remote_hosts`
     user: str|None = None, # the user where neither entry nor configuration name one

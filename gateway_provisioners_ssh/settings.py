@@ -199,7 +199,7 @@ def misspelt(
     close = [(k, ours[m]) for k in config for m in get_close_matches(k.lower(), ours, 1, .9)]
     return [(k, o) for k,o in close if k not in ours.values()]
 
-# %% ../nbs/06a_settings.ipynb #7ac069e0
+# %% ../nbs/06a_settings.ipynb #316b8f23
 def _default(s): return lambda self: from_environment(s)
 for _k,_s in settings.items(): setattr(HostSettings, f'_{_k}_default', _default(_s))
 
@@ -226,6 +226,6 @@ def source(self:HostSettings,
     "Where the value of an option comes from"
     s = settings[name]
     if self.trait_has_value(name): return f'c.DistributedProvisioner.{name}'
-    return found(s.var)[0] or f'the default; GP_{s.var} replaces it'
+    return found(s.var)[0] or f'the default; GP_{s.var}= empties it'
 
 HostSettings.settle,HostSettings.source = settle,source

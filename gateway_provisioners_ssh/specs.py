@@ -59,7 +59,7 @@ LANGUAGES = {o.name.lower(): o for o in (
     Language('Scala', 'scala', _RUN_SH, (*_RUN, *_START), (*_RUN, *_START, *_MODE), _TOREE, _TOREE,
         logos='kernelspecs/scala', needs=('spark', 'java', 'toree'), build='toree'))}
 
-# %% ../nbs/10_specs.ipynb #0e8af406
+# %% ../nbs/10_specs.ipynb #88affbc3
 @dataclass(frozen=True)
 class Cluster:
     "A kind of Spark cluster, recognized by its master."
@@ -80,7 +80,7 @@ def cluster(
     "The kind of cluster that `master` names; ValueError lists the forms known."
     for o in CLUSTERS:
         if re.fullmatch(o.master, master): return o
-    raise ValueError(f'Spark master {master!r} is none of {", ".join(o.form for o in CLUSTERS)}')
+    raise ValueError(f'Spark master {master!r} is not one of {", ".join(o.form for o in CLUSTERS)}')
 
 def spark_opts(
     master: str|None, # None: what Spark itself takes for its default
@@ -90,7 +90,7 @@ def spark_opts(
     where = [f'--master {master}', cluster(master).options] if master else []
     return ' '.join(filter(None, [*where, '--name ${KERNEL_ID:-ERROR__NO__KERNEL_ID}', extra.strip(), '${KERNEL_EXTRA_SPARK_OPTS}']))
 
-# %% ../nbs/10_specs.ipynb #e6bc8f85
+# %% ../nbs/10_specs.ipynb #77030195
 MODES = ('lazy', 'eager', 'none')
 KERNEL_CLASS = 'ipykernel.ipkernel.IPythonKernel'
 
@@ -109,10 +109,11 @@ class Spec:
     kernel_class: str = KERNEL_CLASS # for Python
     launch_timeout: int = 30 # seconds
     config: dict = field(default_factory=dict) # more of the provisioner's options, e.g. remote_hosts
+    doubts = () # what may need somebody's eye once it is written
 
     def __post_init__(self):
         if self.language.lower() not in LANGUAGES:
-            raise ValueError(f'language {self.language!r} is none of {", ".join(o.name for o in LANGUAGES.values())}')
+            raise ValueError(f'language {self.language!r} is not one of {", ".join(o.name for o in LANGUAGES.values())}')
         self.lang = LANGUAGES[self.language.lower()]
         self.language = self.lang.name
         self.kernel_name = (self.kernel_name or f'ssh_{self.lang.language.lower()}' + '_spark'*self.spark).lower()
@@ -121,7 +122,7 @@ class Spec:
         self.python = self.python or (sys.executable if self.spark else 'python')
         self.check()
 
-# %% ../nbs/10_specs.ipynb #14679cf8
+# %% ../nbs/10_specs.ipynb #6c8850de
 def _line(what, value):
     if not value.strip() or any(ord(c)<32 or ord(c)==127 for c in value): raise ValueError(f'{what} {value!r} must be one line of text')
 
@@ -133,7 +134,7 @@ def check(self:Spec):
     for what,value in (('display name', self.display_name), ('python', self.python), ('Spark home', self.spark_home)): _line(what, value)
     if not re.fullmatch(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)+', self.kernel_class): raise ValueError(f'kernel class {self.kernel_class!r} is not package.module.Class')
     if self.launch_timeout<=0: raise ValueError(f'launch timeout {self.launch_timeout} is not a number of seconds above zero')
-    if self.spark_init_mode not in MODES: raise ValueError(f'Spark context initialization mode {self.spark_init_mode!r} is none of {", ".join(MODES)}')
+    if self.spark_init_mode not in MODES: raise ValueError(f'Spark context initialization mode {self.spark_init_mode!r} is not one of {", ".join(MODES)}')
     cluster(self.spark_master)
     try: shlex.split(self.extra_spark_opts)
     except ValueError as e: raise ValueError(f'Spark options {self.extra_spark_opts!r}: {str(e).lower()}') from None

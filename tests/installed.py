@@ -61,7 +61,7 @@ async def interrupted(k, code, after=.5):
     return await stopped(k, code, k.km.interrupt_kernel, after)
 
 async def stopped_within(limit, k, code, interrupt, after=.5):
-    "`stopped`, which takes less than `limit` seconds in one of a few tries; what the last of them gives."
+    "`stopped`, `within` so many seconds; what the last attempt gives."
     async def seconds():
         nonlocal got
         while (await run(k, '0')).status != 'ok': pass   # right after an interrupt some kernels abort what comes next

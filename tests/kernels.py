@@ -206,12 +206,12 @@ async def kill(km, kc):
     assert await asyncio.wait_for(km.provisioner.wait(), 30) == -9
     return float(t)
 
-async def within(limit, attempt, tries=3):
-    "A bound in time that is promised: the seconds that `await attempt()` gives are below it in one of a few tries, for test machines are busy at times"
-    took = []
-    while not took or took[-1] >= limit:
-        assert len(took) < tries, took
-        took.append(await attempt())
+async def within(limit, attempt):
+    """A bound in time that is promised: `await attempt()` gives fewer than `limit` seconds. Test machines are busy at times, so one that is late may be an
+    accident, but then neither of two more may be late."""
+    if (first := await attempt()) < limit: return
+    more = [await attempt(), await attempt()]
+    assert max(more) < limit, (first, *more)
 
 class Timer:
     "Seconds since it was made: `float(timer)`, or compared"

@@ -1,65 +1,122 @@
-"""A pytest plugin that runs tests with everything logged at DEBUG and then looks for the secrets of that run:
+"""Secrets of a run, and where they must not show. `test_redaction` looks for them in one long run of everything; as a plugin, this looks in any tests:
 
-    PYTHONPATH=tests python -m pytest tests -p redact
+    PYTHONPATH=tests python -m pytest tests -p redact -n 3
 
-Every launch's one-time secret and ticket, every kernel's key, control key and CURVE secret are noted as they are made or received; they are searched for in
-all log records, in the reports of failed tests with their tracebacks, and in the argument vectors of all processes, which are looked at twice a second."""
-import base64, logging, os, tempfile, threading
+Noted are passwords, and as they are made or received every launch's ticket and secret, every kernel's key, control key and CURVE secret. They are searched for
+in what is logged at DEBUG, in the reports of failed tests with their tracebacks, and in the argument vectors of all processes. A run in which one is found, or
+none was noted, fails; with pytest-xdist that is up to the process that has the others do the work."""
+import base64, contextlib, json, logging, os, tempfile, threading
 from pathlib import Path
+import pytest
+from gateway_provisioners_ssh.handshake import LegacyKey, Launch
+from gateway_provisioners_ssh.hosts import Login
 
-secrets, seen, handler, done = set(), [], None, threading.Event()
+class Secrets(dict):
+    "The names of secrets, by the texts that would give one away"
+    def add(self, name, value):
+        value = value if isinstance(value, bytes) else value.encode()
+        if len(value) < 8: return
+        for form in value, base64.b64encode(value), value.hex().encode(), base64.b64encode(value).rstrip(b'='): self[form] = name
+    def add_fields(self, fields, kind=''):
+        for k in 'key', 'control_key', 'curve_secretkey':
+            if v := fields.get(k): self.add(kind + k, v)
+        if v := fields.get('control_key'): self.add('control_key', bytes.fromhex(v))
+    def found_in(self, text): return sorted({name for s, name in self.items() if s in text})
 
-def note(value):
-    "Remember a secret in the forms in which it could show"
-    raw = value if isinstance(value, bytes) else str(value).encode()
-    forms = {raw, raw.hex().encode(), base64.b64encode(raw)} if isinstance(value, bytes) else {raw, base64.b64encode(raw)}
-    secrets.update(o for o in forms if len(o) >= 16)
-
-def watch():
-    "Keep the argument vectors of all processes"
-    while not done.wait(.5):
-        for p in os.listdir('/proc'):
-            if not p.isdigit(): continue
-            try: line = Path(f'/proc/{p}/cmdline').read_bytes()
-            except OSError: continue
-            if line and line not in lines: lines.add(line)
-
-lines = set()
-
-def pytest_configure(config):
-    global handler
-    from gateway_provisioners_ssh import handshake
-    handler = logging.FileHandler(tempfile.mkstemp(prefix='redact-', suffix='.log')[1])
-    handler.setFormatter(logging.Formatter('%(name)s %(message)s'))
-    logging.getLogger().addHandler(handler)
-    logging.getLogger().setLevel(logging.DEBUG)
-    ticket, opened = handshake.Launch.ticket, handshake.Launch.open
-    def noted_ticket(self):
-        t = ticket(self)
-        note(self._psk); note(t)
-        return t
-    def noted_open(self, message):
+@contextlib.contextmanager
+def noted():
+    "The secrets of passwords, launches and kernels, collected where they come into being"
+    all = Secrets()
+    login, ticket, opened, opened_v1 = Login.__init__, Launch.ticket, Launch.open, LegacyKey.open
+    def of_login(self, *args, **kw):
+        login(self, *args, **kw)
+        if self.password: all.add('password', self.password)
+    def of_ticket(self):
+        text = ticket(self)
+        fields = json.loads(base64.b64decode(text))
+        all.add('ticket', text); all.add('psk', base64.b64decode(fields['psk']))
+        all.add_fields(fields.get('connection') or {})
+        return text
+    def of_message(self, message):
         fields = opened(self, message)
-        for k in ('key', 'control_key', 'curve_secretkey'):
-            if k in fields: note(fields[k])
+        all.add_fields(fields)
         return fields
-    handshake.Launch.ticket, handshake.Launch.open = noted_ticket, noted_open
-    threading.Thread(target=watch, daemon=True).start()
+    def of_message_v1(self, message):
+        fields = opened_v1(self, message)
+        all.add_fields(fields, 'version 1 ')
+        return fields
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Login, '__init__', of_login)
+        patch.setattr(Launch, 'ticket', of_ticket)
+        patch.setattr(Launch, 'open', of_message)
+        patch.setattr(LegacyKey, 'open', of_message_v1)
+        yield all
 
-def pytest_runtest_logreport(report):
-    if report.failed: seen.append((report.nodeid, f'{report.longrepr}{report.sections}'.encode()))
+@contextlib.contextmanager
+def everything_logged(out):
+    "What all loggers say at DEBUG, paramiko's packets included, goes to the file `out`"
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(logging.Formatter('%(name)s %(levelname)s %(message)s'))
+    root, known = logging.getLogger(), [o for o in logging.Logger.manager.loggerDict.values() if isinstance(o, logging.Logger)]
+    loggers = {root, *known, *map(logging.getLogger, ('paramiko', 'gateway_provisioners_ssh', 'gateway_provisioners_ssh.paramiko', 'traitlets', 'asyncio'))}
+    levels = {o: o.level for o in loggers}
+    for o in loggers: o.setLevel(logging.DEBUG)
+    root.addHandler(handler)
+    try: yield
+    finally:
+        root.removeHandler(handler)
+        for o, level in levels.items(): o.setLevel(level)
 
-def pytest_sessionfinish(session, exitstatus):
-    done.set()
-    logging.getLogger().removeHandler(handler)
-    handler.close()
-    log = Path(handler.baseFilename).read_bytes()
-    where = [('the log', log), *((f'the report of {n}', t) for n, t in seen), *(('an argument vector', o) for o in lines)]
-    found = {what for what, text in where for s in list(secrets) if s in text}
-    who = os.environ.get('PYTEST_XDIST_WORKER', 'this process')
-    text = f'{who}: {len(secrets)} forms of secrets, {len(log)} bytes of log, {len(lines)} argument vectors: {", ".join(sorted(found)) or "none found"}'
-    if out := os.environ.get('REDACT_REPORT'):
-        with open(out, 'a') as f: f.write(text + '\n')
-    print(f'\nredaction: {text}')
-    if found: session.exitstatus = 1
-    else: os.unlink(handler.baseFilename)
+class ArgumentVectors(threading.Thread):
+    "Every argument vector on this machine, hosts included, as `ps` shows them, looked at every so many seconds"
+    def __init__(self, seconds):
+        super().__init__(daemon=True)
+        self.seconds, self.seen, self.rounds, self.ended = seconds, set(), 0, threading.Event()
+    def run(self):
+        while not self.ended.wait(self.seconds):
+            self.rounds += 1
+            for pid in filter(str.isdigit, os.listdir('/proc')):
+                with contextlib.suppress(OSError): self.seen.add(Path(f'/proc/{pid}/cmdline').read_bytes())
+    def __enter__(self): self.start(); return self
+    def __exit__(self, *a): self.ended.set(); self.join()
+
+class Redaction:
+    "The plugin, in a process that runs tests and in one that has others run them"
+    def __init__(self, config):
+        self.config, self.reports, self.forms, self.found, self.stack = config, {}, 0, [], contextlib.ExitStack()
+        self.log = self.stack.enter_context(tempfile.NamedTemporaryFile('w+', prefix='redact-', suffix='.log', errors='backslashreplace', delete=False))
+        self.secrets = self.stack.enter_context(noted())
+        self.stack.enter_context(everything_logged(self.log))
+        self.vectors = self.stack.enter_context(ArgumentVectors(.5))
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed: self.reports[f'the report of {report.nodeid}'] = f'{report.longrepr}{report.sections}'.encode()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        "What a process found that did the work, unless it broke down, which is a failure by itself"
+        self.add(*getattr(node, 'workeroutput', {}).get('redaction', (0, [])))
+
+    def add(self, forms, found):
+        self.forms += forms
+        self.found += found
+
+    def look(self):
+        "How many forms of secrets there were here, and which were found where; the log stays if there are any in it"
+        self.stack.close()
+        log = Path(self.log.name)
+        texts = {str(log): log.read_bytes(), 'argument vectors': b'\n'.join(self.vectors.seen)} | self.reports
+        found = [f'{name} in {where}' for where, text in texts.items() for name in self.secrets.found_in(text)]
+        if not self.secrets.found_in(texts[str(log)]): log.unlink()
+        return len(self.secrets), found
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(self.config, 'workeroutput'): self.config.workeroutput['redaction'] = self.look(); return
+        self.add(*self.look())
+        if self.found or not self.forms: session.exitstatus = session.exitstatus or 1
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section('redaction')
+        terminalreporter.line(f'{self.forms} forms of secrets; ' + ('found: ' + ', '.join(self.found) if self.found else 'none found' if self.forms else 'there was nothing to look for'))
+
+def pytest_configure(config): config.pluginmanager.register(Redaction(config), 'redaction')

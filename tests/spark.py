@@ -31,7 +31,7 @@ def java_home() -> str:
 def spark_home() -> str:
     "The Spark that pip's pyspark carries: all of Spark but the R library, and without any configuration."
     spec = find_spec('pyspark')
-    if not spec: raise Missing("pyspark is not installed: pip install 'gateway_provisioners_ssh[spark]'")
+    if not spec: raise Missing("pyspark is not installed: pip install '.[spark]'")
     return str(Path(spec.origin).parent)
 
 def yarn_jars() -> Path:

@@ -154,7 +154,7 @@ def test_what_is_written(remote):
     assert remote.take('tiny') is None and '--replace' in remote.said
     assert remote.take('tiny', '--replace')['argv'][0] == 'python'
 
-@pytest.mark.parametrize('argv, words', [(['tiny', '-x'], 'neither a kernel with'), ([], 'no list of words'), ('tiny {connection_file}', 'no list of words')])
+@pytest.mark.parametrize('argv, words', [(['tiny', '-x'], 'neither a kernel with'), ([], 'not a list of words'), ('tiny {connection_file}', 'not a list of words')])
 def test_what_cannot_be_taken(remote, argv, words):
     remote.make('odd', argv)
     assert remote.take('odd') is None and re.search(words, remote.said) and 'Traceback' not in remote.said

@@ -120,6 +120,26 @@ def test_names_places_and_no_overwriting(bench):
     again = bench.take(bench.kernels/'python_distributed', '--replace')
     assert again == k, 'what was imported can be imported'
 
+def test_all_of_a_gateway_as_the_help_has_it(bench):
+    "Kernelspecs that do not run on hosts stay as they are, and so does the copy of all of them"
+    from gateway_provisioners_ssh.cli import SshSpecImporter
+    for name, kernel in FOUR.items(): bench.old(name, kernel)
+    bench.old('bash', dict(argv=['bash_kernel', '{connection_file}']), ['logo-32x32.png'])
+    bench.old('k8s', gateway('k8s', 'K', 'python', ['python', '<dir>/scripts/launch_kubernetes.py'], proxy='k8s.Kubernetes'))
+    bench.kernels.parent.mkdir(parents=True)
+    (bench.tmp/'old').rename(bench.kernels)
+    everything = lambda d: {o: (d/o).read_bytes() for o in files(d)}
+    before = everything(bench.kernels)
+    loop = next(o for o in SshSpecImporter.examples.split('\n\n') if 'for f in' in o).replace(PLACE, str(bench.kernels)).replace('ssh-spec import', f'ssh-spec import --prefix {bench.prefix}')
+    got = subprocess.run(['bash', '-ec', loop], env=bench.env | dict(HOME=str(bench.tmp)), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert got.returncode == 0, got.stderr
+    assert everything(bench.tmp/'kernels.old') == before
+    now = everything(bench.kernels)
+    for name in ('bash', 'k8s'): assert {o for o in now if o.startswith(f'{name}/') and now[o] == before[o]} == {o for o in before if o.startswith(f'{name}/')}
+    for name in FOUR:
+        k = read_kernel(bench.kernels/name.lower())
+        assert list(k['metadata']['kernel_provisioner'])[0] == 'provisioner_name' and f'{bench.kernels}/{name.lower()}/' in ' '.join(k['argv'])
+
 def test_spark_that_is_elsewhere(bench):
     k = bench.take(bench.old('spark_python_yarn_client', SPARK_PYTHON), '--spark-home', '/opt/spark', '--python', '/opt/py/bin/python')
     assert HDP not in json.dumps(k['env']) and k['env']['SPARK_HOME'] == '/opt/spark' and k['env']['PYSPARK_PYTHON'] == '/opt/py/bin/python'
@@ -161,22 +181,22 @@ def test_gateway_provisioners(bench):
 @pytest.mark.parametrize('kernel, words', [
     (gateway('x', 'X', 'python', ['python', 'a/launch_kubernetes.py'], proxy='k8s.Kubernetes'), 'KubernetesProcessProxy, not on hosts'), (gateway('x', 'X', 'python', ['b/run.sh'], proxy='yarn.YarnCluster'), 'YarnClusterProcessProxy'),
     (dict(GP, metadata=dict(kernel_provisioner=dict(provisioner_name='docker-provisioner'))), 'docker-provisioner'), (dict(PYTHON, argv=['python', 'launch_other.py', '--x', '{response_address}']), 'nor one of the launchers'),
-    ('not json', 'no JSON'), ('[]', 'no object'), ('{"argv": "x"}', 'no list of words'), (dict(PYTHON, env=dict(A=1)), 'env'), (dict(PYTHON, env=[]), None), (dict(PYTHON, metadata=dict(process_proxy='x')), 'process_proxy'),
-    (gateway('x', 'X', 'python', PYTHON['argv'], config=dict(remote_hosts='a b')), "host 'a b'"), (gateway('x', 'X', 'python', PYTHON['argv'], config=dict(remote_hosts=5)), 'no list'),
+    ('not json', 'not JSON'), ('[]', 'not hold an object'), ('{"argv": "x"}', 'not a list of words'), (dict(PYTHON, env=dict(A=1)), 'env'), (dict(PYTHON, env=[]), None), (dict(PYTHON, metadata=dict(process_proxy='x')), 'process_proxy'),
+    (gateway('x', 'X', 'python', PYTHON['argv'], config=dict(remote_hosts='a b')), "host 'a b'"), (gateway('x', 'X', 'python', PYTHON['argv'], config=dict(remote_hosts=5)), 'not a list'),
     (gateway('x', 'X', 'python', PYTHON['argv'], config=dict(port_range='9..3')), 'greater'), (gateway('x', 'X', 'python', PYTHON['argv'], config=dict(launch_timeout='soon')), 'launch_timeout'),
-    (dict(SPARK_PYTHON, language='julia'), "'julia' is none of"), (dict(PYTHON, display_name='a\nb'), 'one line'), (dict(PYTHON, display_name=['x']), 'display_name')])
+    (dict(SPARK_PYTHON, language='julia'), "'julia' is not one of"), (dict(PYTHON, display_name='a\nb'), 'one line'), (dict(PYTHON, display_name=['x']), 'display_name')])
 def test_refused(bench, kernel, words):
     bench.take(bench.old('x', kernel), ok=words is None)
     assert words is None or re.search(words, bench.said) and not bench.kernels.exists()
 
 def test_refused_arguments(bench):
-    for argv, words in ([], 'which kernelspec'), ([bench.tmp/'none'], 'no kernelspec'), ([bench.tmp, bench.tmp], 'repeat the option'), ([bench.tmp, '--spark'], 'no option --spark'):
+    for argv, words in ([], 'which kernelspec'), ([bench.tmp/'none'], 'not a kernelspec'), ([bench.tmp, bench.tmp], 'repeat the option'), ([bench.tmp, '--spark'], 'no option --spark'):
         got = subprocess.run([BIN/'jupyter-ssh-spec', 'import', *argv], env=bench.env, capture_output=True, text=True)
         assert got.returncode == 1 and words in got.stderr and 'Traceback' not in got.stderr
 
 def test_unknown_options_of_a_launcher_are_pointed_out(bench):
     bench.take(bench.old('python_distributed', dict(PYTHON, argv=PYTHON['argv'] + ['--RemoteProcessProxy.color', 'red'])))
-    assert 'the launcher knows no option --color' in bench.said
+    assert 'the launcher does not know the option --color' in bench.said
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(['{connection_file}', '{response_address}', 'run.sh', 'launch_ipykernel.py', 'python']),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(['argv', 'env', 'metadata', 'process_proxy', 'kernel_provisioner', 'config', 'class_name', 'provisioner_name', 'remote_hosts',

@@ -547,11 +547,20 @@ def test_spark_that_cannot_start(launch, spark_env):
     k = launch(None, '--spark-context-initialization-mode', 'eager', env=spark_env('nonsense'))
     assert k.proc.wait(60) == 1 and 'Spark could not be started: ' in k.text().splitlines()[-1]
 
-def test_spark_eager_and_none(launch, spark_env):
+def test_spark_eager_and_none(launch, spark_env, tmp_path):
     k = launch(None, '--spark-context-initialization-mode', 'eager', env=spark_env('local[1]')).up()
     with client(k.info) as c:
         assert run(c, 'print(type(sc).__name__, sc.master)').text == 'SparkContext local[1]\n'
         assert run(c, '%who').text == 'Interactive namespace is empty.\n'
+        begun = tmp_path/'begun'
+        def interrupt():
+            until('the cell has begun', begun.exists, 60)
+            for seconds in (.5, 2.5): # until it is in the JVM; until its user has been told
+                time.sleep(seconds)
+                ask(k.info, dict(signum=2))
+        got = interrupted(c, f'open({str(begun)!r}, "w").close(); sc._jvm.java.lang.Thread.sleep(10**9)', interrupt) # which is no job, and so not cancelled
+        assert got.error.startswith('KeyboardInterrupt') and 'Interrupt once more to leave it' in got.text
+        assert run(c, 'print(sc.parallelize(range(10)).sum())').text == '45\n'
     k.end()
     for args in (['--spark-context-initialization-mode', 'none'], ['--spark-context-initialization-mode', 'lazy', '--cluster-type', 'none'], []):
         k = launch(None, *args, env=spark_env('local[1]')).up()

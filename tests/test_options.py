@@ -6,9 +6,11 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh import balance
+from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.hosts import Host, HostError
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError, settings
-from kernels import LEGACY, Timer, forget, interrupt, until, value
+from kernels import HABITS, LEGACY, Timer, forget, interrupt, until, value
 import kernels
 
 @pytest.fixture
@@ -157,7 +159,7 @@ async def test_a_kernelspec_adds_to_unauthorized_users(spec):
             async with running(spec(unauthorized_users=['eve']), dict(KERNEL_USERNAME=user)): pass
 
 @pytest.mark.parametrize('config, var, own, lists', [
-    (dict(), None, None, 'the default; GP_UNAUTHORIZED_USERS replaces it'),
+    (dict(), None, None, 'the default; GP_UNAUTHORIZED_USERS= empties it'),
     (dict(), 'root,eve', None, 'GP_UNAUTHORIZED_USERS'),
     (dict(), '', ['root'], 'kernel.json'),
     (dict(unauthorized_users={'root'}), '', ['root'], 'c.DistributedProvisioner.unauthorized_users; kernel.json')])
@@ -165,6 +167,16 @@ async def test_root_learns_which_lists_it_stands_on(spec, monkeypatch, config, v
     if var is not None: monkeypatch.setenv('GP_UNAUTHORIZED_USERS', var)
     with pytest.raises(LaunchError, match=re.escape(f'in unauthorized_users ({lists}). Set KERNEL_USERNAME to the name of the person, or take root off')):
         async with running(spec(**dict(unauthorized_users=own) if own else {}), dict(KERNEL_USERNAME='root'), config): pass
+
+async def test_root_is_told_what_to_do_and_others_are_not(spec, monkeypatch):
+    remedies = 'Set KERNEL_USERNAME to the name of the person', 'GP_UNAUTHORIZED_USERS= '
+    for user in 'root', 'eve':
+        with pytest.raises(LaunchError, match='unauthorized_users') as e:
+            async with running(spec(unauthorized_users=['eve']), dict(KERNEL_USERNAME=user)): pass
+        assert [o in str(e.value) for o in remedies] == [user == 'root']*2
+    monkeypatch.setenv('GP_UNAUTHORIZED_USERS', '')
+    async with running(spec(unauthorized_users=['eve']), dict(KERNEL_USERNAME='root')) as (km, kc):
+        assert await value(kc, '__import__("os").environ["KERNEL_USERNAME"]') == 'root'
 
 # Ports
 
@@ -220,7 +232,7 @@ async def test_unreachable_timeout(spec, hosts, caplog):
         assert await asyncio.wait_for(km.provisioner.wait(), 20) == 255
         assert not await km.is_alive() and 'is lost' in caplog.text
         hosts['host4'].start()
-        await until(lambda: not hosts['host4'].kernels(), 30, 'the lost kernel ended')
+    await until(lambda: not hosts['host4'].kernels(), 30, 'the lost kernel ended')
 
 async def test_orphan_timeout(spec, hosts):
     code = f'''
@@ -233,7 +245,7 @@ async def main():
     print(km.provisioner.fields['pid'], flush=True)
     os.kill(os.getpid(), 9)
 asyncio.run(main())'''
-    with hosts.nothing_left(30):
+    with hosts.nothing_left(30, HABITS):
         out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, GP_ORPHAN_TIMEOUT='2'), capture_output=True, text=True, timeout=60)
         pid = int(out.stdout)
         assert psutil.pid_exists(pid)
@@ -270,13 +282,26 @@ async def test_tunneling(spec, hosts):
         await kc.wait_for_ready(timeout=60)
         assert km.ports == before
 
-async def test_tunnels_need_a_server_that_forwards(spec, hosts):
+@pytest.mark.parametrize('allowed', ['no', 'local'])
+async def test_tunneling_where_the_server_does_not_forward(spec, hosts, allowed):
+    "Another host takes over; without one, the message names host, user, what failed and what to change; once that is done, it works"
     await asyncio.to_thread(forget)
-    hosts[0].options = dict(AllowTcpForwarding='no')
+    words = r"host host1 \(user \S+\): the SSH server does not forward ports \(.+\)\. Tunnelling needs AllowTcpForwarding in its sshd_config"
+    hosts[0].options = dict(AllowTcpForwarding=allowed)
     hosts[0].restart_sshd()
+    config = dict(tunneling_enabled=True)
     with hosts.nothing_left():
-        with pytest.raises(LaunchError, match=r'host host1 \(user \w+\): the SSH server does not forward ports .*AllowTcpForwarding'):
-            async with running(spec(remote_hosts=['host1']), config=dict(tunneling_enabled=True)): pass
+        with pytest.raises(LaunchError, match=words):
+            async with running(spec(remote_hosts=['host1']), config=config): pass
+    async with running(spec(remote_hosts=['host1', 'host2']), config=config) as (km, _): assert host_of(km) == 'host2'
+    async def refused():
+        conn = await shared().pool.connection(Host.parse('host1'), km.provisioner.login)
+        with pytest.raises(HostError, match=words): await conn.reverse(8877)
+        return conn.is_up
+    assert await background().run(refused()), 'a connection that does not forward is still one'
+    hosts[0].options = {}
+    hosts[0].restart_sshd()
+    async with running(spec(remote_hosts=['host1']), config=config) as (km, kc): assert await value(kc, '1+1') == 2
 
 async def test_gss_auth_names_the_extra(spec):
     with pytest.raises(LaunchError, match=r'gateway_provisioners_ssh\[gssapi\]'):

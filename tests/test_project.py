@@ -1,11 +1,12 @@
 "The repository itself: generated files are what their sources give, the distribution is complete and lean, the docs hold together."
-import ast, email, json, os, re, shutil, subprocess, sys, zipfile
+import ast, contextlib, email, json, os, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
 import pytest, yaml
 from packaging.requirements import Requirement
 from hosts import REPO
+from kernels import within
 
 PKG = 'gateway_provisioners_ssh'
 CFG = ConfigParser(delimiters=['='], interpolation=None)
@@ -181,3 +182,12 @@ def test_nothing_of_this_machine():
     files = [REPO/o for o in os.fsdecode(r.stdout).split('\0') if o] if not r.returncode else [p for d in ('nbs', PKG, 'tests', 'scripts') for p in (REPO/d).rglob('*')]
     bad = [(ids(f), w.pattern) for f in files if f.is_file() for w in words if w.search(f.read_bytes())]
     assert bad == []
+
+# The tests themselves
+
+@pytest.mark.parametrize('took, kept', [([.9], True), ([2, .9, .9], True), ([2, 2, .9], False), ([2, .9, 2], False)])
+async def test_a_bound_in_time_is_kept_at_once_or_in_both_of_two_more_attempts(took, kept):
+    attempts = iter(took)
+    async def attempt(): return next(attempts)
+    with contextlib.nullcontext() if kept else pytest.raises(AssertionError): await within(1, attempt)
+    assert not list(attempts)

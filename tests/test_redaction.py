@@ -1,75 +1,24 @@
 """Secrets stay where they belong. Everything that this package does is done once with all logging at DEBUG, paramiko's packets included, while
 argument vectors are watched; then everything that was written anywhere is searched for every secret there was."""
-import asyncio, base64, contextlib, io, json, logging, os, threading, traceback
+import asyncio, contextlib, io, os, re, subprocess, sys, traceback
 from pathlib import Path
 import pytest
-from gateway_provisioners_ssh import handshake
-from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
-from kernels import forget, printed, running, value
+from gateway_provisioners_ssh.provisioner import shared
+from gateway_provisioners_ssh.settings import LaunchError
+from kernels import LEGACY, forget, printed, running, until, value
+from redact import ArgumentVectors, everything_logged, noted
 
 PASSWORD = 'Xyzzy-Plugh-1797-plover'
 
 @pytest.fixture
-def everything_logged(monkeypatch):
-    "What all loggers say at DEBUG"
-    out, root = io.StringIO(), logging.getLogger()
-    handler = logging.StreamHandler(out)
-    handler.setFormatter(logging.Formatter('%(name)s %(levelname)s %(message)s'))
-    old = {}
-    for o in root, *(o for o in logging.Logger.manager.loggerDict.values() if isinstance(o, logging.Logger)): old[o] = o.level; o.setLevel(logging.DEBUG)
-    level, propagate = logging.getLogger('paramiko').level, []
-    for name in 'paramiko', 'gateway_provisioners_ssh', 'gateway_provisioners_ssh.paramiko', 'traitlets', 'asyncio': logging.getLogger(name).setLevel(logging.DEBUG)
-    root.addHandler(handler)
-    yield out
-    root.removeHandler(handler)
-    for o, level in old.items(): o.setLevel(level)
-    logging.getLogger('gateway_provisioners_ssh.paramiko').setLevel(logging.CRITICAL)
-
-class ArgumentVectors(threading.Thread):
-    "Every argument vector on this machine, hosts included, as `ps` shows them, several times a second"
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.seen, self.rounds, self.ended = set(), 0, threading.Event()
-    def run(self):
-        while not self.ended.wait(.02):
-            self.rounds += 1
-            for pid in filter(str.isdigit, os.listdir('/proc')):
-                with contextlib.suppress(OSError): self.seen.add(Path(f'/proc/{pid}/cmdline').read_bytes())
-    def __enter__(self): self.start(); return self
-    def __exit__(self, *a): self.ended.set(); self.join()
-
-class Secrets(dict):
-    "Every secret of a run, as texts that would give it away"
-    def add(self, name, value):
-        value = value if isinstance(value, bytes) else value.encode()
-        if len(value) < 8: return
-        for form in value, base64.b64encode(value), value.hex().encode(), base64.b64encode(value).rstrip(b'='): self[form] = name
-    def found_in(self, text): return sorted({name for s, name in self.items() if s in text})
+def logged():
+    with everything_logged(out := io.StringIO()): yield out
 
 @pytest.fixture
-def secrets(monkeypatch):
-    "Collects the secrets of launches and kernels where they are made"
-    all = Secrets()
-    all.add('password', PASSWORD)
-    ticket, adopt = handshake.Launch.ticket, DistributedProvisioner._adopt
-    def of_ticket(self):
-        text = ticket(self)
-        fields = json.loads(base64.b64decode(text))
-        all.add('ticket', text); all.add('psk', base64.b64decode(fields['psk'])); all.add('psk', fields['psk'])
-        for k in 'key', 'curve_secretkey':
-            if v := (fields.get('connection') or {}).get(k): all.add(k, v)
-        return text
-    async def of_kernel(self, *args, **kw):
-        res = await adopt(self, *args, **kw)
-        for k in 'key', 'control_key', 'curve_secretkey':
-            if v := self.fields.get(k): all.add(k, v)
-        all.add('control_key', bytes.fromhex(self.fields['control_key']))
-        return res
-    monkeypatch.setattr(handshake.Launch, 'ticket', of_ticket)
-    monkeypatch.setattr(DistributedProvisioner, '_adopt', of_kernel)
-    return all
+def secrets():
+    with noted() as all: yield all
 
-async def test_no_secret_is_told(net_remote, net, everything_logged, secrets, monkeypatch):
+async def test_no_secret_is_told(net_remote, net, logged, secrets, monkeypatch):
     host, said, texts = net[3], [], {}
     host.add_user('willow', password=PASSWORD, key=False)
     host.options = dict(UsePAM='no')
@@ -91,13 +40,14 @@ async def test_no_secret_is_told(net_remote, net, everything_logged, secrets, mo
                 for h in net:
                     for f in h.tmp.glob('kernel-*.log*'): texts[f'log of {h.name} {f.name}'] = f.read_bytes()
 
-    async def refused(*args, **kw):
-        with pytest.raises(Exception) as e:
-            async with heard(*args, **kw): pass
-        said.extend([str(e.value), repr(e.value), ''.join(traceback.format_exception(e.value))])
-        return e.value
+    async def start(*args, **kw):
+        async with heard(*args, **kw): pass
 
-    with ArgumentVectors() as vectors:
+    async def fails(start, error, words=None):
+        with pytest.raises(error, match=words) as e: await start
+        said.extend([str(e.value), repr(e.value), ''.join(traceback.format_exception(e.value))])
+
+    with ArgumentVectors(.02) as vectors:
         for encryption, config in ('disabled', {}), ('required', {}), ('required', dict(tunneling_enabled=True)):
             async with heard('by-password', encryption=encryption, **config) as (km, kc):
                 assert await value(kc, '__import__("getpass").getuser()') == 'willow'
@@ -106,28 +56,65 @@ async def test_no_secret_is_told(net_remote, net, everything_logged, secrets, mo
                 await km.interrupt_kernel()
                 await km.restart_kernel()
                 await kc.wait_for_ready(timeout=60)
-        async with heard('node1', allow_legacy_launchers=True): pass
+        await start('node1', argv=lambda _: LEGACY, allow_legacy_launchers=True)
         # failures of every kind
-        await refused('by-password', argv=lambda a: ['no-such-interpreter', *a[1:]])
-        await refused('by-password', argv=lambda a: ['sh', '-c', 'echo giving up; exit 3'])
-        await refused('by-password', argv=lambda a: [a[0], '-c', 'raise SystemExit("crashed")'])
-        await refused('by-password', kernel_log_dir='/no/such/directory')
+        await fails(start('by-password', argv=lambda a: ['no-such-interpreter', *a[1:]]), LaunchError, 'status 127(?s:.*)no-such-interpreter: not found')
+        await fails(start('by-password', argv=lambda a: ['sh', '-c', 'echo giving up; exit 3']), LaunchError, 'status 3(?s:.*)giving up')
+        await fails(start('by-password', argv=lambda a: [a[0], '-c', 'raise SystemExit("crashed")']), LaunchError, 'status 1(?s:.*)crashed')
+        await fails(start('by-password', kernel_log_dir='/no/such/directory'), LaunchError, 'cannot write the log /no/such/directory')
         net[1].refuse_keys()
-        e = await refused('node2')
-        assert 'refused the login' in str(e)
+        await fails(start('node2'), LaunchError, 'refused the login')
         monkeypatch.setenv('GP_REMOTE_PWD', PASSWORD+'-wrong')
         await asyncio.to_thread(forget)
-        e = await refused('by-password')
-        assert 'refused the login' in str(e)
-        starting = asyncio.create_task(refused('node3'))
-        await asyncio.sleep(.3)
+        await fails(start('by-password'), LaunchError, 'refused the login')
+        before, starting = len(secrets), asyncio.create_task(start('node3'))
+        await until(lambda: len(secrets) > before, what='a ticket')
         starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
+        await fails(starting, asyncio.CancelledError)
     await asyncio.to_thread(forget)
-    texts |= {'logging': everything_logged.getvalue().encode(errors='replace'), 'messages and reprs': '\n'.join(said).encode(errors='replace'),
+    texts |= {'logging': logged.getvalue().encode(errors='replace'), 'messages and reprs': '\n'.join(said).encode(errors='replace'),
               'argument vectors': b'\n'.join(vectors.seen), **{f'sshd of {h.name}': h.logfile.read_bytes() for h in net}}
     host.options = {}
     print({k: len(v) for k, v in texts.items() if not k.startswith('log of')}, len(secrets), 'forms of secrets,', vectors.rounds, 'looks at argument vectors')
-    assert {'password', 'ticket', 'psk', 'key', 'control_key', 'curve_secretkey'} <= set(secrets.values())
+    assert {'password', 'ticket', 'psk', 'key', 'version 1 key', 'control_key', 'curve_secretkey'} == set(secrets.values())
     assert len(texts['logging']) > 20_000 and b'launch_ipykernel.py' in texts['argument vectors'] and any(k.startswith('log of') for k in texts)
     assert {k: found for k, text in texts.items() if (found := secrets.found_in(text))} == {}
+
+# The same as a plugin, for any tests
+
+TOLD = """
+import base64, json, logging, subprocess, time
+import pytest
+from Cryptodome.Cipher import AES, PKCS1_v1_5
+from Cryptodome.PublicKey import RSA
+from Cryptodome.Util.Padding import pad
+from gateway_provisioners_ssh.handshake import LegacyKey, Launch, connection_info
+from gateway_provisioners_ssh.hosts import Login
+
+log = logging.getLogger('somebody')
+def version_1():
+    key, fields = LegacyKey(), dict(dict.fromkeys(('shell_port', 'iopub_port', 'stdin_port', 'hb_port', 'control_port'), 1), ip='127.0.0.1', transport='tcp',
+        key='6f1d2c3b4a59', signature_scheme='hmac-sha256', kernel_id='k', kernel_name='')
+    rsa, aes = RSA.import_key(base64.b64decode(key.public_key)), b'0123456789abcdef'
+    return key.open(dict(version=1, key=PKCS1_v1_5.new(rsa).encrypt(aes), conn_info=AES.new(aes, AES.MODE_ECB).encrypt(pad(json.dumps(fields).encode(), 16))))
+
+def test_quiet(): Launch('k').ticket()
+def test_nothing(): log.info('nothing')
+def test_ticket(): log.debug('in a word: %s', Launch('k').ticket())
+def test_psk(): (launch := Launch('k')).ticket(); log.debug(launch._psk.hex())
+def test_password(): log.warning(Login(password='Xyzzy-Plugh').password)
+def test_version_1(): log.info(version_1()['key'])
+def test_argument(): subprocess.run(['sh', '-c', 'sleep 2; true', Launch('k').ticket()])
+def test_report():
+    ticket = Launch('k').ticket()
+    assert not ticket
+"""
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('tests, status, words', [('quiet', 0, ['none found']), ('nothing', 1, ['there was nothing to look for']),
+    ('', 1, ['ticket in argument vectors', 'ticket in the report of test_told.py::test_report', *(rf'{o} in /\S+/redact-\S+\.log' for o in ('ticket', 'psk', 'password', 'version 1 key'))])])
+def test_plugin(tmp_path, workers, tests, status, words):
+    (tmp_path/'test_told.py').write_text(TOLD)
+    r = subprocess.run([sys.executable, '-m', 'pytest', '-p', 'redact', '-p', 'no:cacheprovider', '-n', str(workers), '-k', tests, 'test_told.py'],
+                       cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent), TMPDIR=str(tmp_path)), capture_output=True, text=True)
+    assert r.returncode == status and all(re.search(o, r.stdout) for o in words), r.stdout + r.stderr

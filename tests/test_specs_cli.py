@@ -317,11 +317,11 @@ def test_command_without_subcommand_helps(bench):
 
 # --- refusals
 
-@pytest.mark.parametrize('argv,match', [(['instal'], "'instal'; is install meant"), (['isntall', '--user'], 'is install meant'), (['update'], 'there are demo, install, import'), (['--user'], "'--user'"), (['--bogus', 'install'], 'there are'),
-    (['demo', '--bogus'], 'no option --bogus; --help'), (['demo', '--host', '4'], 'is --hosts meant'), (['demo', '--hosts'], 'needs a value'), (['demo', '--hosts', 'x'], '--hosts expected an int'), (['demo', '--hosts', '1'], '--hosts should not be less than 2'),
-    (['demo', 'now'], "'now' is not expected"), (['demo', '--SshDemo.host=3'], 'is --SshDemo.hosts meant'), (['import'], 'which kernelspec'), (['import', '/none'], 'no kernel.json in it'), (['import', 'a', 'b'], "'b' is not expected"),
-    (['import', '--kernel-nam', 'x'], 'is --kernel-name meant'), (['install', '--debugg'], 'is --debug meant'), (['install', '--SshSpecInstaler.remote_hosts=gpu1'], 'is --SshSpecInstaller.remote_hosts meant'), (['install', '--replace=yes'], '--replace takes no value'),
-    (['install', '--python', '--user'], '--python needs a value'), (['install', '-prefix', 'x'], 'no option -prefix; is --prefix meant'), (['install', '--launch-timeout', 'soon'], '--launch-timeout expected an int'), (['install', '--log-level', 'LOUD'], '--log-level expected any of')])
+@pytest.mark.parametrize('argv,match', [(['instal'], "'instal'; did you mean install"), (['isntall', '--user'], 'did you mean install'), (['update'], 'there are demo, install, import'), (['--user'], "'--user'"), (['--bogus', 'install'], 'there are'),
+    (['demo', '--bogus'], 'no option --bogus; --help'), (['demo', '--host', '4'], 'did you mean --hosts'), (['demo', '--hosts'], 'needs a value'), (['demo', '--hosts', 'x'], '--hosts expected an int'), (['demo', '--hosts', '1'], '--hosts should not be less than 2'),
+    (['demo', 'now'], "'now' is not expected"), (['demo', '--SshDemo.host=3'], 'did you mean --SshDemo.hosts'), (['import'], 'which kernelspec'), (['import', '/none'], 'no kernel.json in it'), (['import', 'a', 'b'], "'b' is not expected"),
+    (['import', '--kernel-nam', 'x'], 'did you mean --kernel-name'), (['install', '--debugg'], 'did you mean --debug'), (['install', '--SshSpecInstaler.remote_hosts=gpu1'], 'did you mean --SshSpecInstaller.remote_hosts'), (['install', '--replace=yes'], '--replace takes no value'),
+    (['install', '--python', '--user'], '--python needs a value'), (['install', '-prefix', 'x'], 'no option -prefix; did you mean --prefix'), (['install', '--launch-timeout', 'soon'], '--launch-timeout expected an int'), (['install', '--log-level', 'LOUD'], '--log-level expected any of')])
 def test_every_subcommand_refuses_in_one_line(bench, argv, match):
     r = bench.run(*argv, command=COMMAND[:1])
     assert (r.returncode, r.stdout)==(1, '')
@@ -348,7 +348,7 @@ def test_interrupted(bench):
     (['--kernel-name', 'a/b'], 'a/b'), (['--kernel-name', '../up'], 'up'), (['--kernel-name', 'a b'], 'a b'), (['--kernel-name', '.hidden'], 'hidden'), (['--display-name', 'a\nb'], 'one line'),
     (['--launch-timeout', '0'], 'above zero'), (['--launch-timeout', '-3'], 'above zero'), (['--launch-timeout', 'soon'], 'launch-timeout'), (['--ipykernel-subclass-name', 'Kernel'], 'package.module.Class'),
     (['--ipykernel-subclass-name', 'os; import x.y'], 'package.module.Class'), (['--spark', '--spark-init-mode', 'later'], 'later.*lazy, eager, none'), (['--spark', '--spark-master', 'yran'], 'yran.*yarn'),
-    (['--spark', '--spark-master', 'spark://h'], 'spark://HOST:PORT'), (['--spark', '--spark-master', 'yarn --conf x'], 'none of'), (['--spark', '--extra-spark-opts', '--conf "a'], 'quotation'),
+    (['--spark', '--spark-master', 'spark://h'], 'spark://HOST:PORT'), (['--spark', '--spark-master', 'yarn --conf x'], 'not one of'), (['--spark', '--extra-spark-opts', '--conf "a'], 'quotation'),
     (['--authorized-users', 'a\tb'], 'authorized_users'), (['--user'], 'two places'), (['--sys-prefix', '--user'], 'two places'), (['--remote-host', 'h'], '--remote-hosts'), (['--nonsense'], '--nonsense'),
     (['word'], "'word'"), (['--remote-hosts', 'a', 'b'], "'b'.*repeat"), (['--kernel-name'], 'needs a value'), (['--python', ''], None), (['--spark', '--spark-home', ' '], 'Spark home'), (['--log-level', 'LOUD'], 'log-level'), (['-x'], 'no option -x')])
 def test_refused(bench, argv, match):
@@ -376,9 +376,9 @@ def test_broken_configuration_file(bench, text):
 def test_unknown_trait_is_refused(bench):
     bench.refuse('--SshSpecInstaller.remote_host=x', match='remote_host')
     (bench.tmp/'c.py').write_text('c.BaseSpecApp.lanugage = "R"\n')
-    bench.refuse('--config', bench.tmp/'c.py', match=r'c\.py: c\.BaseSpecApp\.lanugage is no option; is language meant')
+    bench.refuse('--config', bench.tmp/'c.py', match=r'c\.py: c\.BaseSpecApp\.lanugage is not an option; did you mean language')
     (bench.tmp/'c.py').write_text('c.RemoteProvisionerConfigMixin.port_rang = "0..0"\n')
-    bench.refuse('--config', bench.tmp/'c.py', match='is port_range meant')
+    bench.refuse('--config', bench.tmp/'c.py', match='did you mean port_range')
 
 def test_a_misspelt_class_is_pointed_out(bench):
     "Others are none of our business: a file serves many applications"
@@ -596,14 +596,14 @@ def test_impersonation(submit):
     assert submit(EG_IMPERSONATION_ENABLED='True', KERNEL_USERNAME=other)[0] == 'SUDO'
     assert submit(GP_IMPERSONATION_ENABLED='True', KERNEL_USERNAME=me) == [app] # the provisioner has done it already
     assert submit(GP_IMPERSONATION_ENABLED='False', KERNEL_USERNAME=other) == submit(KERNEL_USERNAME=other) == [app]
-    for bad in ('', '#0', '-u root', '+1'): submit(GP_IMPERSONATION_ENABLED='True', KERNEL_USERNAME=bad, fails='no user name')
+    for bad in ('', '#0', '-u root', '+1'): submit(GP_IMPERSONATION_ENABLED='True', KERNEL_USERNAME=bad, fails='is not a user name')
     for bad in ('nobody-such', 'root x', '$(id)', '../root'): submit(GP_IMPERSONATION_ENABLED='True', KERNEL_USERNAME=bad, fails='has no user')
 
 # --- functions
 
 def test_master_is_one_word_without_quotes():
     for bad in ('', 'yarn ', 'spark://h:7077 --x', 'local[*', 'local[a]', 'spark://h:7077/', 'spark://$(id):1', 'YARN', "local'"):
-        with pytest.raises(ValueError, match='none of'): cluster(bad)
+        with pytest.raises(ValueError, match='not one of'): cluster(bad)
 
 def test_logos_are_images_of_their_size():
     for lang in ('python', 'r', 'scala'):

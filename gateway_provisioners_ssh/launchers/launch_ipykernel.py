@@ -7,17 +7,17 @@ __all__ = ['NAMES', 'OPTIONS', 'kernel_app', 'spark_session', 'reachable', 'take
            'define', 'start_lazily', 'start_eagerly', 'follow_calls', 'cancel_jobs', 'active_context', 'spark_calls',
            'cancel_on_interrupt', 'spark_mode', 'main']
 
-# %% ../../nbs/09_ipykernel.ipynb #ffd5932a
-import atexit, functools, gc, importlib, inspect, os, signal, socket, sys, threading, time
+# %% ../../nbs/09_ipykernel.ipynb #fa05357c
+import atexit, functools, gc, importlib.util, inspect, os, signal, socket, sys, threading, time
 from contextlib import suppress
 from types import SimpleNamespace
 
-# %% ../../nbs/09_ipykernel.ipynb #39cf4ef3
+# %% ../../nbs/09_ipykernel.ipynb #ab489328
 sys.path.insert(0, os.path.dirname(os.path.abspath(globals().get('__file__', ''))))
-from server_listener import Arguments, Launch, LaunchError, fail, fork_listener, log
+from server_listener import Arguments, Launch, LaunchError, fail, fork_listener, hpke, log
 del sys.path[0]
 
-# %% ../../nbs/09_ipykernel.ipynb #a3d444d3
+# %% ../../nbs/09_ipykernel.ipynb #cf2b3d00
 def kernel_app(
     launch:Launch, # Whose ports are reserved
     kernel_class:str, # Dotted name of an ipykernel `Kernel` subclass
@@ -30,7 +30,10 @@ def kernel_app(
         from ipykernel.kernelbase import Kernel
         from traitlets import import_item
     except ImportError as e:
-        raise LaunchError(f'{sys.executable} cannot run an IPython kernel ({e}): {sys.executable} -m pip install ipykernel') from None
+        needs = 'ipykernel'
+        try: hpke()
+        except LaunchError: needs += ' "pycryptodomex>=3.22"' # the listener will miss it, too
+        raise LaunchError(f'{sys.executable} cannot run an IPython kernel ({e}): {sys.executable} -m pip install {needs}') from None
     if launch.ticket.encrypt and not ('curve_secretkey' in vars(IPKernelApp) and zmq.has('curve')):
         raise LaunchError(f'encrypted channels were asked for, and the ipykernel of {sys.executable} cannot encrypt: '
                           f'{sys.executable} -m pip install "ipykernel>=7.3", or set KernelManager.transport_encryption to "disabled"')

@@ -164,7 +164,7 @@ def reserve(
         return held
     except StopIteration: why = (f'fewer than 6 ports are free in {ports[0]}..{ports[-1]} on {ip}: widen the port range '
                                  '(port_range, GP_PORT_RANGE) or end what uses it')
-    except OSError as e: why = (f'cannot bind to {ip}: {e.strerror}: if it is no address of this host, '
+    except OSError as e: why = (f'cannot bind to {ip}: {e.strerror}: if it is not an address of this host, '
                                   'let kernels be tunnelled (GP_ENABLE_TUNNELING=true)')
     for s in held.values(): s.close()
     raise LaunchError(why)
@@ -253,7 +253,7 @@ def mac(
     import hmac # 4 MB that a listener which is never asked need not have
     return hmac.digest(key, b''.join(parts), 'sha256').hex()
 
-def same(a, b) -> bool: # False too if one is no ASCII text
+def same(a, b) -> bool: # False too if one is not ASCII text
     "Compare two texts in a time that says nothing of where they differ"
     import hmac
     try: return hmac.compare_digest(a, b)

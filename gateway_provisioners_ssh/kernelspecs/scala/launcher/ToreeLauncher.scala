@@ -58,7 +58,7 @@ object ToreeLauncher {
     Paths.get(env("JUPYTER_RUNTIME_DIR").getOrElse(data + "/runtime")).resolve(s"kernel-${kernelId.replace('/', '_')}.json").toAbsolutePath
   }
 
-  /** Writes the connection file for this user only. Toree does not need it, so a full disk is no reason to fail. */
+  /** Writes the connection file for this user only. Toree does not need it, so a full disk is not a reason to fail. */
   private def write(file: Path, json: ObjectNode): Unit = try {
     Files.createDirectories(file.getParent)
     Files.deleteIfExists(file)

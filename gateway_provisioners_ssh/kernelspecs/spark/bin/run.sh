@@ -74,7 +74,7 @@ split SPARK_OPTS "$SPARK_OPTS"
 
 become=()
 case ${GP_IMPERSONATION_ENABLED:-$EG_IMPERSONATION_ENABLED} in [Tt][Rr][Uu][Ee]|1)
-  case $KERNEL_USERNAME in ''|[-+#]*) die "impersonation: '$KERNEL_USERNAME' in KERNEL_USERNAME is no user name" ;; esac
+  case $KERNEL_USERNAME in ''|[-+#]*) die "impersonation: '$KERNEL_USERNAME' in KERNEL_USERNAME is not a user name" ;; esac
   if [ "$KERNEL_USERNAME" != "$(id -un)" ]; then
     id -u -- "$KERNEL_USERNAME" >/dev/null 2>&1 || die "impersonation: $machine has no user '$KERNEL_USERNAME'"
     become=(sudo -n -H -E -u "$KERNEL_USERNAME" -- env "PATH=$PATH")
