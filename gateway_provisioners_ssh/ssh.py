@@ -197,10 +197,10 @@ async def open_link(
 
 def _shut_out(e): return isinstance(e, (EOFError, ConnectionResetError)) or 'banner' in str(e).lower()
 
-# %% ../nbs/04_ssh.ipynb #525a4f2a
+# %% ../nbs/04_ssh.ipynb #ebe71409
 class SSHConnection:
     "The connection to one host; every method runs in the loop that made it"
-    beat,patience,max_rest,local = 5,30,30,False
+    beat,patience,max_rest,local,closed = 5,30,30,False,False
     def __init__(self,
         host:Host, # The entry
         login:Login, # How to log in
@@ -226,9 +226,10 @@ class SSHConnection:
     @property
     def local_address(self): return self.link.local_address # The address of this machine that the host can reach
 
-# %% ../nbs/04_ssh.ipynb #693ee756
+# %% ../nbs/04_ssh.ipynb #dda5248d
 async def shell(self:SSHConnection) -> Shell:
-    "The live shell, connecting if need be; raises `HostError`"
+    "The live shell, connecting if need be; raises `HostError`, and after `close`, which is the end of it, `CancelledError`"
+    if self.closed: raise asyncio.CancelledError(f'{self!r} was closed')
     if self.is_up: return self.sh
     if self.opening is None or self.opening.done(): self.opening = later(self._open())
     return await asyncio.shield(self.opening)
@@ -301,7 +302,7 @@ async def _new_link(self:SSHConnection, routes):
     via = await self._link(routes[:-1]) if len(routes) > 1 else None
     return await open_link(self.host, routes[-1], self.login, via)
 
-# %% ../nbs/04_ssh.ipynb #abaacd0b
+# %% ../nbs/04_ssh.ipynb #dc52afe0
 def _down(self:SSHConnection, io, link):
     "The shell ended, for whatever reason: its connection is of no use any more"
     io.close()
@@ -334,7 +335,8 @@ async def _revive(self:SSHConnection):
         with suppress(HostError): await self.shell()
     
 async def close(self:SSHConnection):
-    "Close the connection; processes on the host go on"
+    "Close the connection for good; processes on the host go on"
+    self.closed = True
     for t in (self.opening, self.reviving):
         if t: t.cancel()
     if self.is_up:
@@ -409,18 +411,19 @@ async def _join(loop, chan, wire, port):
 
 SSHConnection.forward,SSHConnection.reverse = forward,reverse
 
-# %% ../nbs/04_ssh.ipynb #dd5215f7
+# %% ../nbs/04_ssh.ipynb #9b445dbe
 login_variables = 'HOME USER LOGNAME SHELL PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR XDG_RUNTIME_DIR'.split()
 
 class LocalConnection:
     "This machine, with the face of an `SSHConnection`"
-    local,proxied,resting,address,local_address,error,down_since = True,False,False,'127.0.0.1','127.0.0.1',None,None
+    local,proxied,resting,closed,address,local_address,error,down_since = True,False,False,False,'127.0.0.1','127.0.0.1',None,None
     def __init__(self, host): self.host,self.user,self.sh,self.opening = host,this_user(),None,None
     def __repr__(self): return f'LocalConnection({str(self.host)!r})'
     @property
     def is_up(self): return self.sh is not None and not self.sh.closed
 
     async def shell(self):
+        if self.closed: raise asyncio.CancelledError(f'{self!r} was closed')
         if self.is_up: return self.sh
         if self.opening is None or self.opening.done(): self.opening = later(self._open())
         return await asyncio.shield(self.opening)
@@ -431,6 +434,7 @@ class LocalConnection:
 
     up = answering = shell
     async def close(self):
+        self.closed = True
         if self.is_up: self.sh.close()
 
 # %% ../nbs/04_ssh.ipynb #f4fa2319
