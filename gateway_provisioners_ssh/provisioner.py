@@ -274,7 +274,7 @@ async def _undo(starting, patience=5):
             await sweep(p.shells, p.dir, p.log, p.become, p.pgids)
     await asyncio.wait({later(undo())}, timeout=patience)
 
-# %% ../nbs/07_provisioner.ipynb #962b5442
+# %% ../nbs/07_provisioner.ipynb #11485e80
 hints = {
     r"(?s)cannot run an IPython kernel.*pycryptodomex|cannot seal .*cannot run an IPython kernel": 'Install ipykernel and pycryptodomex (3.22 or newer) for that interpreter on the host',
     r"No module named '?ipykernel|cannot run an IPython kernel": 'Install ipykernel for that interpreter on the host',
@@ -283,7 +283,8 @@ hints = {
     r'sudo:': 'Impersonation needs a sudoers rule on the host that lets this login run commands as the user, without a password and in its own '
         'environment: LOGIN ALL=(USER) NOPASSWD:SETENV: ALL',
     r'cannot write the log': 'Choose a directory on the host that exists and has room (GP_KERNEL_LOG_DIR)',
-    r"not found|No such file or directory|can't open file": 'The interpreter and the kernelspec must be on the host, at the paths that kernel.json has (jupyter ssh-spec install --python sets the interpreter)',
+    r"not found|No such file or directory|can't open file": 'The interpreter and the kernelspec must be on the host, at the paths that kernel.json has '
+        '(jupyter ssh-spec install --python sets the interpreter)',
     r'Permission denied': 'Check the permissions of the kernelspec on the host',
     r'host application cannot be reached': 'The launcher could not report back. Does a firewall keep the host from GP_RESPONSE_PORT here? GP_ENABLE_TUNNELING=True needs no way back',
 }

@@ -6,11 +6,10 @@
 __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_link', 'SSHConnection', 'shell', 'answering', 'up',
            'close', 'Forward', 'forward', 'reverse', 'LocalConnection', 'Pool']
 
-# %% ../nbs/04_ssh.ipynb #c26c002b
+# %% ../nbs/04_ssh.ipynb #08c87487
 import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
 import paramiko
 from contextlib import suppress
-from functools import partial
 from weakref import WeakSet
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
 from .background import in_thread, in_time
@@ -24,7 +23,7 @@ atexit.unregister(getattr(paramiko.transport, '_join_lingering_threads', None)) 
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
 if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # what matters of it is in our own messages
 
-# %% ../nbs/04_ssh.ipynb #18bcc885
+# %% ../nbs/04_ssh.ipynb #548de4e5
 def fingerprint(key) -> str: # `SHA256:...`, as `ssh-keygen -l` prints it
     "The fingerprint of a host key"
     return 'SHA256:' + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip('=')
@@ -53,12 +52,12 @@ def _of_trust(e, route):
 
 def _of_the_way(e, route, waited):
     "The same, if it is how far the connection came"
-    where,time_out = _where(route),f'within {round(waited, 1):g} s'
+    where,time_out = _where(route),f'within {round(waited) or round(waited, 1):g} s'
     if isinstance(e, socket.gaierror): return f'the name {route.hostname} is not known', 'Check the entry in remote_hosts, or its HostName in ~/.ssh/config'
     if isinstance(e, ConnectionRefusedError): return f'nothing listens on {where}', 'Is sshd running there, and is the port right?'
     if isinstance(e, AuthenticationException):
         return f'{where} did not answer the login {time_out}', f'See what it waits for: ssh -v {_at(route)} true (GP_CONNECT_TIMEOUT sets the time)'
-    if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or 'No existing session' in str(e):
+    if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or any(o in str(e) for o in ('No existing session', 'Timeout opening channel')):
         return f'no answer from {where} {time_out}', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)'
     if isinstance(e, ShellClosed): return str(e), f'See what this says: ssh {_at(route)} /bin/sh' if ' ended: ' in str(e) else ''
     if isinstance(e, ConnectionError) or _shut_out(e):
@@ -226,7 +225,7 @@ class SSHConnection:
     @property
     def local_address(self): return self.link.local_address # The address of this machine that the host can reach
 
-# %% ../nbs/04_ssh.ipynb #dda5248d
+# %% ../nbs/04_ssh.ipynb #b61ecd82
 async def shell(self:SSHConnection) -> Shell:
     "The live shell, connecting if need be; raises `HostError`, and after `close`, which is the end of it, `CancelledError`"
     if self.closed: raise asyncio.CancelledError(f'{self!r} was closed')
@@ -266,9 +265,9 @@ async def _connect(self:SSHConnection):
     except Exception as e: raise explain(e, self.host, self.routes[-1], time.monotonic()-begun) from None
 
 async def _new_shell(self:SSHConnection, link):
-    try: chan = await in_time(in_thread(_exec, link.transport), self.login.connect_timeout)
-    except asyncio.TimeoutError: link.close(abort=True); raise
     reader,patience = asyncio.StreamReader(limit=2**24),2*self.login.connect_timeout
+    try: chan = await in_time(in_thread(_exec, link.transport), patience)
+    except asyncio.TimeoutError: link.close(abort=True); raise
     io = ChannelIO(chan, link.wire, reader.feed_data, reader.feed_eof)
     sh = Shell(reader, io.write, lambda: self._down(io, link), str(self.host), self.patience)
     try: return await in_time(sh.start(), patience)
@@ -280,7 +279,7 @@ async def _new_shell(self:SSHConnection, link):
 async def _find(self:SSHConnection):
     "The hops, as the configuration has them now: somebody may just have mended it"
     try: return tuple(await in_thread(hops, self.host, self.login.user_of(self.host), self.login.port, self.login.config))
-    except ValueError as e: raise HostError(self.host, self.user, str(e), _mend) from None
+    except (ValueError, OSError) as e: raise HostError(self.host, self.user, str(e), _mend) from None
 
 _mend = 'Mend that; the configuration is read again before the next attempt'
 

@@ -1,6 +1,6 @@
 """A kernel's whole life on real hosts, as host applications lead it: notebooks, consoles, managers of every kind, forty at once, every way in
 which a launch can fail or be given up, and what is left afterwards, which is nothing."""
-import asyncio, contextlib, gc, logging, os, re, shutil, signal, subprocess, sys, textwrap, threading, time
+import asyncio, contextlib, gc, logging, os, re, shutil, signal, subprocess, sys, textwrap, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import jupyter_kernel_test, nbformat, psutil, pytest
@@ -630,14 +630,17 @@ async def test_shutdown_as_it_succeeds(remote, monkeypatch):
 
 async def test_shutdown_before_the_start_got_a_turn(remote):
     "The background loop is busy, so the start is asked for and has not begun; a shutdown waits for its end all the same"
-    p, loop = remote.provisioner(), bg.background().loop
+    p = remote.provisioner()
     with remote.nothing_left():
         for _ in range(2):   # the second time there was a start before
-            loop.call_soon_threadsafe(time.sleep, .3)
+            bg.background().loop.call_soon_threadsafe((turn := threading.Event()).wait, 30)
             start = asyncio.ensure_future(started_by(p))
-            await until(lambda: p.starting)
-            assert p.starting.task is None
-            await p.cleanup()
+            request = await until(lambda: p.starting)
+            stop = asyncio.ensure_future(p.cleanup())
+            await until(lambda: request.called_off)
+            assert request.task is None and not stop.done()
+            turn.set()
+            await stop
             assert p.starting is None
             with pytest.raises(LaunchError, match='was shut down while it was starting'): await start
         await started_by(p)
