@@ -18,7 +18,7 @@ from .hosts import Host, HostError, Login, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
 from .settings import HostSettings, LaunchError, seconds
-from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
+from .shell import RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
 
 # %% ../nbs/07_provisioner.ipynb #308b2e4f
 class Shared:
@@ -326,7 +326,7 @@ async def _give_up(self:DistributedProvisioner, conn, process):
         left = self.unreachable_timeout if down is None else down+self.unreachable_timeout-time.monotonic()
         if left <= 0:
             self.log.error('kernel %s is lost: host %s has been out of reach for %g s', self.kernel_id, conn.host, self.unreachable_timeout)
-            return process.end(GONE)
+            return process.lose()
         await asyncio.wait({process.exited}, timeout=left)
 
 # %% ../nbs/07_provisioner.ipynb #c7040261
@@ -450,7 +450,7 @@ async def _cleanup(self:DistributedProvisioner, restart):
     shared().watched.discard(process)
     self.lost.cancel()
     self.claim.release()
-    self.avoid = process.returncode == GONE
+    self.avoid = process.lost
     if not restart: self._close_forwards()
     if process.returncode is None or (self.avoid and not self.conn.is_up): await _undo(_ready(process), 0) # when the host answers
     else: await asyncio.wait({later(process.release(keep_log=not self.requested))}, timeout=self.connect_timeout)
