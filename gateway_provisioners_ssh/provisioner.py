@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request', 'Way']
 
-# %% ../nbs/07_provisioner.ipynb #58a31126
+# %% ../nbs/07_provisioner.ipynb #44808734
 import abc, asyncio, ipaddress, os, re, signal, sys, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from .hosts import Host, HostError, Login, this_user
 from .launch import expand_argv, start_script
 from .response import ResponseServer
 from .settings import HostSettings, LaunchError, SettingError, checked, lacking, seconds
-from .shell import GONE, RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
+from .shell import RemoteProcess, ShellClosed, StartFailed, later, spawn, sudo, sweep
 
 # %% ../nbs/07_provisioner.ipynb #8dde27f8
 class Shared:
@@ -374,7 +374,7 @@ def _close_forwards(self:DistributedProvisioner):
     for f in self.forwards.values(): f.close()
     self.forwards = {}
 
-# %% ../nbs/07_provisioner.ipynb #58aa553d
+# %% ../nbs/07_provisioner.ipynb #1057b002
 @patch
 async def _give_up(self:DistributedProvisioner, conn, process):
     "Report the kernel lost once its host has been out of reach for too long"
@@ -383,7 +383,7 @@ async def _give_up(self:DistributedProvisioner, conn, process):
         left = self.unreachable_timeout if down is None else down+self.unreachable_timeout-time.monotonic()
         if left <= 0:
             self.log.error('kernel %s is lost: host %s has been out of reach for %g s', self.kernel_id, conn.host, self.unreachable_timeout)
-            return process.end(GONE)
+            return process.lose()
         await asyncio.wait({process.exited}, timeout=left)
 
 # %% ../nbs/07_provisioner.ipynb #e3423b95
@@ -511,7 +511,7 @@ async def shutdown_requested(self:DistributedProvisioner, restart=False):
     "Note that the end, when it comes, was asked for"
     self.requested = True
 
-# %% ../nbs/07_provisioner.ipynb #075bdcf8
+# %% ../nbs/07_provisioner.ipynb #b83b4a08
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
     "Forget the process and remove what it left on its host"
@@ -526,7 +526,7 @@ async def _cleanup(self:DistributedProvisioner, restart):
     shared().watched.discard(process)
     self.lost.cancel()
     self.claim.release()
-    self.avoid = process.returncode == GONE
+    self.avoid = process.lost
     if not restart: self._close_forwards()
     if process.returncode is None or (self.avoid and not self.conn.is_up): await _undo(_ready(process), 0) # when the host answers
     else: await asyncio.wait({later(process.release(keep_log=not self.requested))}, timeout=self.connect_timeout)

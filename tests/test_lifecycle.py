@@ -326,6 +326,17 @@ async def test_killed_on_its_host(remote):
             kc.execute('import os; os._exit(3)')
             assert await asyncio.wait_for(km.provisioner.wait(), 20) == 3
 
+async def test_exit_status_of_255(remote):
+    "It is the kernel's own, and no sign that the host lost it"
+    with remote.nothing_left():
+        async with remote.kernel() as (km, kc):
+            info, host = km.get_connection_info(), remote.host(km)
+            kc.execute('import os; os._exit(-1)')
+            assert await asyncio.wait_for(km.provisioner.wait(), 20) == 255
+            await km.restart_kernel(now=True)
+            await kc.wait_for_ready(timeout=60)
+            assert await value(kc, '6*7') == 42 and km.get_connection_info() == info and remote.host(km) is host
+
 async def test_restart_keeps_ports_and_clients(remote):
     with remote.nothing_left():
         async with remote.kernel() as (km, kc):
