@@ -6,8 +6,8 @@
 __all__ = ['log', 'USER_CONFIG', 'SYSTEM_CONFIG', 'this_user', 'Host', 'parse_hosts', 'own_address', 'own_names', 'Route',
            'route', 'hops', 'Login', 'HostError']
 
-# %% ../nbs/00_hosts.ipynb #90c42b51
-import getpass, glob, ipaddress, logging, os, re, socket, subprocess
+# %% ../nbs/00_hosts.ipynb #dadddac8
+import getpass, glob, ipaddress, logging, os, re, shlex, socket, subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fastcore.basics import patch
@@ -235,7 +235,7 @@ def settle(self:_Lookup):
     if self.final: self.name = name; self.opts['hostname'] = [name.replace('%', '%%')]
     return self.final
 
-# %% ../nbs/00_hosts.ipynb #e0c805d8
+# %% ../nbs/00_hosts.ipynb #da532a20
 @dataclass(frozen=True)
 class Route:
     "Where, as whom and through what a `Host` is reached."
@@ -253,6 +253,7 @@ class Route:
     address_family: str = 'any' # any, inet or inet6
     bind_address: str|None = None # the address of this machine to connect from
     compression: bool = False # compress what is sent
+    by_hand: str = '' # the command that goes there
 
 # %% ../nbs/00_hosts.ipynb #c91fcccd
 def _file(text, o):
@@ -273,7 +274,12 @@ def _jumps(text):
     "The hosts of a `ProxyJump`, which may be written as URIs"
     return () if text.lower()=='none' else tuple(parse_hosts(re.sub(r'ssh://([^,/]*)/?', r'\1', text)))
 
-# %% ../nbs/00_hosts.ipynb #265aaef5
+# %% ../nbs/00_hosts.ipynb #170bdd86
+def _by_hand(host, config):
+    "The command with which a person logs in to an entry"
+    options = (['-F', config] if config else []) + (['-p', str(host.port)] if host.port else [])
+    return shlex.join(['ssh', *options, f'{host.user}@{host.name}' if host.user else host.name])
+
 def route(
     host: Host, # an entry of `remote_hosts`
     user: str|None = None, # the user where neither entry nor configuration name one
@@ -293,7 +299,8 @@ def route(
             known_hosts=files('userknownhostsfile', '~/.ssh/known_hosts', '~/.ssh/known_hosts2') +
                 files('globalknownhostsfile', '/etc/ssh/ssh_known_hosts', '/etc/ssh/ssh_known_hosts2'),
             host_key_alias=some('hostkeyalias') and o.tokens(o.get('hostkeyalias')),
-            address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'), compression=yes('compression'))
+            address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'), compression=yes('compression'),
+            by_hand=_by_hand(host, config))
     except ValueError as e: raise ValueError(f'OpenSSH configuration for {host}: {e}') from None
 
 # %% ../nbs/00_hosts.ipynb #7e0f8fec

@@ -23,14 +23,10 @@ atexit.unregister(getattr(paramiko.transport, '_join_lingering_threads', None)) 
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
 if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # what matters of it is in our own messages
 
-# %% ../nbs/04_ssh.ipynb #548de4e5
+# %% ../nbs/04_ssh.ipynb #135acba4
 def fingerprint(key) -> str: # `SHA256:...`, as `ssh-keygen -l` prints it
     "The fingerprint of a host key"
     return 'SHA256:' + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip('=')
-
-def _keyscan(route):
-    port = f'-p {route.port} ' if route.port != 22 else ''
-    return f'ssh-keyscan {port}{route.hostname} >> {route.known_hosts[0] if route.known_hosts else "~/.ssh/known_hosts"}'
 
 def _where(route): return f'{route.hostname} port {route.port}'
 def _at(route): return (f'-p {route.port} ' if route.port != 22 else '') + f'{route.user}@{route.hostname}'
@@ -41,9 +37,9 @@ def _of_trust(e, route):
     if not isinstance(e, SSHException): return
     if isinstance(e, BadHostKeyException):
         return (f'the host key has changed: {where} now shows {e.key.get_name()} {fingerprint(e.key)}',
-            f'If that is expected, run: ssh-keygen -R {_known_name(route)} and add the new key; if not, somebody may be between you and the host')
+            f'If that is expected, this says in which file and line the old key is to be removed: {route.by_hand}; if not, somebody may be between you and the host')
     if 'not found in known_hosts' in str(e):
-        return f'the host key of {where} is unknown', f'Add it after checking its fingerprint: {_keyscan(route)}'
+        return f'the host key of {where} is unknown', f'Log in by hand, which shows its fingerprint and asks whether to trust it: {route.by_hand}'
     if isinstance(e, PasswordRequiredException): return 'the private key is protected by a passphrase', 'Add it to an agent: ssh-add'
     if 'No authentication methods' in str(e):
         return 'there is no key, agent or password to log in with', f'Make a key with ssh-keygen, then: ssh-copy-id {_at(route)}'
@@ -73,10 +69,6 @@ def explain(
     if isinstance(e, HostError): return e
     said = _of_trust(e, route) or _of_the_way(e, route, waited) or (f'cannot connect to {_where(route)}: {e or type(e).__name__}',)
     return HostError(host, route.user, *said)
-
-def _known_name(route):
-    name = route.host_key_alias or route.hostname
-    return f"'[{name}]:{route.port}'" if route.port != 22 and not route.host_key_alias else name
 
 # %% ../nbs/04_ssh.ipynb #b8fbf4a4
 def _public(f):
@@ -139,7 +131,7 @@ def _proxy(command):
     with theirs: subprocess.Popen(f'exec {command}', shell=True, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, start_new_session=True)
     return ours
 
-# %% ../nbs/04_ssh.ipynb #bd7c875d
+# %% ../nbs/04_ssh.ipynb #0f91e865
 class Link:
     "An authenticated SSH connection, or the attempt at one"
     def __init__(self, client, wire, route):
@@ -156,8 +148,9 @@ class Link:
 
     async def socket_to(self, hostname, port):
         "A socket whose other end is a connection from the host to `hostname:port`"
+        try: chan = await self.open_channel('direct-tcpip', (hostname, port))
+        except paramiko.ChannelException as e: raise SSHException(f'the jump host {self.route.hostname} says: {e.text}') from None
         ours,theirs = socket.socketpair()
-        chan = await self.open_channel('direct-tcpip', (hostname, port))
         async def opening(): return chan,self.wire
         await self.loop.create_connection(lambda: Relay(opening), sock=theirs)
         return ours

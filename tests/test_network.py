@@ -170,6 +170,12 @@ async def test_a_jump_host_that_is_down(remote, net, far):
         async with remote.on('far'): pass
     async with remote.on('far', 'node4') as (km, _): assert str(km.provisioner.conn.host) == 'node4'
 
+async def test_a_jump_host_that_comes_no_further(remote, net, far):
+    far(ProxyJump='node1,node2')
+    net[2].stop()
+    with pytest.raises(LaunchError, match=f'host far .*cannot connect to {net[2].address} port .*: the jump host {net[1].address} says: '):
+        async with remote.on('far'): pass
+
 async def test_proxy_command(remote, net, far):
     "OpenSSH's own client carries the bytes, in a chain of its own"
     far(ProxyCommand=f'ssh -F {net.client.config} -J node1 -W %h:%p node2')
