@@ -197,7 +197,7 @@ async def test_refusals(remote, tmp_path):
         r = await s.request('POST', 'api/kernels', 403, name='Private GPU')
         assert r['message'] == "user 'ada' may not start kernel 'Private GPU': the name is not in authorized_users"
         r = await s.request('POST', 'api/kernels', 403, name='Barred')
-        assert r['message'] == "user 'ada' may not start kernel 'Barred': the name is in unauthorized_users"
+        assert r['message'] == "user 'ada' may not start kernel 'Barred': the name is in unauthorized_users (kernel.json)"
         async def refused(name, *words):
             t = Timer()
             r = await s.request('POST', 'api/kernels', 500, name=name)
