@@ -6,13 +6,13 @@
 __all__ = ['LAUNCHERS', 'ANY', 'check_kernel', 'read_kernel', 'stanza', 'launcher', 'Adopted', 'interpreter', 'expandable',
            'led_to', 'words', 'whole', 'taken_over']
 
-# %% ../nbs/10a_adopt.ipynb #628a2a04
+# %% ../nbs/10a_adopt.ipynb #c6209d16
 import json, re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from fastcore.basics import patch
 from .settings import settings
-from .specs import BUILDS, LANGUAGES, PACKAGE, Language, Spec, _LISTENER, _RANGE, _RUN_SH, _lacks
+from .specs import BUILDS, LANGUAGES, PACKAGE, Language, Spec, _LISTENER, _RANGE, _RUN_SH, _lacks, not_here
 
 # %% ../nbs/10a_adopt.ipynb #ac264451
 def check_kernel(
@@ -67,7 +67,7 @@ def launcher(
     if '{connection_file}' in words and '{response_address}' not in words: return ''
     raise ValueError(f'its command is neither a kernel with {{connection_file}} nor one of the launchers {", ".join(LAUNCHERS)} with {{response_address}}: {words[:200]}')
 
-# %% ../nbs/10a_adopt.ipynb #5ab448d2
+# %% ../nbs/10a_adopt.ipynb #e8174b30
 @dataclass
 class Adopted(Spec):
     "A kernelspec that exists, and is to be one for remote hosts"
@@ -94,9 +94,9 @@ class Adopted(Spec):
         if not self.launcher: self.lang = ANY
 
 def interpreter(argv, launcher):
-    "The place in `argv` of the Python that runs the launcher; None if it is not said"
+    "The place in `argv` of the Python that runs the launcher, or a plain kernel; None if it is not said"
     names = [PurePosixPath(o).name for o in argv]
-    before = range(names.index(launcher) if launcher in names else 0)
+    before = range(names.index(launcher) if launcher else 1)
     return next((i for i in reversed(before) if re.fullmatch(r'python[0-9.]*', names[i])), None)
 
 # %% ../nbs/10a_adopt.ipynb #d0e9ecdd
@@ -135,7 +135,7 @@ def taken_over(
     keep = {k: v for k,v in config.items() if k in settings and settings[k].per_spec and v not in (None, '', [])}
     return {k: words(v) if k in ('remote_hosts', 'authorized_users', 'unauthorized_users') else v for k,v in keep.items()}, [k for k in config if k not in keep]
 
-# %% ../nbs/10a_adopt.ipynb #6d03a7be
+# %% ../nbs/10a_adopt.ipynb #f28ce119
 _needed = {'kernel-id': '{kernel_id}', 'response-address': '{response_address}', 'public-key': '{public_key}', 'port-range': '{port_range}'}
 _known = {*_needed, 'spark-context-initialization-mode', 'cluster-type', 'kernel-class-name', 'customAppName'}
 
@@ -148,10 +148,20 @@ def _moved(self:Adopted, word, target):
     return word
 
 @patch
+def _run_by(self:Adopted, argv):
+    "`argv`, with the interpreter that was asked for in the place of its own"
+    i = interpreter(argv, self.launcher)
+    return argv if i is None or not self.asked_python or self.language != 'Python' else [*argv[:i], self.python, *argv[i+1:]]
+
+@patch
 def _argv(self:Adopted, target):
     "The command; notes what was changed in it"
-    argv = [self._moved(o, target) for o in self.kernel['argv']]
+    old = [self._moved(o, target) for o in self.kernel['argv']]
+    argv = self._run_by(old)
+    self.changes += [f'argv: {a} became {b}' for a,b in zip(old, argv) if a != b]
     if not self.launcher:
+        if interpreter(argv, '') == 0 and argv[0].startswith('/') and not self.asked_python: self.doubts.append(
+            f'the kernel runs in {argv[0]}, which every host needs at that path; --python PATH names another, for the kernel and its launcher')
         offered = (self.kernel.get('metadata') or {}).get('supported_encryption')
         curve = ['--curve'] if isinstance(offered, (str, list)) and 'curve' in offered else []
         own = [{'<python>': self.python}.get(o, o).replace('<dir>', str(target)) for o in ANY.argv]
@@ -160,10 +170,6 @@ def _argv(self:Adopted, target):
     at = next(i for i,o in enumerate(argv) if PurePosixPath(o).name == self.launcher)
     old, new = self.kernel['argv'][at], f'{target}/{LAUNCHERS[self.launcher]}'
     if old != new: self.changes.append(f'argv: {old} became {new}')
-    i = interpreter(argv, self.launcher)
-    if i is not None and self.asked_python and self.language == 'Python':
-        self.changes.append(f'argv: {argv[i]} became {self.python}')
-        argv[i] = self.python
     return [*argv[:at], new, *self._arguments(argv[at+1:])]
 
 @patch
@@ -228,12 +234,12 @@ def write(self:Adopted,
     (place/'kernel.json').write_text(json.dumps(kernel, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
     return BUILDS[self.lang.build](self, place) if self.lang.build else []
 
-# %% ../nbs/10a_adopt.ipynb #1d6f0736
+# %% ../nbs/10a_adopt.ipynb #93616878
 @patch
 def missing(self:Adopted) -> list[str]:
     "What the kernel will need and this machine has not, each with the command that mends it."
     if self.launcher: return Spec.missing(self)
-    gone, command = _lacks(self.python, ('Cryptodome', 'pycryptodomex')), self.kernel['argv'][0]
-    out = [] if gone == [] else [f'{self.python!r} does not run on this machine; if it does not on the hosts either, name their interpreter: --python /path/to/python'] if gone is None \
+    gone, command = _lacks(self.python, ('Cryptodome', 'pycryptodomex')), self._run_by(self.kernel['argv'])[0]
+    out = [] if gone == [] else [not_here(self, 'pycryptodomex')] if gone is None \
         else [f'{self.python!r} lacks pycryptodomex, which every host needs for the launcher: {self.python} -m pip install pycryptodomex']
-    return out + ([] if shutil.which(command) or '{' in command else [f'there is no {command} on this machine; every host needs the kernel itself'])
+    return out + ([] if command == self.python or shutil.which(command) or '{' in command else [f'there is no {command} on this machine; every host needs the kernel itself'])

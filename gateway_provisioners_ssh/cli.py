@@ -211,7 +211,7 @@ class BaseSpecSparkApp(BaseSpecApp):
         'spark': ({'BaseSpecApp': {'spark': True}}, 'Start the kernel through spark-submit')} | BaseSpecApp.flags
     aliases = _aliases('prefix kernel-name display-name language python spark-home spark-init-mode extra-spark-opts') | BaseSpecApp.aliases
 
-# %% ../nbs/11_cli.ipynb #13928ca9
+# %% ../nbs/11_cli.ipynb #e90e7e64
 class SshSpecInstaller(BaseSpecSparkApp):
     "Writes a kernelspec whose kernels run on hosts reached by SSH."
     description = 'Write a Jupyter kernel specification for kernels that run on other hosts, reached by SSH.'
@@ -250,7 +250,8 @@ Scala with Spark, in the place of the one that is there:
 
 Any other kernel that this machine has (jupyter kernelspec list), as it is:
 
-    jupyter ssh-spec install --from-kernel python3 --remote-hosts gpu1
+    jupyter ssh-spec install --from-kernel python3 --remote-hosts gpu1 \\
+        --python /opt/conda/bin/python
 
 Every option can stand in a configuration file, here for --config=specs.py,
 under the class its description names:
@@ -259,10 +260,13 @@ under the class its description names:
     c.BaseSpecApp.launch_timeout = 60
 """
     remote_hosts = List(Unicode(), ['localhost'], config=True, help="""The hosts this kernel may run on: [user@]host[:port], or aliases of your
-        OpenSSH configuration. Repeat the option for each, or separate them by commas. Without it, the kernel runs where the host application says. (Environment: GP_REMOTE_HOSTS)""")
+        OpenSSH configuration. Repeat the option for each, or separate them by commas. Without it no host is written into the kernelspec: the
+        kernel runs on those that the host application has, and the default only says for which hosts copy commands are printed.
+        (Environment: GP_REMOTE_HOSTS)""")
     spark_master = Unicode('yarn', config=True, help='The Spark master: yarn, spark://HOST:PORT, or local[*] for Spark within the kernel\'s host.')
     from_kernel = Unicode('', config=True, help="""A kernelspec of this machine to run on the hosts as it is, by its name in
-        jupyter kernelspec list. The hosts need that kernel, and a Python with pycryptodomex (--python) to launch it.""")
+        jupyter kernelspec list. The hosts need that kernel, and a Python with pycryptodomex to launch it. --python
+        names that one, and it runs the kernel, too, if that is started by a Python.""")
     flags = BaseSpecSparkApp.flags
     aliases = {'remote-hosts': 'SshSpecInstaller.remote_hosts', 'spark-master': 'SshSpecInstaller.spark_master',
         'from-kernel': 'SshSpecInstaller.from_kernel'} | BaseSpecSparkApp.aliases
@@ -397,7 +401,7 @@ def copy_commands(
     make, fill = _copy(target, '"$h"', '"$h"', '')
     return [*('for h in ' + ' \\\n  '.join(names)).splitlines(), f'do {make} &&', f'  {fill}', 'done', *(copy_command(target, o) for o in hosts if o not in loop)]
 
-# %% ../nbs/11_cli.ipynb #8c9a527c
+# %% ../nbs/11_cli.ipynb #dfc6a36a
 def try_it(
     name: str, # the kernelspec's
     display_name: str, # what menus call it
@@ -420,7 +424,8 @@ def next_steps(
         local = {o: pool.submit(o.is_local) for o in hosts}
         if wait(local.values(), 1).not_done: say('Asking the name service which of the %d hosts is this machine', len(local))
         away = [o for o,here in local.items() if not here.result()]
-    copy = ['Copy it to the same place on every host that does not share this directory:', *(f'  {o}' for o in copy_commands(target, away))] if away else []
+    copy = ['Copy it to the same place on every host that does not share this directory:', *(f'  {o}' for o in copy_commands(target, away))] if away else \
+        [] if 'remote_hosts' in spec.config else [f'Every host that the host application has (GP_REMOTE_HOSTS) needs a copy of {target}, in the same place']
     return '\n'.join([*copy, f'Try it: {try_it(spec.kernel_name, spec.display_name, target.parent)}'])
 
 # %% ../nbs/11_cli.ipynb #f573a1be

@@ -274,7 +274,7 @@ async def _undo(starting, patience=5):
             await sweep(p.shells, p.dir, p.log, p.become, p.pgids)
     await asyncio.wait({later(undo())}, timeout=patience)
 
-# %% ../nbs/07_provisioner.ipynb #11485e80
+# %% ../nbs/07_provisioner.ipynb #8b5a488b
 hints = {
     r"(?s)cannot run an IPython kernel.*pycryptodomex|cannot seal .*cannot run an IPython kernel": 'Install ipykernel and pycryptodomex (3.22 or newer) for that interpreter on the host',
     r"No module named '?ipykernel|cannot run an IPython kernel": 'Install ipykernel for that interpreter on the host',
@@ -301,7 +301,7 @@ async def _why(self:DistributedProvisioner, conn, process, request):
     what = _late(request) if code is None else f'the launcher ended with status {code} before the kernel was ready'
     tail = ''
     with suppress(ShellClosed, asyncio.TimeoutError): tail = (await in_time(process.tail(), self.connect_timeout)).strip()
-    return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), f'Last lines of {process.log} on that host:', tail or '(empty)'])))
+    return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), 'What it wrote last on that host:', tail or '(empty)'])))
 
 # %% ../nbs/07_provisioner.ipynb #0d2a5124
 @patch

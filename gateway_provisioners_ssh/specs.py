@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'LANGUAGES', 'CLUSTERS', 'MODES', 'KERNEL_CLASS', 'NEEDS', 'BUILDS', 'Language', 'Cluster', 'cluster',
-           'spark_opts', 'Spec', 'need_ipykernel', 'need_listener', 'need_irkernel', 'need_spark', 'need_java',
-           'need_toree', 'build_toree', 'place']
+           'spark_opts', 'Spec', 'not_here', 'need_ipykernel', 'need_listener', 'need_irkernel', 'need_spark',
+           'need_java', 'need_toree', 'build_toree', 'place']
 
 # %% ../nbs/10_specs.ipynb #97a6f2ca
 import json, os, re, shlex, shutil, stat, subprocess, sys, tempfile
@@ -184,10 +184,18 @@ def _lacks(python, *packages):
     out = _runs(python, '-c', code)
     return None if out is None else [d for m,d in packages if m in out.split()]
 
-# %% ../nbs/10_specs.ipynb #53308818
+# %% ../nbs/10_specs.ipynb #3aaa4212
+def not_here(
+    spec, # with the interpreter
+    needed: str # what the kernelspec needs in it
+) -> str:
+    "What to say of an interpreter that does not run on this machine: one that was asked for may well be on the hosts only"
+    return f'{spec.python!r} does not run on this machine' + (f', so nobody has looked whether it has {needed}' if spec.asked_python
+        else '; if it does not on the hosts either, name their interpreter: --python /path/to/python')
+
 def need_ipykernel(spec):
     gone = _lacks(spec.python, ('ipykernel', 'ipykernel'), ('Cryptodome', 'pycryptodomex'))
-    if gone is None: return f'{spec.python!r} does not run on this machine; if it does not on the hosts either, name their interpreter: --python /path/to/python'
+    if gone is None: return not_here(spec, 'ipykernel and pycryptodomex')
     if gone: return (f'{shutil.which(spec.python)} lacks {" and ".join(gone)}, which every host needs: '
         f'{shlex.quote(spec.python)} -m pip install {" ".join(gone)}')
 

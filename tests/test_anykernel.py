@@ -151,8 +151,21 @@ def test_what_is_written(remote):
         interrupt_mode='signal', metadata=dict(kernel_provisioner=dict(provisioner_name='distributed-provisioner',
             config=dict(remote_hosts=['host1', 'host2'], authorized_users=['ada'], port_range='40000..42000', launch_timeout=7))))
     assert 'there is no tiny-kernel on this machine' in remote.said and "'/opt/py/bin/python' does not run" in remote.said
+    assert '--python' not in remote.said, 'it was given'
     assert remote.take('tiny') is None and '--replace' in remote.said
     assert remote.take('tiny', '--replace')['argv'][0] == 'python'
+
+@pytest.mark.parametrize('own', [sys.executable, '/home/you/lab/bin/python3.12', 'python'])
+def test_the_interpreter_of_a_kernel_that_is_run_by_python(remote, own):
+    "An installer writes its own path, which the hosts seldom have: the one that is asked for runs launcher and kernel; without one that is told"
+    argv = [own, '-m', 'its_kernel', '--python', own, '-f', '{connection_file}']
+    remote.make('its', argv)
+    k = remote.take('its', '--python=/opt/py/bin/python')
+    assert (k['argv'][0], k['argv'][k['argv'].index('--')+1:]) == ('/opt/py/bin/python', ['/opt/py/bin/python', *argv[1:]]) and '--python' not in remote.said
+    assert remote.said.count('/opt/py/bin/python') == 1, 'it does not run here, which is said once'
+    k = remote.take('its', '--replace')
+    assert k['argv'][k['argv'].index('--')+1:] == argv
+    assert (f'the kernel runs in {own}, which every host needs at that path; --python PATH names another' in remote.said) == own.startswith('/')
 
 @pytest.mark.parametrize('argv, words', [(['tiny', '-x'], 'neither a kernel with'), ([], 'not a list of words'), ('tiny {connection_file}', 'not a list of words')])
 def test_what_cannot_be_taken(remote, argv, words):

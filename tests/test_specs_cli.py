@@ -79,7 +79,7 @@ def test_python_with_spark(bench):
     assert (k['display_name'], k['language'], k['metadata']['debugger']) == ('Python SSH (with Spark)', 'python', True)
     assert tree(d) == ['bin/run.sh', 'kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py']
     assert stat.S_IMODE((d/'bin/run.sh').stat().st_mode) == 0o755
-    assert 'no Spark at /usr/spark' in bench.log and "'/opt/conda/bin/python' does not run" in bench.log
+    assert 'no Spark at /usr/spark' in bench.log and "'/opt/conda/bin/python' does not run" in bench.log and '--python' not in bench.log
 
 @pytest.mark.parametrize('lang', ['R', 'r'])
 def test_r(bench, lang):
@@ -168,6 +168,12 @@ def test_the_name_service_is_asked_for_many_hosts_at_once_and_waiting_is_told(mo
 def test_localhost_given_is_written_and_needs_no_copy(bench):
     assert config(bench.install('--remote-hosts', 'localhost'))['remote_hosts'] == ['localhost']
     assert 'scp' not in bench.out and len(bench.out.splitlines()) == 1
+
+def test_without_hosts_it_is_said_where_copies_are_needed(bench):
+    assert 'remote_hosts' not in config(bench.install())
+    assert bench.out.splitlines()[0] == f'Every host that the host application has (GP_REMOTE_HOSTS) needs a copy of {bench.dir}, in the same place'
+    assert config(bench.install('--replace', GP_REMOTE_HOSTS='gpu1')) == dict(launch_timeout=30)
+    assert f'gpu1:{bench.kernels}' in shlex.split(bench.out.splitlines()[1])[-1] and 'Every host' not in bench.out
 
 def test_users(bench):
     k = bench.install('--authorized-users', 'bob', '--authorized-users', 'alice', '--unauthorized-users', 'eve,mallory')
