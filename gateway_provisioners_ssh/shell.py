@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple
 from .background import in_time
 
-# %% ../nbs/03_shell.ipynb #7cb14bb4
+# %% ../nbs/03_shell.ipynb #362113a8
 class ShellClosed(ConnectionError):
     "The shell ended, or the connection that carried it"
 
@@ -39,7 +39,7 @@ r
 '''
 
 _hello = '''trap 'trap "" TERM; kill -TERM -$$ 2>/dev/null' EXIT; trap exit HUP TERM
-{guard}lacks=; for c in dd mkfifo od setsid wc; do command -v $c >/dev/null || lacks="$lacks $c"; done
+{guard}lacks=; for c in dd ln mkfifo mktemp od setsid wc; do command -v $c >/dev/null || lacks="$lacks $c"; done
 printf '%s hello%s\\n' {token} "$lacks"
 '''
 
@@ -183,17 +183,17 @@ async def detach(self:Shell,
 
 Shell.detach = detach
 
-# %% ../nbs/03_shell.ipynb #21025b94
+# %% ../nbs/03_shell.ipynb #eed36211
 _pump = r'''
 trap 'exec cat >/dev/null' EXIT
 half=$(($2/2))
 had() { r=${r%% records in*}; r=${r##*[!0-9+]}; : ${r:=0+0}; [ "$((${r%+*} + ${r#*+}))" = $1 ] || exec cat >/dev/null; } # dd may warn first
 room() { n=$(wc -c </dev/fd/4) || n=0; n=$(((half - n) / 4096)); }
 next() {
-  if f=$(mktemp "$1.XXXXXX"); then exec 4>>"$f"; [ -d "$1.1" ] || ln -f "$1" "$1.1"; mv -f "$f" "$1" || rm -f "$f"
+  if f=$(mktemp "$1.XXXXXX"); then exec 4>>"$f"; [ -d "$1.1" ] || ln -f "$1" "$1.1"; { [ -e "$1" ] && mv -f "$f" "$1"; } || rm -f "$f"
   else : >/dev/fd/4; fi
 }
-exec 4>>"$1"
+exec 5<"$1"; exec 4>>/dev/fd/5 5<&-   # which does not make it anew where it was removed by now
 while :; do
   room
   [ $n -gt 0 ] || { next "$1"; n=$((half/4096)); } 2>/dev/null

@@ -17,7 +17,7 @@ stage() {  # stage TITLE COMMAND...: run it, and say how long it took
 
 programs() {
     local ok=0
-    packages openssh-server/sshd openssh-client/ssh                             || ok=1   # hosts
+    packages openssh-server/sshd openssh-client/ssh busybox/busybox             || ok=1   # hosts
     packages iproute2/ip nftables/nft procps/ps sudo/sudo faketime/faketime     || ok=1   # links, firewalls, other users, clocks
     packages r-cran-irkernel                                                    || ok=1   # R kernels
     packages default-jdk-headless/javac maven/mvn                               || ok=1   # Spark, YARN and Scala kernels

@@ -219,6 +219,15 @@ async def test_the_name_of_the_last_log_is_taken(host, what):
     await p.release()
     assert (host.tmp/'kernel.log').stat().st_size <= 50_000 and 'kernel.log.1' in await host.left(p)
 
+@pytest.mark.parametrize('which', ['dash', 'bash', 'busybox sh'])
+def test_a_log_that_was_removed_is_not_made_again(which, tmp_path):
+    "A start that was given up took its log away before there was anything to write to it"
+    need(None if shutil.which(which.split()[0]) else f'needs {which}')
+    pump = lambda: subprocess.run([*which.split(), '-c', shell._pump, 'sh', tmp_path/'log', '8192'], input=b'x'*100_000, timeout=20)
+    assert pump().returncode == 0 and not [*tmp_path.iterdir()]
+    (tmp_path/'log').touch()
+    assert pump().returncode == 0 and sorted(o.name for o in tmp_path.iterdir()) == ['log', 'log.1']
+
 # What a host may answer
 
 async def test_no_number_of_a_process():
