@@ -538,7 +538,7 @@ FAKE = """
     fields = launch.write(os.getpid())
     os.unlink(launch.file)
     deliver(launch.ticket, launch.kernel_id, launch.peer, dict(fields, kernel_id=launch.kernel_id, pid=os.getpid(), pgid=os.getpgrp(),
-            comm_port=launch.held['comm'].getsockname()[1], control_key='00'*32, listener_pid=os.getpid()))
+            comm_port=launch.held['comm'].getsockname()[1], control_key=os.urandom(32).hex(), listener_pid=os.getpid()))
     os.execvp('sleep', ['sleep', '1000'])
 """
 

@@ -226,11 +226,12 @@ async def test_a_restart_and_a_kill(server, spec, tmp_path):
 async def test_interrupted_at_any_time(server, spec, tmp_path):
     "While it is compiled, begun for the first time, planned, computed: the cell ends, the next ones work, and no job of it begins later."
     async with scala_kernel(server, spec, tmp_path) as k:
-        first = await stopped(k, 'spark.range(1000000000000000L).filter("id % 7 = 0").count', group(k), after=.05)
+        await run(k, '1')   # until Toree has given a cell to a thread there is nothing to interrupt, and the first takes it longest
+        first = await stopped(k, 'spark.range(1000000000000000L).filter("id % 7 = 0").count', group(k), after=.2)
         assert first.status=='error'
         await run(k, '''def query(rows: Long) = spark.sql(Seq.fill(40)(s"select id from range(0, $rows, 1, 1) where id % 7 = 0").mkString(" union all "))
 val (endless, short) = (query(1000000000000000L), query(1))''')
-        for after in (.05, .4, 1):
+        for after in (.2, .4, 1):
             assert (await stopped(k, 'endless.count', group(k), after)).status=='error'
             assert (await run(k, 'println(short.count)')).text.strip()=='40', 'planned as long, so that the other would have its job first'
 
