@@ -188,6 +188,9 @@ final class Cells(workers: Int) extends TaskManager(maximumWorkers = workers) {
   /** Acts on the cell's thread only while it runs the cell, for threads are used again. */
   private def onThread(cell: Cell)(act: Thread => Any): Unit = cell.synchronized { if (cell.thread != null) Try(act(cell.thread)) }
 
+  /** Cancels Spark's jobs while they are this cell's, and not the next one's; whether there were any. */
+  private def cancel(cell: Cell): Boolean = { var busy = false; onThread(cell)(_ => busy = Spark.cancelJobs()); busy }
+
   private def frames(cell: Cell): Array[StackTraceElement] = Option(cell.thread).map(_.getStackTrace).getOrElse(Array.empty)
 
   /** Stops the cell's thread if that does no harm where it is; whether it did. It is suspended while that is looked at,
@@ -212,10 +215,10 @@ final class Cells(workers: Int) extends TaskManager(maximumWorkers = workers) {
     cells.foreach(_.interrupted = true)
     def left = cells.filter(_.thread != null)
     waitFor(patience)(!left.exists(c => Cells.compiling(frames(c))))
-    waitFor(if (Spark.cancelJobs()) 200.millis else 0.millis)(left.isEmpty)
+    waitFor(if (left.exists(cancel)) 200.millis else 0.millis)(left.isEmpty)
     left.foreach(onThread(_)(_.interrupt()))
     waitFor(grace)(left.isEmpty)
-    waitFor(patience, every = 50.millis) { Spark.cancelJobs(); left.forall(stop) }
+    waitFor(patience, every = 50.millis)(left.forall { c => cancel(c); stop(c) })
     waitFor(grace)(left.isEmpty)
     if (left.nonEmpty) {
       left.foreach { c => running.remove(c); c.ended.tryFailure(new ExecutionException("interrupted", null)) }
