@@ -566,7 +566,9 @@ async def test_log_flood_and_full_disk(net_remote, net):
         def size(): # of each file once, whatever it is called just now
             found = {}
             for o in (net[0].tmp/'logs').glob('kernel-*'):
-                with contextlib.suppress(FileNotFoundError): found[(s := o.stat()).st_ino] = s.st_size
+                with contextlib.suppress(FileNotFoundError):
+                    s = o.stat()
+                    found[s.st_ino] = s.st_size
             return sum(found.values())
         assert size() <= 2**20
     net[0].run('mount', '-t', 'tmpfs', '-o', 'size=64k,mode=1777', 'none', logs)
