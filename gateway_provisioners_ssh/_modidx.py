@@ -678,6 +678,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                     'gateway_provisioners_ssh/launchers/server_listener.py'),
                                                                     'gateway_provisioners_ssh.launchers.server_listener.fail': ( 'listener.html#fail',
                                                                                                                                  'gateway_provisioners_ssh/launchers/server_listener.py'),
+                                                                    'gateway_provisioners_ssh.launchers.server_listener.file_name': ( 'listener.html#file_name',
+                                                                                                                                      'gateway_provisioners_ssh/launchers/server_listener.py'),
                                                                     'gateway_provisioners_ssh.launchers.server_listener.fork': ( 'listener.html#fork',
                                                                                                                                  'gateway_provisioners_ssh/launchers/server_listener.py'),
                                                                     'gateway_provisioners_ssh.launchers.server_listener.fork_listener': ( 'listener.html#fork_listener',

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'CHANNELS', 'LaunchError', 'log', 'fail', 'Ticket', 'Arguments', 'address', 'port_range', 'loopback',
-           'route_ip', 'bind_ip', 'bound', 'again', 'free', 'reserve', 'share', 'runtime_dir', 'connection_fields',
-           'write_private', 'remove', 'hpke', 'seal', 'mac', 'same', 'deliver', 'Process', 'challenge', 'respond',
-           'Connection', 'Lines', 'Listener', 'act', 'reply', 'Launch', 'fork', 'alone', 'leader_of', 'lead', 'attend',
-           'when_listening', 'fork_listener', 'curve_keypair', 'main']
+           'route_ip', 'bind_ip', 'bound', 'again', 'free', 'reserve', 'share', 'runtime_dir', 'file_name',
+           'connection_fields', 'write_private', 'remove', 'hpke', 'seal', 'mac', 'same', 'deliver', 'Process',
+           'challenge', 'respond', 'Connection', 'Lines', 'Listener', 'act', 'reply', 'Launch', 'fork', 'alone',
+           'leader_of', 'lead', 'attend', 'when_listening', 'fork_listener', 'curve_keypair', 'main']
 
 # %% ../../nbs/08_listener.ipynb #c02536d0
 import argparse, base64, errno, json, os, select, selectors, signal, socket, sys, time
@@ -180,6 +180,12 @@ def runtime_dir(env=os.environ) -> str: # Absolute path
     "Where Jupyter keeps connection files"
     data = env.get('JUPYTER_DATA_DIR') or os.path.join(env.get('XDG_DATA_HOME') or os.path.expanduser('~/.local/share'), 'jupyter')
     return os.path.abspath(env.get('JUPYTER_RUNTIME_DIR') or os.path.join(data, 'runtime'))
+
+def file_name(
+    kernel_id:str, # As the host application knows it
+) -> str: # Another one each time
+    "A name for the connection file of one launch. Where the home is shared, `kernel-ID.json` is the host application's own"
+    return f'kernel-{kernel_id.replace("/", "_")}-{os.urandom(4).hex()}.json'
 
 def connection_fields(
     ip:str, # Address of the reserved ports
@@ -454,10 +460,10 @@ class Launch:
     def __init__(self,
         args, # Parsed `OPTIONS`
         env=os.environ, # Loses the ticket
-        connection_file:str='', # Path; default: Jupyter's place for this kernel
+        connection_file:str='', # Path; default: a new file where Jupyter keeps connection files
     ):
         self.ticket,self.kernel_id,self.peer = Ticket.take(env),args.kernel_id,address(args.response_address)
-        self.file = os.path.abspath(connection_file or os.path.join(runtime_dir(env), f'kernel-{self.kernel_id.replace("/", "_")}.json'))
+        self.file = os.path.abspath(connection_file or os.path.join(runtime_dir(env), file_name(self.kernel_id)))
         self.ip = bind_ip(self.peer[0], env)
         self.held = reserve(self.ip, port_range(args.port_range), self.ticket.connection)
 
@@ -588,7 +594,7 @@ def main(
     kernel = None
     try:
         args = Arguments('Report a kernel to its host application and answer for it',
-            connection_file=dict(default='', help="where to write it; default: Jupyter's runtime directory"),
+            connection_file=dict(default='', help="where to write it; default: a new file in Jupyter's runtime directory"),
             parent_pid=dict(type=int, required=True, help='the process that is, or becomes, the kernel'),
             curve=dict(action='store_true', help='the kernel takes CURVE keys from its connection file')).parse_args(argv)
         kernel = Process(args.parent_pid)

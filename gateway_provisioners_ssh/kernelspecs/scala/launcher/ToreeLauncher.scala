@@ -51,11 +51,11 @@ object ToreeLauncher {
   private def reserve(ip: InetAddress, range: PortRange, before: Option[JsonNode]): Map[String, Reservation] =
     portNames.map(name => name -> before.flatMap(b => Reservation.again(ip, b.path(name).asInt(0))).getOrElse(Reservation.fresh(ip, range))).toMap
 
-  /** Where Jupyter on this host looks for the connection file of a kernel. */
+  /** A new connection file where Jupyter on this host looks for them. Where the home is shared, `kernel-ID.json` is the host application's own. */
   private def connectionFile(kernelId: String): Path = {
     def env(n: String) = Option(System.getenv(n)).filter(_.nonEmpty)
     val data = env("JUPYTER_DATA_DIR").getOrElse(env("XDG_DATA_HOME").getOrElse(env("HOME").getOrElse(sys.props("user.home")) + "/.local/share") + "/jupyter")
-    Paths.get(env("JUPYTER_RUNTIME_DIR").getOrElse(data + "/runtime")).resolve(s"kernel-${kernelId.replace('/', '_')}.json").toAbsolutePath
+    Paths.get(env("JUPYTER_RUNTIME_DIR").getOrElse(data + "/runtime")).resolve(s"kernel-${kernelId.replace('/', '_')}-${Hex.encode(Secrets.bytes(4))}.json").toAbsolutePath
   }
 
   /** Writes the connection file for this user only. Toree does not need it, so a full disk is not a reason to fail. */
