@@ -65,6 +65,10 @@ def wait(cond, timeout=10, what='condition', pause=0.02):
         time.sleep(pause)
     return r
 
+def interruptible():
+    "As `preexec_fn`: SIGINT has its default effect in the new process, also where this one ignores it, as a shell's background commands do"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # The client's side
 
 class Client:
