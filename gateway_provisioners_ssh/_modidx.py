@@ -1128,6 +1128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'gateway_provisioners_ssh/response.py'),
                                                    'gateway_provisioners_ssh.response.Expectation.__init__': ( 'response.html#expectation.__init__',
                                                                                                                'gateway_provisioners_ssh/response.py'),
+                                                   'gateway_provisioners_ssh.response.Expectation.crowded_out': ( 'response.html#expectation.crowded_out',
+                                                                                                                  'gateway_provisioners_ssh/response.py'),
                                                    'gateway_provisioners_ssh.response.Expectation.forget': ( 'response.html#expectation.forget',
                                                                                                              'gateway_provisioners_ssh/response.py'),
                                                    'gateway_provisioners_ssh.response.Refusals': ( 'response.html#refusals',

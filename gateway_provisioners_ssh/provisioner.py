@@ -216,7 +216,7 @@ async def _start_on(self:DistributedProvisioner, host, request, deadline):
         starting = asyncio.ensure_future(self._spawn(way, request, launch))
         silence = later(_silence(way.sh, 2*self.connect_timeout))
         try:
-            process = await self._reported(way, request, deadline, starting, expected.future, silence)
+            process = await self._reported(way, request, deadline, starting, expected, silence)
             return way.conn,process,self._encrypted(way.conn, launch, expected.future.result()),way.tunnel
         except BaseException as e:
             await asyncio.shield(_undo(starting, 0 if isinstance(e, ShellClosed) or silence.done() else 5))
@@ -230,8 +230,9 @@ async def _spawn(self:DistributedProvisioner, way, request, launch):
         self.kernel_log_max_bytes, become, self.orphan_timeout)
 
 @patch
-async def _reported(self:DistributedProvisioner, way, request, deadline, starting, message, silence):
-    "The process that `starting` gives, once its launch `message` has come; raises what came instead"
+async def _reported(self:DistributedProvisioner, way, request, deadline, starting, expected, silence):
+    "The process that `starting` gives, once the launch message `expected` has come; raises what came instead"
+    message = expected.future
     def left(): return deadline-time.monotonic()
     await _first({starting, silence}, left())
     if not starting.done(): raise ShellClosed(_broke) if silence.done() else asyncio.TimeoutError
@@ -241,7 +242,7 @@ async def _reported(self:DistributedProvisioner, way, request, deadline, startin
     if way.sh.closed and not way.tunnel: await _first(news, min(self.connect_timeout, left()))
     broke = (way.sh.closed or silence.done()) and not message.done()
     if broke and (way.tunnel or not process.exited.done()): raise ShellClosed(_broke) # through a broken tunnel no launcher can report
-    if not message.done(): raise await self._why(way.conn, process, request)
+    if not message.done(): raise await self._why(way.conn, process, request, expected.crowded_out)
     return process
 
 @patch
@@ -279,6 +280,8 @@ async def _undo(starting, patience=5):
     await asyncio.wait({later(undo())}, timeout=patience)
 
 # %% ../nbs/07_provisioner.ipynb #8b5a488b
+_no_way_back = 'host application (cannot be reached|did not confirm)'
+
 hints = {
     r"(?s)cannot run an IPython kernel.*pycryptodomex|cannot seal .*cannot run an IPython kernel": 'Install ipykernel and pycryptodomex (3.22 or newer) for that interpreter on the host',
     r"No module named '?ipykernel|cannot run an IPython kernel": 'Install ipykernel for that interpreter on the host',
@@ -287,25 +290,32 @@ hints = {
     r'sudo:': 'Impersonation needs a sudoers rule on the host that lets this login run commands as the user, without a password and in its own '
         'environment: LOGIN ALL=(USER) NOPASSWD:SETENV: ALL',
     r'cannot write the log': 'Choose a directory on the host that exists and has room (GP_KERNEL_LOG_DIR)',
+    r'mkdir: .*/tmp/gpssh-': '/tmp on the host must have room, and this login must be allowed to write there',
+    r'cannot write \S+/kernel-\S+\.json':
+        'The home of the user on the host must be writable and have room; or set JUPYTER_RUNTIME_DIR in the env of kernel.json to a directory that is',
+    r"can't open file .*Permission denied": 'Check who may read the kernelspec on the host',
     r"not found|No such file or directory|can't open file": 'The interpreter and the kernelspec must be on the host, at the paths that kernel.json has '
         '(jupyter ssh-spec install --python sets the interpreter)',
-    r'Permission denied': 'Check the permissions of the kernelspec on the host',
-    r'host application cannot be reached': 'The launcher could not report back. Does a firewall keep the host from GP_RESPONSE_PORT here? GP_ENABLE_TUNNELING=True needs no way back',
+    r'Permission denied': 'Check who may read the kernelspec and run its interpreter on the host',
+    _no_way_back: 'The launcher could not report back. Does a firewall keep the host from GP_RESPONSE_PORT here? GP_ENABLE_TUNNELING=True needs no way back',
 }
 
+_flooded = ('The response port was flooded: {} connections were dropped for newer ones meanwhile, and the launch message may have been among them. '
+    'The log names who connects; keep them from GP_RESPONSE_PORT, or set GP_ENABLE_TUNNELING=True, which needs no such port.')
 def _message(conn, what): return f'host {conn.host} (user {conn.user}): {what}'
 def _fix(text): return [f'{v}.' for k,v in hints.items() if re.search(k, text)][:1]
 _limit = '(KERNEL_LAUNCH_TIMEOUT, or launch_timeout of the kernelspec)'
 def _late(request): return f'the kernel did not start within {request.timeout:g} s {_limit}'
 
 @patch
-async def _why(self:DistributedProvisioner, conn, process, request):
+async def _why(self:DistributedProvisioner, conn, process, request, crowded_out=0):
     "The `LaunchError` for a launcher that ended, or that did not report in time"
     code = process.returncode
     what = _late(request) if code is None else f'the launcher ended with status {code} before the kernel was ready'
     tail = ''
     with suppress(ShellClosed, asyncio.TimeoutError): tail = (await in_time(process.tail(), self.connect_timeout)).strip()
-    return LaunchError(_message(conn, '\n'.join([f'{what}.', *_fix(tail), 'What it wrote last on that host:', tail or '(empty)'])))
+    fix = [_flooded.format(crowded_out)] if crowded_out and (code is None or re.search(_no_way_back, tail)) else _fix(tail)
+    return LaunchError(_message(conn, '\n'.join([f'{what}.', *fix, 'What it wrote last on that host:', tail or '(empty)'])))
 
 # %% ../nbs/07_provisioner.ipynb #0d2a5124
 @patch

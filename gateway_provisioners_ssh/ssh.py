@@ -55,7 +55,9 @@ def _of_the_way(e, route, waited):
         return f'{where} did not answer the login {time_out}', f'See what it waits for: ssh -v {_at(route)} true (GP_CONNECT_TIMEOUT sets the time)'
     if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or any(o in str(e) for o in ('No existing session', 'Timeout opening channel')):
         return f'no answer from {where} {time_out}', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)'
-    if isinstance(e, ShellClosed): return str(e), f'See what this says: ssh {_at(route)} /bin/sh' if ' ended: ' in str(e) else ''
+    if isinstance(e, ShellClosed):
+        silent = '' if ' ended: ' in str(e) else '. If it says nothing, the login shell of that user may be one that runs no commands, as /bin/false is'
+        return str(e), f'See what this says: ssh {_at(route)} /bin/sh{silent}' if ' ended' in str(e) else ''
     if isinstance(e, ConnectionError) or _shut_out(e):
         return f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)'
 
