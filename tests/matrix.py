@@ -7,6 +7,7 @@ import asyncio, contextlib, itertools, json, os, re, shutil, signal, socket, sub
 from collections import namedtuple
 from pathlib import Path
 import nbformat, pexpect
+from playwright.async_api import TimeoutError as LateError, async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
 from hosts import NetLab, REPO, sh, wait
@@ -41,6 +42,8 @@ def run_of(cell): return cell.application, cell.way, cell.user
 def runs(cells):
     "Cells by the run of an application that they share: `{(application, way, user): [place, ...]}`"
     return {r: [c.place for c in cells if run_of(c) == r] for r in sorted(set(map(run_of, cells)), key=lambda r: (APPLICATIONS.index(r[0]), r[1:]))}
+
+CHROMIUM = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 
 # Machines
 
@@ -131,6 +134,8 @@ def busy(tag):
     "Code that does not end by itself, and gives its process the name `tag` when it is at it"
     return f'open("/proc/self/comm", "w").write("{tag}"); import time\nwhile True: time.sleep(.01)'
 
+LIVES_ON = 'it ends; its kernel lives on'   # applications that handle no SIGTERM, like any application at SIGKILL, can end nothing; `GP_ORPHAN_TIMEOUT` does
+
 class Steps:
     "What happened in one cell, and the seconds that it took"
     def __init__(self, machines, cell): self.machines, self.cell, self.done = machines, cell, {}
@@ -155,6 +160,19 @@ class Steps:
         "The kernel's process that has the name `tag`"
         def found(): return next((p.pid for p in self.machines.node(self.cell.place).kernels() if p.name == tag), None)
         return await until(found, 90, f'busy {tag}')
+    def log(self, pid):
+        "The log of that kernel, on its host"
+        kernel_id, = {p.kernel_id for p in self.machines.node(self.cell.place).kernels() if p.pid == pid}
+        return self.machines.node(self.cell.place).tmp/f'kernel-{kernel_id}.log'
+    async def abandoned(self, pid):
+        "End a kernel that lives on without its application, and remove what there is of it"
+        assert not gone(pid)
+        log, tmp, ids = self.log(pid), self.machines.node(self.cell.place).tmp, {str(pid), str(os.getpgid(pid))}
+        os.kill(pid, signal.SIGKILL)
+        await self.gone(pid)
+        log.unlink()
+        for d in tmp.glob('gpssh-*'):
+            if ids & set((d/'pid').read_text().split()): shutil.rmtree(d)
     async def gone(self, pid): await until(lambda: gone(pid), 60, f'end of kernel {pid}')
 
 # Applications
@@ -181,13 +199,14 @@ class Application:
     def text(self): return '\n'.join(f'{o}:\n{o.read_text(errors="replace")[-6000:]}' for o in self.logs)
 
     async def run(self):
-        with self.machines.here.ns.entered(), self.machines.nothing_left():
-            try: await self.all()
-            except BaseException:
-                print(self.text())
-                raise
-            finally:
-                for p in [p for p in self.procs if p.poll() is None]: p.kill(); p.wait()
+        try:
+            with self.machines.here.ns.entered(), self.machines.nothing_left():
+                try: await self.all()
+                finally:
+                    for p in [p for p in self.procs if p.poll() is None]: p.kill(); p.wait()
+        except BaseException:
+            print(self.text())
+            raise
         for s in self.steps.values(): s.done['nothing left'] = 'yes', None
         return {s.cell: s.done for s in self.steps.values()}
 
@@ -284,61 +303,101 @@ class KernelGateway(Server):
         self.url = 'http://127.0.0.1:8888'
         await self.answers()
 
+def png(file): return file.exists() and file.read_bytes().startswith(b'\x89PNG')
+
 class Console(Application):
     "In a terminal"
     def terminal(self, place):
+        viewer = self.work/place/'xdg-open'
+        viewer.parent.mkdir(exist_ok=True)
+        viewer.write_text(f'#!/bin/sh\nmv "$1" ../work/{place}.png\n')
+        viewer.chmod(0o755)
         argv = self.machines.argv(self.user, 'jupyter', 'console', '--kernel', place)
         self.logs.append(self.machines.lab.base/f'app-{time.monotonic_ns()}.log')
-        c = pexpect.spawn(argv[0], argv[1:], env=self.env | dict(TERM='xterm'), dimensions=(40, 200), timeout=120, encoding='utf-8', codec_errors='replace')
+        c = pexpect.spawn(argv[0], argv[1:], env=self.env | dict(TERM='xterm', PATH=f'{self.machines.seen(self.user)}/work/{place}:{self.env["PATH"]}'), dimensions=(40, 200), timeout=120, encoding='utf-8', codec_errors='replace')
         c.logfile_read = open(self.logs[-1], 'w')
-        c.poll = lambda: None if c.isalive() else c.status
-        c.kill_ = c.kill
-        c.kill = lambda: c.kill_(signal.SIGKILL)
-        self.procs.append(c)
+        self.terminals.append(c)
         return c
 
-    async def prompt(self, c): await c.expect(r'In \[.{0,40}\d+.{0,40}\]: ', async_=True)
+    async def all(self):
+        self.terminals = []
+        try: await super().all()
+        finally:
+            for c in self.terminals: c.close(force=True)
+
+    async def ended(self, c): await until(lambda: not c.isalive(), 90, 'end of the console')
+
+    async def prompt(self, c, n=1):
+        "Its prompt number `n`, which a line that is being typed draws anew"
+        color = r'(?:\x1b\[[\d;]*m)*'
+        await c.expect(rf'In \[{color}{n}{color}\]: ', async_=True)
     async def enter(self, c, code, answer):
         "Type a line, and return what matches `answer`, which is not in the line"
         c.send(code + '\r')
         await c.expect(answer, async_=True)
         return c.match.group()
 
+    async def started(self, place):
+        c = self.terminal(place)
+        await self.prompt(c)
+        return c
+
+    async def busy(self, c, step, tag):
+        "The kernel's process, when it computes"
+        c.send(f'open("/proc/self/comm", "w").write("{tag}"); import time; time.sleep(1000)\r')
+        return await step.at(tag)
+
     async def one(self, place, step):
-        with step('start'):
-            c = self.terminal(place)
-            await self.prompt(c)
+        await asyncio.gather(self.used(place, step), self.killed(place, step), self.stopped(place, step))
+        step.none('restart', 'it has none')
+
+    async def used(self, place, step):
+        with step('start'): c = await self.started(place)
         with step('compute'): pid = step.check(await self.enter(c, WHERE, r'at \w+ \w+ \d+ 42'))
-        await self.prompt(c)
-        with step('plot', 'it shows the text of the figure'):
-            await self.enter(c, 'import matplotlib.pyplot as plt; plt.plot([1, 4, 9]); plt.show()', r'<Figure size')
-        await self.prompt(c)
+        await self.prompt(c, 2)
+        with step('plot', 'it opens the picture with xdg-open'):
+            c.send('import matplotlib.pyplot as plt; plt.plot([1, 4, 9]); plt.show()\r')
+            await until(lambda: png(self.work/f'{place}.png'), 90, 'the picture')
+        await self.prompt(c, 3)
         with step('interrupt'):
-            tag = f'i-{place}'
-            c.send(f'open("/proc/self/comm", "w").write("{tag}"); import time; time.sleep(1000)\r')
-            await step.at(tag)
+            await self.busy(c, step, f'i-{place}')
             c.sendintr()
             await c.expect('KeyboardInterrupt', async_=True)
-        await self.prompt(c)
-        step.none('restart', 'it cannot')
-        step.none('kill -9', 'see below')
-        with step('shutdown', 'by its end: exit'):
+        await self.prompt(c, 4)
+        with step('shutdown', 'by exit'):
             c.send('exit\r')
             await self.ended(c)
             await step.gone(pid)
-        c = self.terminal(place)
-        await self.prompt(c)
-        pid = step.check(await self.enter(c, WHERE, r'at \w+ \w+ \d+ 42'))
-        with step('SIGTERM'):
+
+    async def killed(self, place, step):
+        c = await self.started(place)
+        pid = await self.busy(c, step, f'k-{place}')
+        log = step.log(pid)
+        with step('kill -9', 'it prompts again, and can be left; the log on the host stays'):
+            os.kill(pid, signal.SIGKILL)
+            await self.prompt(c, 2)
+            c.sendeof()
+            await c.expect('really want to exit', async_=True)
+            c.send('y\r')
+            await self.ended(c)
+        log.unlink()
+
+    async def stopped(self, place, step):
+        c = await self.started(place)
+        pid = await self.busy(c, step, f's-{place}')
+        with step('SIGTERM', LIVES_ON):
             os.kill(c.pid, signal.SIGTERM)
             await self.ended(c)
-            await step.gone(pid)
+            await step.abandoned(pid)
+        (self.machines.home(self.user)/f'.local/share/jupyter/runtime/kernel-{c.pid}.json').unlink()   # also with a local kernel
 
 class Notebooks(Application):
     "What runs a notebook from top to bottom"
+    at_sigterm = 'it ends, and its kernel'
+
     async def one(self, place, step):
         await asyncio.gather(self.whole(place, step), self.killed(place, step), self.stopped(place, step, signal.SIGINT, 'interrupt', 'Ctrl-C ends it, and its kernel'),
-                             self.stopped(place, step, signal.SIGTERM, 'SIGTERM', 'it ends, and its kernel'))
+                             self.stopped(place, step, signal.SIGTERM, 'SIGTERM', self.at_sigterm))
         step.none('restart', 'it has none')
 
     def notebook(self, name, *codes):
@@ -363,9 +422,11 @@ class Notebooks(Application):
     async def killed(self, place, step):
         p = self.start(*self.argv(self.notebook(f'killed-{place}', busy(f'k-{place}')).name, place))
         pid = await step.at(f'k-{place}')
-        with step('kill -9', 'it ends, and says "Kernel died"'):
+        log = step.log(pid)
+        with step('kill -9', 'it ends, and says "Kernel died"; the log on the host stays'):
             os.kill(pid, signal.SIGKILL)
             assert await self.ended(p) and 'Kernel died' in p.log.read_text()
+        log.unlink()
 
     async def stopped(self, place, step, sig, name, what):
         p = self.start(*self.argv(self.notebook(f'{name}-{place}', busy(f'{name[0]}-{place}')).name, place))
@@ -373,7 +434,7 @@ class Notebooks(Application):
         with step(name, what):
             p.send_signal(sig)
             await self.ended(p)
-            await step.gone(pid)
+            await (step.abandoned if what == LIVES_ON else step.gone)(pid)
 
     def output(self, f): return f
 
@@ -385,10 +446,115 @@ class NBClient(Notebooks):
         return [sys.executable, '-c', f'import nbformat, nbclient\nnb = nbformat.read("{file}", 4)\nnbclient.execute(nb, kernel_name="{kernel}")\nnbformat.write(nb, "{file}")']
 
 class Papermill(Notebooks):
+    at_sigterm = LIVES_ON
     def argv(self, file, kernel): return ['papermill', '-k', kernel, file, f'out-{file}']
     def output(self, f): return f.with_name(f'out-{f.name}')
 
-KINDS = {'Jupyter Server': Server, 'Kernel Gateway': KernelGateway, 'jupyter console': Console, 'jupyter execute': Execute, 'nbclient': NBClient, 'papermill': Papermill}
+class Browser(Server):
+    "In Chromium, with mouse and keyboard"
+    async def all(self):
+        async with async_playwright() as p:
+            b = await p.chromium.launch(executable_path=shutil.which('chromium'), headless=True, args=CHROMIUM)
+            try:
+                self.context = await b.new_context(viewport=dict(width=1100, height=720))
+                self.context.set_default_timeout(int(os.environ.get('T', '120'))*1000)
+                await super().all()
+            finally: await b.close()
+
+    async def one(self, place, step):
+        page = await self.context.new_page()
+        try: await self.work_through(page, place, step)
+        except BaseException:
+            for i, o in enumerate(self.context.pages): await o.screenshot(path=f'/tmp/matrix-{self.name}-{place}-{i}.png')
+            raise
+
+    async def work_through(self, page, place, step):
+        with step('start'): page = await self.open(page, place)
+        await self.idle(page)
+        with step('compute'): pid = step.check(await self.enter(page, WHERE))
+        with step('plot'):
+            await self.type(page, PLOT)
+            await page.wait_for_function('[...document.querySelectorAll(".jp-OutputArea img")].some(o => o.src.startsWith("data:image/png") && o.naturalWidth > 99)')
+        await self.shoot(page, place)
+        with step('interrupt'):
+            await self.type(page, busy(f'i-{place}'))
+            await step.at(f'i-{place}')
+            await self.menu(page, 'Interrupt Kernel')
+            await page.locator('.jp-OutputArea', has_text='KeyboardInterrupt').first.wait_for()
+        with step('restart'):
+            await self.menu(page, 'Restart Kernel…')
+            await page.locator('.jp-Dialog .jp-mod-accept').click()
+            await step.gone(pid)
+            await self.idle(page)
+            pid = step.check(await self.enter(page, WHERE))
+        with step('kill -9', 'it is started again'):
+            os.kill(pid, signal.SIGKILL)
+            await page.locator('.jp-Dialog', has_text='appears to have died').wait_for()
+            await page.locator('.jp-Dialog .jp-mod-accept').click()
+            before, pid = pid, step.check(await self.enter(page, WHERE, again=True))
+            assert pid != before
+        with step('shutdown'):
+            await self.menu(page, 'Shut Down Kernel')
+            await step.gone(pid)
+        await self.menu(page, 'Restart Kernel…')   # which starts one, where there is none
+        await self.idle(page)
+        self.pids = *self.pids, step.check(await self.enter(page, WHERE))
+
+    async def idle(self, page):
+        "The notebook shows that its kernel waits; what is entered earlier is not executed, as with local kernels"
+        await page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+
+    async def type(self, page, code):
+        "Run code in the last cell, which an execution leaves empty"
+        cell = page.locator('.jp-Notebook .jp-CodeCell').last.locator('.cm-content')
+        await cell.click()
+        await page.keyboard.insert_text(code)
+        await page.keyboard.press('Shift+Enter')
+
+    async def enter(self, page, code, again=False):
+        "What `code` prints. `again`: it may be lost, and is entered again then; after a kernel died JupyterLab does not show when the next one is ready"
+        out = page.locator('.jp-OutputArea-output').nth(await page.locator('.jp-OutputArea-output').count())
+        for _ in range(8 if again else 1):
+            await self.type(page, code)
+            with contextlib.suppress(LateError):
+                await out.wait_for(**(dict(timeout=15_000) if again else {}))
+                return await out.inner_text()
+        raise TimeoutError(f'no output of {code}')
+
+    async def menu(self, page, item):
+        await page.locator('.lm-MenuBar-itemLabel', has_text=re.compile('^Kernel$')).click()
+        await page.locator('.lm-Menu-itemLabel', has_text=re.compile(f'^{re.escape(item)}$')).click()
+
+    async def shoot(self, page, place): pass
+
+class Lab(Browser):
+    @property
+    def argv(self): return ['jupyter', 'lab', '--no-browser', *(['--allow-root'] if self.user == 'root' else [])]
+
+    async def open(self, page, place):
+        await page.goto(f'{self.url}/lab?token={self.token}')
+        news = page.get_by_role('button', name='No', exact=True)
+        await page.add_locator_handler(news, news.click)
+        await page.locator('.jp-LauncherCard[data-category="Notebook"]', has_text=TITLES[place]).click()
+        await page.locator('.jp-Toolbar-kernelName', has_text=TITLES[place]).wait_for()
+        return page
+
+    async def shoot(self, page, place):
+        if os.environ.get('GP_SCREENSHOTS') == '1' and place == 'foreign': await page.screenshot(path=SCREENSHOT)
+
+class Notebook(Browser):
+    @property
+    def argv(self): return ['jupyter', 'notebook', '--no-browser', *(['--allow-root'] if self.user == 'root' else [])]
+
+    async def open(self, page, place):
+        await page.goto(f'{self.url}/tree?token={self.token}')
+        await page.locator('.jp-DropdownMenu, .jp-FileBrowser-toolbar', has_text='New').first.locator('text=New').first.click()
+        async with page.expect_popup() as other: await page.locator('.lm-Menu-itemLabel', has_text=TITLES[place]).click()
+        page = await other.value
+        await page.locator('.jp-Toolbar-kernelName, .jp-KernelName', has_text=TITLES[place]).first.wait_for()
+        return page
+
+KINDS = {'JupyterLab': Lab, 'Notebook': Notebook, 'Jupyter Server': Server, 'Kernel Gateway': KernelGateway, 'jupyter console': Console, 'jupyter execute': Execute, 'nbclient': NBClient, 'papermill': Papermill}
 
 async def run(machines, run, places):
     "One run of an application, in a fresh home: what happened, and how long it took, by cell and step"
