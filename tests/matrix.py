@@ -3,7 +3,7 @@
 
 The machines are namespaces (`hosts.NetLab`): applications and the browser are on node1; node2 has the homes of node1; on node3 only grace can log in.
 So ports are the default ones, /tmp has nothing of others, and whatever is left on a machine was left by the cell."""
-import asyncio, contextlib, itertools, json, os, re, shutil, signal, socket, subprocess, sys, time
+import asyncio, contextlib, itertools, json, os, re, shutil, signal, subprocess, sys, time
 from collections import namedtuple
 from pathlib import Path
 import nbformat, pexpect
@@ -21,6 +21,7 @@ USERS = 'root', 'ada'   # root, and an ordinary user
 ENTRIES = dict(here='localhost', shared='node2', foreign='grace@node3')
 TITLES = {o: f'Python on {e}' for o, e in ENTRIES.items()}
 RESULTS, SCREENSHOT = REPO/'nbs/explanation/applications.json', REPO/'nbs/images/jupyterlab.png'
+ALL, SHOOT = os.environ.get('GP_MATRIX') == 'all', os.environ.get('GP_SCREENSHOTS') == '1'
 Cell = namedtuple('Cell', 'application place way user')
 
 def cells():
@@ -30,7 +31,8 @@ def cells():
 def pairs(cell): return set(itertools.combinations(enumerate(cell), 2))
 
 def covering(cells):
-    "Some of `cells` that have every pair of values that any of them has: always the one with the most new pairs; where many have, the one whose application runs already"
+    """Some of `cells` that have every pair of values that any of them has: always the one with the most new pairs; where many have, the one whose
+    application runs already"""
     missing, chosen = set().union(*map(pairs, cells)), []
     while missing:
         best = max(cells, key=lambda c: (len(pairs(c) & missing), run_of(c) in map(run_of, chosen)))
@@ -48,8 +50,8 @@ CHROMIUM = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-b
 # Machines
 
 # what programs make once in a home, and the work of the user; and not what belongs to a kernel or an application that runs
-HABITS = re.compile(r'/\.(ipython|cache|config|jupyter|npm|pki|ssh)/|/share/jupyter/(kernels/|nbsignatures|notebook_secret|runtime/jupyter_cookie_secret|file_id_manager)'
-                    r'|/__pycache__/|/work/')
+HABITS = re.compile(r'/\.(ipython|cache|config|jupyter|ssh)/|/__pycache__/|/work/'
+                    r'|/share/jupyter/(kernels/|nbsignatures|notebook_secret|runtime/jupyter_cookie_secret|file_id_manager)')
 
 class Machines:
     "node1, node2 and node3, and the homes of root and ada on node1"
@@ -69,7 +71,8 @@ class Machines:
     def unreadable(self):
         "What stops ada from using the Python of the tests, in words"
         for node, user in ((self.here, 'ada'), (self.foreign, 'grace')):
-            if node.run('sh', '-c', f'test -x {sys.executable} -a -r {REPO}/tests/matrix.py || echo no', user=user): return f'other users cannot read {REPO}, {sys.prefix}'
+            if node.run('sh', '-c', f'test -x {sys.executable} -a -r {REPO}/tests/matrix.py || echo no', user=user):
+                return f'other users cannot read {REPO}, {sys.prefix}'
 
     def node(self, place): return getattr(self, place)
     def login(self, place, user): return 'grace' if place == 'foreign' else user
@@ -87,18 +90,21 @@ class Machines:
 
     def fresh(self, user):
         "Empty the home of `user`, but for what OpenSSH needs, a directory to work in, and kernelspecs as `jupyter ssh-spec install` writes them"
-        home, (uid, gid) = self.home(user), (0, 0) if user == 'root' else (self.here.users[user],)*2
+        home, uid, saved = self.home(user), self.here.users.get(user, 0), self.lab.base/f'home-{user}'
         mounts = {o.relative_to(self.seen(user)).parts[0] for o in self.lab.keep if self.seen(user) in o.parents}
         for o in [o for o in home.iterdir() if o.name not in mounts]: shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
         (ssh := home/'.ssh').mkdir(mode=0o700)
         (home/'work').mkdir()
         shutil.copy(self.lab.client.key, ssh/'id_ed25519')
         (ssh/'known_hosts').write_text(''.join(f'{h.name},{h.address} {h.host_key.with_suffix(".pub").read_text()}' for h in self.nodes))
-        for o in (ssh, ssh/'id_ed25519', ssh/'known_hosts', home/'work'): os.chown(o, uid, gid)
-        for place, entry in ENTRIES.items():
-            hosts = [] if place == 'here' else ['--remote-hosts', entry]   # the default is localhost
-            sh(*self.argv(user, 'jupyter', 'ssh-spec', 'install', '--user', '--kernel-name', place, '--display-name', TITLES[place],
-                          '--python', sys.executable, *hosts), env=self.environ(user))
+        for o in (ssh, ssh/'id_ed25519', ssh/'known_hosts', home/'work'): os.chown(o, uid, uid)
+        if saved.exists(): sh('cp', '-a', saved, home/'.local')   # it writes the same each time
+        else:
+            for place, entry in ENTRIES.items():
+                hosts = [] if place == 'here' else ['--remote-hosts', entry]   # the default is localhost
+                sh(*self.argv(user, 'jupyter', 'ssh-spec', 'install', '--user', '--kernel-name', place, '--display-name', TITLES[place],
+                              '--python', sys.executable, *hosts), env=self.environ(user))
+            sh('cp', '-a', home/'.local', saved)
         self.carry('foreign', user)
 
     def carry(self, spec, user):
@@ -167,19 +173,24 @@ class Steps:
     async def abandoned(self, pid):
         "End a kernel that lives on without its application, and remove what there is of it"
         assert not gone(pid)
-        log, tmp, ids = self.log(pid), self.machines.node(self.cell.place).tmp, {str(pid), str(os.getpgid(pid))}
+        log = self.log(pid)
         os.kill(pid, signal.SIGKILL)
         await self.gone(pid)
-        log.unlink()
-        for d in tmp.glob('gpssh-*'):
-            if ids & set((d/'pid').read_text().split()): shutil.rmtree(d)
+        self.remove(pid, log)
+
+    def remove(self, pid, log):
+        "Remove the log of a kernel that has ended, and the directory of its supervisor"
+        log.unlink(missing_ok=True)
+        for d in self.machines.node(self.cell.place).tmp.glob('gpssh-*'):
+            with contextlib.suppress(OSError):
+                if str(pid) in (d/'pid').read_text().split(): shutil.rmtree(d)
+
     async def gone(self, pid): await until(lambda: gone(pid), 60, f'end of kernel {pid}')
 
 # Applications
 
 class Application:
     "A process of an application for a run of cells, and the steps of its cells"
-    options, tty = (), {}
     def __init__(self, machines, run, places):
         self.machines, (self.name, self.way, self.user) = machines, run
         self.steps = {o: Steps(machines, Cell(self.name, o, self.way, self.user)) for o in places}
@@ -314,7 +325,8 @@ class Console(Application):
         viewer.chmod(0o755)
         argv = self.machines.argv(self.user, 'jupyter', 'console', '--kernel', place)
         self.logs.append(self.machines.lab.base/f'app-{time.monotonic_ns()}.log')
-        c = pexpect.spawn(argv[0], argv[1:], env=self.env | dict(TERM='xterm', PATH=f'{self.machines.seen(self.user)}/work/{place}:{self.env["PATH"]}'), dimensions=(40, 200), timeout=120, encoding='utf-8', codec_errors='replace')
+        env = self.env | dict(TERM='xterm', PATH=f'{self.machines.seen(self.user)}/work/{place}:{self.env["PATH"]}')   # a terminal and a desktop
+        c = pexpect.spawn(argv[0], argv[1:], env=env, dimensions=(40, 200), timeout=120, encoding='utf-8', codec_errors='replace')
         c.logfile_read = open(self.logs[-1], 'w')
         self.terminals.append(c)
         return c
@@ -364,10 +376,13 @@ class Console(Application):
             c.sendintr()
             await c.expect('KeyboardInterrupt', async_=True)
         await self.prompt(c, 4)
-        with step('shutdown', 'by exit'):
+        log = step.log(pid)
+        with step('shutdown', 'by exit; a log is left if the kernel takes longer to end'):   # the console does not wait for its kernel
             c.send('exit\r')
             await self.ended(c)
             await step.gone(pid)
+        assert c.exitstatus == 0, c.signalstatus
+        step.remove(pid, log)
 
     async def killed(self, place, step):
         c = await self.started(place)
@@ -396,7 +411,8 @@ class Notebooks(Application):
     at_sigterm = 'it ends, and its kernel'
 
     async def one(self, place, step):
-        await asyncio.gather(self.whole(place, step), self.killed(place, step), self.stopped(place, step, signal.SIGINT, 'interrupt', 'Ctrl-C ends it, and its kernel'),
+        await asyncio.gather(self.whole(place, step), self.killed(place, step),
+                             self.stopped(place, step, signal.SIGINT, 'interrupt', 'Ctrl-C ends it, and its kernel'),
                              self.stopped(place, step, signal.SIGTERM, 'SIGTERM', self.at_sigterm))
         step.none('restart', 'it has none')
 
@@ -443,7 +459,8 @@ class Execute(Notebooks):
 
 class NBClient(Notebooks):
     def argv(self, file, kernel):
-        return [sys.executable, '-c', f'import nbformat, nbclient\nnb = nbformat.read("{file}", 4)\nnbclient.execute(nb, kernel_name="{kernel}")\nnbformat.write(nb, "{file}")']
+        return [sys.executable, '-c', 'import nbformat, nbclient, sys\nf, kernel = sys.argv[1:]\nnb = nbformat.read(f, 4)\n'
+                'nbclient.execute(nb, kernel_name=kernel)\nnbformat.write(nb, f)', file, kernel]
 
 class Papermill(Notebooks):
     at_sigterm = LIVES_ON
@@ -457,24 +474,18 @@ class Browser(Server):
             b = await p.chromium.launch(executable_path=shutil.which('chromium'), headless=True, args=CHROMIUM)
             try:
                 self.context = await b.new_context(viewport=dict(width=1100, height=720))
-                self.context.set_default_timeout(int(os.environ.get('T', '120'))*1000)
+                self.context.set_default_timeout(120_000)
                 await super().all()
             finally: await b.close()
 
     async def one(self, place, step):
-        page = await self.context.new_page()
-        try: await self.work_through(page, place, step)
-        except BaseException:
-            for i, o in enumerate(self.context.pages): await o.screenshot(path=f'/tmp/matrix-{self.name}-{place}-{i}.png')
-            raise
-
-    async def work_through(self, page, place, step):
-        with step('start'): page = await self.open(page, place)
+        with step('start'): page = await self.open(await self.context.new_page(), place)
         await self.idle(page)
         with step('compute'): pid = step.check(await self.enter(page, WHERE))
         with step('plot'):
             await self.type(page, PLOT)
-            await page.wait_for_function('[...document.querySelectorAll(".jp-OutputArea img")].some(o => o.src.startsWith("data:image/png") && o.naturalWidth > 99)')
+            await page.wait_for_function('[...document.querySelectorAll(".jp-OutputArea img")]'
+                                         '.some(o => o.src.startsWith("data:image/png") && o.naturalWidth > 99)')
         await self.shoot(page, place)
         with step('interrupt'):
             await self.type(page, busy(f'i-{place}'))
@@ -540,7 +551,7 @@ class Lab(Browser):
         return page
 
     async def shoot(self, page, place):
-        if os.environ.get('GP_SCREENSHOTS') == '1' and place == 'foreign': await page.screenshot(path=SCREENSHOT)
+        if SHOOT and place == 'foreign': await page.screenshot(path=SCREENSHOT)
 
 class Notebook(Browser):
     @property
@@ -554,9 +565,15 @@ class Notebook(Browser):
         await page.locator('.jp-Toolbar-kernelName, .jp-KernelName', has_text=TITLES[place]).first.wait_for()
         return page
 
-KINDS = {'JupyterLab': Lab, 'Notebook': Notebook, 'Jupyter Server': Server, 'Kernel Gateway': KernelGateway, 'jupyter console': Console, 'jupyter execute': Execute, 'nbclient': NBClient, 'papermill': Papermill}
+KINDS = dict(zip(APPLICATIONS, (Server, Lab, Notebook, KernelGateway, Console, Execute, NBClient, Papermill)))
 
 async def run(machines, run, places):
     "One run of an application, in a fresh home: what happened, and how long it took, by cell and step"
     machines.fresh(run[2])
     return await KINDS[run[0]](machines, run, places).run()
+
+def write(results):
+    "Write down what happened in these cells, for the documentation"
+    old = {Cell(o['application'], o['place'], o['way'], o['user']): o['steps'] for o in (json.loads(RESULTS.read_text()) if RESULTS.exists() else ())}
+    rows = [dict(c._asdict(), steps=steps) for c in cells() if (steps := results.get(c) or old.get(c))]
+    RESULTS.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
