@@ -70,7 +70,7 @@ class AgentSession:
             self.noise,self.decoder = b'',Decoder()
         try:
             for message,rest in self.decoder.feed(data): self._received(message)
-        except (ValueError, TypeError, KeyError, AttributeError) as e: self.close(f'it wrote what no agent writes ({type(e).__name__})')
+        except (ValueError, TypeError, KeyError, AttributeError) as e: self.close(f'it wrote what no agent writes ({type(e).__name__}): {bytes(self.decoder.buffer[:2000]).decode("utf-8", "replace")!r}')
 
     def eof(self): self.close()
 
@@ -333,7 +333,7 @@ async def release(self:RemoteProcess,
     keep_log:bool=True, # Whether the log stays on the host
 ):
     "End the process, if it runs, and have the agent remove what is left of it"
-    await self._insist('forget', id=self.id, keep_log=bool(keep_log))
+    await self._insist('forget', id=self.id, log=self.log, keep_log=bool(keep_log))
     if self._follower: self._follower.cancel()
 
 RemoteProcess._insist,RemoteProcess.signal,RemoteProcess.tail,RemoteProcess.release = _insist,signal,tail,release

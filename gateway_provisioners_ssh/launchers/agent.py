@@ -224,8 +224,8 @@ def _become(argv, env, fds, cwds, mask):
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(mask)
     for to,fd in enumerate(fds): os.dup2(fd, to)
-    env = dict(env)
-    for o in (*cwds, env.get('HOME', '/'), '/'):
+    env,home = dict(env),env.get('HOME', '/')
+    for o in (*(os.path.join(home, o) for o in cwds), home, '/'):
         try: os.chdir(raw(o)); env['PWD'] = o; break
         except OSError: pass
     os.execvpe(raw(argv[0]), [raw(o) for o in argv], {raw(k): raw(v) for k,v in env.items()})
@@ -233,7 +233,7 @@ def _become(argv, env, fds, cwds, mask):
 # %% ../../nbs/03_agent.ipynb #264fae71
 class Loop:
     "Calls functions when descriptors are ready or a time has come"
-    def __init__(self): self.selector,self.timers,self.count,self.over = selectors.DefaultSelector(),[],0,False
+    def __init__(self, failed): self.selector,self.timers,self.count,self.over,self.failed = selectors.DefaultSelector(),[],0,False,failed
 
     def on(self, fd, read=None, write=None):
         "Call `read` when `fd` can be read, `write` when it can be written; neither: stop"
@@ -258,13 +258,21 @@ class Loop:
         while not self.over:
             while self.timers and not self.timers[0][2]: heapq.heappop(self.timers)
             wait = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+            due = []
             for key,ready in self.selector.select(wait):
                 read,write = key.data
-                if write and ready & selectors.EVENT_WRITE: write()
-                elif read and ready & selectors.EVENT_READ: read()
+                due.append((key, write if write and ready & selectors.EVENT_WRITE else read))
+            for key,call in due: # an earlier one may have closed the descriptor, and its number may belong to another by now
+                now = self.selector.get_map().get(key.fd)
+                if call and now and call in now.data: self.attempt(call)
             while self.timers and self.timers[0][0] <= time.monotonic():
                 call = heapq.heappop(self.timers)[2]
-                if call: call()
+                if call: self.attempt(call)
+
+    def attempt(self, call):
+        "A defect in one place must not take all kernels' agent away; `failed` is told of it"
+        try: call()
+        except Exception: self.failed()
 
 # %% ../../nbs/03_agent.ipynb #ce346997
 class Stream:
@@ -289,6 +297,7 @@ class Stream:
         self.loop.on(self.writer, None, self._write if self.out else None)
 
     def _read(self):
+        if not self.open: return
         try: data = os.read(self.reader, 2**18)
         except BlockingIOError: return
         except OSError: data = b''
@@ -479,7 +488,7 @@ class Agent:
     keep = 7*86400 # Seconds that the record of an ended kernel waits for its host application
 
     def __init__(self, directory, version):
-        self.dir,self.version,self.loop,self.mask = directory,version,Loop(),os.umask(0o22)
+        self.dir,self.version,self.loop,self.mask = directory,version,Loop(self.failed),os.umask(0o22)
         os.umask(self.mask)
         self.socket,self.kernels,self.clients,self.tokens,self.ports,self.peers,self.leaving = directory + '/agent-' + version,{},set(),{},{},{},None
         self.cache = self._cache()
@@ -488,9 +497,21 @@ class Agent:
         top = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
         for o in (top + '/gateway_provisioners_ssh', self.dir + '/files'):
             try: os.makedirs(o, 0o700, exist_ok=True)
-            except OSError: continue
+            except OSError: continue # no home, or one that is read-only
             if os.access(o, os.W_OK|os.X_OK) and os.stat(o).st_uid == os.getuid(): return o
-        return self.dir
+        return self.dir # where `put` will say what is wrong
+
+    def failed(self):
+        "Put down what should not have happened, in the file `errors` of the private directory"
+        import traceback
+        try:
+            with open(os.open(self.dir + '/errors', os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600), 'w') as f: f.tell() < 2**16 and f.write(traceback.format_exc())
+        except OSError: pass
+
+    def trees(self):
+        "The names of the trees that are there"
+        try: return [o for o in os.listdir(self.cache) if len(o) == 64]
+        except OSError: return []
 
     def serve(self, lock):
         "Listen on the socket, adopt what an earlier agent left, and work until there is nothing to do; `lock` is held until the socket is there"
@@ -564,7 +585,7 @@ class Agent:
         self.clients.add(c)
         self.settle()
         c.stream.send(dict(event='hello', version=self.version, pid=os.getpid(), python='%d.%d.%d' % sys.version_info[:3], home=env.get('HOME', '/'),
-            cache=self.cache, trees=[o.name for o in os.scandir(self.cache) if len(o.name) == 64]))
+            cache=self.cache, trees=self.trees()))
         return c
 
     def visited(self, visitor, line):
@@ -745,7 +766,9 @@ def _list(agent, client, m, data):
 def _forget(agent, client, m, data):
     "End a kernel, if it runs, and remove what is left of it; answers when that is done"
     k = _found(agent, m)
-    if not k: return {}
+    if not k:
+        if not m.get('keep_log') and m.get('log'): Log(m['log'], 0).remove()
+        return {}
     if k.ended: k.discard(m.get('keep_log')); return {}
     k.then.append(lambda: (k.discard(m.get('keep_log')), client.answer(m, ok={})))
     k.signal(signal.SIGKILL)
