@@ -9,7 +9,7 @@ from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
-from gateway_provisioners_ssh import balance, provisioner, shell
+from gateway_provisioners_ssh import balance, provisioner
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import ControlKey, connection_info, control_nonce
 from hosts import wait
@@ -20,20 +20,15 @@ LEGACY = [sys.executable, str(Path(__file__).parent/'legacy_launcher.py'), '--Re
 HABITS = [r'/\.ipython/', r'/\.cache/', r'/\.jupyter/', r'/__pycache__/']   # files that programs make once in a home
 
 class Remote:
-    """A prefix with kernelspecs for the hosts of `lab`, and an environment in which every Jupyter application finds them. It records the
-    directories that supervisors of this process get in /tmp, which loopback hosts share with everybody."""
+    "A prefix with kernelspecs for the hosts of `lab`, and an environment in which every Jupyter application finds them"
     def __init__(self, lab, prefix, patch):
-        self.lab, self.prefix, self.dirs = lab, Path(prefix), []
+        self.lab, self.prefix = lab, Path(prefix)
         self.specs_dir, self.runtime = self.prefix/'share/jupyter/kernels', self.prefix/'runtime'
         for k in ('GP_', 'EG_', 'KERNEL_'):
             for o in [o for o in os.environ if o.startswith(k)]: patch.delenv(o)
         for k, v in dict(JUPYTER_PATH=str(self.prefix/'share/jupyter'), JUPYTER_RUNTIME_DIR=str(self.runtime), JUPYTER_CONFIG_DIR=str(self.prefix/'config'),
                          IPYTHONDIR=str(self.prefix/'ipython'), JUPYTER_PREFER_ENV_PATH='0', KERNEL_USERNAME='ada',
                          PATH=f'{BIN}:{os.environ["PATH"]}').items(): patch.setenv(k, v)
-        def token_hex(n):
-            self.dirs.append(f'/tmp/gpssh-{(t := os.urandom(n).hex())}')
-            return t
-        patch.setattr(shell, 'secrets', SimpleNamespace(token_hex=token_hex))
         self.install()
 
     def install(self, *options, hosts=None, name='ssh_python'):
@@ -75,9 +70,9 @@ class Remote:
     # What is left
 
     def leftovers(self):
-        "Supervisors' directories and logs on hosts (loopback: in everybody's /tmp), connection files here"
-        dirs = [o for o in self.dirs if os.path.exists(o)]
-        return dirs + [str(o) for o in self.runtime.glob('kernel-*')]
+        "What agents keep for kernels, on hosts and on this machine as a host; connection files here"
+        tmps = {Path(os.environ.get('TMPDIR', '/tmp')), *(h.tmp for h in self.lab)}
+        return [str(o) for tmp in tmps for o in tmp.glob('gpssh-*/k-*')] + [str(o) for o in self.runtime.glob('kernel-*')]
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=15, ignore=(), logs=()):

@@ -918,7 +918,7 @@ def hand_over(server, env):
     r,w = os.pipe()
     line = json.dumps(dict(env=env)).encode() + b'\n'
     sent = server.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('3i', 0, 1, w))])
-    server.sendall(line[sent:])
+    if sent < len(line): server.sendall(line[sent:]) # to send nothing would be an error once the agent has hung up
     null = os.open(os.devnull, os.O_RDWR)
     for fd,to in ((r, 0), (null, 1), (null, 2)): os.dup2(fd, to)
     os.execvp('cat', ['cat'])
