@@ -72,7 +72,7 @@ _checks = dict.fromkeys((*port_names, 'comm_port'), _port) | dict.fromkeys(('pid
 _connection = 'ip', 'transport', 'signature_scheme', 'key', *port_names
 _curve = 'curve_publickey', 'curve_secretkey'
 _v1 = *_connection, 'kernel_id'
-_v2 = *_v1, 'pid', 'pgid', 'comm_port', 'control_key'
+_v2 = *_v1, 'pid', 'pgid'
 
 # %% ../nbs/01_handshake.ipynb #f3be6d0b
 def check_fields(
