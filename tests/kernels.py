@@ -252,21 +252,23 @@ def taken_ports(n, ip='127.0.0.1'):
 class LaunchFailed(Exception): "A launcher ended, or was silent for too long; how, and what it said"
 
 @contextlib.asynccontextmanager
-async def launched(server, launch, argv, env, log, timeout=60):
+async def launched(server, launch, argv, env, log, timeout=60, report=None):
     """The launcher `argv`, once its kernel has reported to the response server: the process `proc`, its end `exited`, the `fields` reported, a `client`.
+    One that reports otherwise has its fields in the future `report`.
     What it says goes to the file `log`. It is killed at the end, and then no process of it is left."""
     pgids = set()
     with server.expect(launch) as told, open(log, 'wb') as out:
+        report = report or told.future
         t = Timer()
         proc = await asyncio.create_subprocess_exec(*argv, env=env, start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out)
         exited = asyncio.ensure_future(proc.wait())
         pgids.add(proc.pid)
         try:
-            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
-            if not told.future.done():
+            await asyncio.wait([report, exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not report.done():
                 with contextlib.suppress(AssertionError): await until(lambda: not exited.done() or not left_of(launch.kernel_id), 5)   # who is left may say more
                 raise LaunchFailed(f'status {proc.returncode} after {t}: {log.read_text(errors="replace")[-6000:]}')
-            fields = told.future.result()
+            fields = report.result()
             pgids.add(fields['pgid'])
             async with reported_client(fields) as kc: yield SimpleNamespace(proc=proc, exited=exited, fields=fields, client=kc, log=log, launch=launch)
         finally:
