@@ -252,7 +252,7 @@ async def launched(server, launch, argv, env, log, timeout=60):
     """The launcher `argv`, once its kernel has been reported: its `process`, `proc` with its pid, its end `exited`, the `fields` reported, a `client`.
     The report comes by the agent, or to the response `server` where the launcher cannot reach that. The log is the file `log`. The kernel is killed at the
     end, and then no process of it is left."""
-    ticket, env = launch.ticket_fields(True) if 'KERNEL_LAUNCH_SECRET' in env else None, {k: v for k, v in env.items() if k != 'KERNEL_LAUNCH_SECRET'}
+    ticket, env = launch.ticket_fields(True) if env.get('KERNEL_LAUNCH_SECRET') else None, {k: v for k, v in env.items() if k != 'KERNEL_LAUNCH_SECRET'}
     session = await local_session({k: env[k] for k in ('HOME', 'PATH', 'LANG') if k in env})   # a login; the agent is not the kernel's
     async def sessions():
         if session.closed: await asyncio.sleep(3600)
@@ -272,6 +272,32 @@ async def launched(server, launch, argv, env, log, timeout=60):
         finally:
             await p.release(keep_log=True)
             session.close()
+            await until(lambda: not left_of(launch.kernel_id), 10, 'all processes of the kernel gone')
+
+@contextlib.asynccontextmanager
+async def launched_alone(server, launch, argv, env, log, timeout=60, report=None):
+    """The launcher `argv`, once its kernel has reported to the response server: the process `proc`, its end `exited`, the `fields` reported, a `client`.
+    One that reports otherwise has its fields in the future `report`.
+    What it says goes to the file `log`. It is killed at the end, and then no process of it is left."""
+    pgids = set()
+    with server.expect(launch) as told, open(log, 'wb') as out:
+        report = report or told.future
+        t = Timer()
+        proc = await asyncio.create_subprocess_exec(*argv, env=env, start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out)
+        exited = asyncio.ensure_future(proc.wait())
+        pgids.add(proc.pid)
+        try:
+            await asyncio.wait([report, exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not report.done():
+                with contextlib.suppress(AssertionError): await until(lambda: not exited.done() or not left_of(launch.kernel_id), 5)   # who is left may say more
+                raise LaunchFailed(f'status {proc.returncode} after {t}: {log.read_text(errors="replace")[-6000:]}')
+            fields = report.result()
+            pgids.add(fields['pgid'])
+            async with reported_client(fields) as kc: yield SimpleNamespace(proc=proc, exited=exited, fields=fields, client=kc, log=log, launch=launch)
+        finally:
+            for pgid in pgids:
+                with contextlib.suppress(ProcessLookupError): os.killpg(pgid, signal.SIGKILL)
+            await exited
             await until(lambda: not left_of(launch.kernel_id), 10, 'all processes of the kernel gone')
 
 @contextlib.asynccontextmanager

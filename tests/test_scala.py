@@ -10,7 +10,7 @@ from Cryptodome.Protocol.DH import import_x25519_private_key
 from gateway_provisioners_ssh import toree
 from gateway_provisioners_ssh.handshake import HandshakeError, Launch, connection_info, parse_message, port_names
 from installed import install, run, stopped, stopped_within
-from kernels import LaunchFailed, gone, launched, taken_ports, until
+from kernels import LaunchFailed, gone, launched_alone, taken_ports, until
 from spark import CACHE, Missing, need, spark_home
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ async def scala_kernel(server, spec, tmp, *extra, env={}, connection=None, encry
     env = {**dict(PATH=os.environ['PATH'], HOME=str(home), TMPDIR=str(home), LANG='C.UTF-8', KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=secret,
         SPARK_HOME=spec.env['SPARK_HOME'], SPARK_LOCAL_IP='127.0.0.1', __TOREE_SPARK_OPTS__=f'--master local[2] {java}', __TOREE_OPTS__=spec.env['__TOREE_OPTS__']), **env}
     try:
-        async with launched(server, launch, argv, env, tmp/f'{launch.kernel_id}.log', timeout=90, report=agent and agent.fields) as k:
+        async with launched_alone(server, launch, argv, env, tmp/f'{launch.kernel_id}.log', timeout=90, report=agent and agent.fields) as k:
             k.home, k.ticket = home, secret
             yield k
     finally:
