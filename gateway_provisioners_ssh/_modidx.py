@@ -856,6 +856,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                               'gateway_provisioners_ssh/launchers/server_listener.py'),
                                                                     'gateway_provisioners_ssh.launchers.server_listener.deliver': ( 'listener.html#deliver',
                                                                                                                                     'gateway_provisioners_ssh/launchers/server_listener.py'),
+                                                                    'gateway_provisioners_ssh.launchers.server_listener.end': ( 'listener.html#end',
+                                                                                                                                'gateway_provisioners_ssh/launchers/server_listener.py'),
                                                                     'gateway_provisioners_ssh.launchers.server_listener.exists': ( 'listener.html#exists',
                                                                                                                                    'gateway_provisioners_ssh/launchers/server_listener.py'),
                                                                     'gateway_provisioners_ssh.launchers.server_listener.fail': ( 'listener.html#fail',
