@@ -532,7 +532,8 @@ def test_spark_lazy(launch, spark_env, tmp_path):
             assert run(c, ACTIVE).text.endswith('[]\n')
             assert '10' in run(c, 'spark.range(10).count()').text
         jvms = [p for p in psutil.Process(k.proc.pid).children() if p.name() == 'java']
-        assert len(jvms) == 1 and ask(k.info, dict(shutdown=1))
+        assert len(jvms) == 1
+        k.signal(signal.SIGTERM)
     until('the JVM gone', lambda: gone(jvms[0].pid) and gone(k.proc.pid), 10)
 
 def test_spark_that_cannot_start(launch, spark_env):
@@ -555,7 +556,7 @@ def test_spark_eager_and_none(launch, spark_env, tmp_path):
             until('the cell has begun', begun.exists, 60)
             for seconds in (.5, 2.5): # until it is in the JVM; until its user has been told
                 time.sleep(seconds)
-                ask(k.info, dict(signum=2))
+                k.signal(signal.SIGINT)
         got = interrupted(c, f'open({str(begun)!r}, "w").close(); sc._jvm.java.lang.Thread.sleep(10**9)', interrupt) # which is no job, and so not cancelled
         assert got.error.startswith('KeyboardInterrupt') and 'Interrupt once more to leave it' in got.text
         assert run(c, 'print(sc.parallelize(range(10)).sum())').text == '45\n'
