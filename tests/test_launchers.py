@@ -125,6 +125,7 @@ class Launched:
 
     def text(self): return self.log.read_text()
     def signal(self, signum): os.killpg(self.info['pgid'], signum)
+    def files(self): return sorted(self.runtime.glob(f'kernel-{self.host.kernel_id}-*.json'))
     def up(self, **kw):
         self.info = self.host.receive(**kw)
         return self
