@@ -537,6 +537,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                     'gateway_provisioners_ssh/launchers/agent.py'),
                                                           'gateway_provisioners_ssh.launchers.agent.Agent.reap': ( 'agent.html#agent.reap',
                                                                                                                    'gateway_provisioners_ssh/launchers/agent.py'),
+                                                          'gateway_provisioners_ssh.launchers.agent.Agent.run': ( 'agent.html#agent.run',
+                                                                                                                  'gateway_provisioners_ssh/launchers/agent.py'),
                                                           'gateway_provisioners_ssh.launchers.agent.Agent.serve': ( 'agent.html#agent.serve',
                                                                                                                     'gateway_provisioners_ssh/launchers/agent.py'),
                                                           'gateway_provisioners_ssh.launchers.agent.Agent.settle': ( 'agent.html#agent.settle',

@@ -15,7 +15,7 @@ from shlex import quote
 BASE = Path(f'/tmp/gpt-hosts-{os.getuid()}')   # of all labs of this user; short, for the sake of Unix sockets below it
 REPO = Path(__file__).resolve().parents[1]
 SBIN = os.environ.get('PATH', '') + ':/usr/local/sbin:/usr/sbin:/sbin'
-AGENT = re.compile(r'/gpssh-\d+/agent-[0-9a-f]+$')   # its socket is there as long as the agent
+AGENT = re.compile(r'/gpssh-\d+/agent-[0-9a-f]+$|/\.cache/gateway_provisioners_ssh/[0-9a-f]{64}/')   # its socket, and kernelspecs' files, which stay
 Proc = namedtuple('Proc', 'pid ppid name cmdline kernel_id')   # a process; `kernel_id` is its environment's KERNEL_ID, or ''
 
 # Processes, as /proc shows them

@@ -11,7 +11,8 @@ from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh import balance, provisioner
 from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.handshake import ControlKey, connection_info, control_nonce
+from gateway_provisioners_ssh.handshake import connection_info
+from gateway_provisioners_ssh.remote import Refusal, local_session, spawn
 from hosts import wait
 
 BIN = Path(sys.executable).parent
@@ -242,26 +243,55 @@ def taken_ports(n, ip='127.0.0.1'):
             return
     raise RuntimeError(f'nowhere are {n} ports in a row free')
 
-# Launchers that a test starts itself, in the place of a host application
+# Launchers that a test starts itself, by the agent of this machine, in the place of a provisioner
 
 class LaunchFailed(Exception): "A launcher ended, or was silent for too long; how, and what it said"
 
 @contextlib.asynccontextmanager
 async def launched(server, launch, argv, env, log, timeout=60):
+    """The launcher `argv`, once its kernel has been reported: its `process`, `proc` with its pid, its end `exited`, the `fields` reported, a `client`.
+    The report comes by the agent, or to the response `server` where the launcher cannot reach that. The log is the file `log`. The kernel is killed at the
+    end, and then no process of it is left."""
+    ticket, env = launch.ticket_fields(True) if env.get('KERNEL_LAUNCH_SECRET') else None, {k: v for k, v in env.items() if k != 'KERNEL_LAUNCH_SECRET'}
+    session = await local_session({k: env[k] for k in ('HOME', 'PATH', 'LANG') if k in env})   # a login; the agent is not the kernel's
+    async def sessions():
+        if session.closed: await asyncio.sleep(3600)
+        return session
+    with server.expect(launch) as told:
+        t = Timer()
+        try: p = await spawn(session, sessions, str(log), argv=[str(o) for o in argv], env=env, max_bytes=10*2**20, ticket=ticket, title='a launcher')
+        except Refusal as e: raise LaunchFailed(str(e)) from None
+        try:
+            await asyncio.wait([told.future, p.report, p.exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not told.future.done() and not p.report.done():
+                with contextlib.suppress(AssertionError): await until(lambda: not p.exited.done() or not left_of(launch.kernel_id), 5)   # who is left may say more
+                raise LaunchFailed(f'status {p.returncode} after {t}: {await p.tail(1000)}')
+            fields = told.future.result() if told.future.done() else launch.accept(p.report.result())
+            async with reported_client(fields) as kc:
+                yield SimpleNamespace(process=p, proc=SimpleNamespace(pid=p.pid), exited=p.exited, fields=fields, client=kc, log=log, launch=launch)
+        finally:
+            await p.release(keep_log=True)
+            session.close()
+            await until(lambda: not left_of(launch.kernel_id), 10, 'all processes of the kernel gone')
+
+@contextlib.asynccontextmanager
+async def launched_alone(server, launch, argv, env, log, timeout=60, report=None):
     """The launcher `argv`, once its kernel has reported to the response server: the process `proc`, its end `exited`, the `fields` reported, a `client`.
+    One that reports otherwise has its fields in the future `report`.
     What it says goes to the file `log`. It is killed at the end, and then no process of it is left."""
     pgids = set()
     with server.expect(launch) as told, open(log, 'wb') as out:
+        report = report or told.future
         t = Timer()
         proc = await asyncio.create_subprocess_exec(*argv, env=env, start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out)
         exited = asyncio.ensure_future(proc.wait())
         pgids.add(proc.pid)
         try:
-            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
-            if not told.future.done():
+            await asyncio.wait([report, exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not report.done():
                 with contextlib.suppress(AssertionError): await until(lambda: not exited.done() or not left_of(launch.kernel_id), 5)   # who is left may say more
                 raise LaunchFailed(f'status {proc.returncode} after {t}: {log.read_text(errors="replace")[-6000:]}')
-            fields = told.future.result()
+            fields = report.result()
             pgids.add(fields['pgid'])
             async with reported_client(fields) as kc: yield SimpleNamespace(proc=proc, exited=exited, fields=fields, client=kc, log=log, launch=launch)
         finally:
@@ -282,11 +312,6 @@ async def reported_client(fields):
     finally: kc.stop_channels()
 
 async def control(k, request):
-    "One signed request to the listener of a `launched` kernel; its reply"
-    r, w = await asyncio.open_connection(k.fields['ip'], k.fields['comm_port'])
-    key = ControlKey(k.fields['control_key'])
-    nonce = control_nonce(await r.readline())
-    w.write(key.request(nonce, request))
-    reply = key.open_reply(nonce, await r.readline())
-    w.close()
-    return reply
+    "What a host application asks of a `launched` kernel: `{'signum': N}`, 0 to know whether it lives, or `{'shutdown': 1}`"
+    if signum := request.get('signum', signal.SIGTERM): await k.process.signal(signum)
+    return {'alive': not k.exited.done()}

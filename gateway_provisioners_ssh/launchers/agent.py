@@ -91,8 +91,7 @@ def remove_tree(path):
     try:
         for o in os.scandir(path): remove_tree(o.path) if o.is_dir(follow_symlinks=False) else os.unlink(o.path)
         os.rmdir(path)
-    except FileNotFoundError: pass
-    except NotADirectoryError: os.unlink(path)
+    except OSError: pass # gone already, or of another user
 
 def write_file(path, text):
     "Put `text` into the file `path`, for this user only, never half-written"
@@ -380,7 +379,7 @@ class Kernel:
         self.log = Log(record['log'], record['max_bytes'])
         self.watchers,self.then,self.ended,self.status,self.report = set(),[],False,None,None
         self.fd = self.pidfd = self.orphan = None
-        self.child,self.looks = False,0
+        self.child,self.looks,self.tmp = False,0,None
 
     def save(self): write_file(self.dir + '/record', json.dumps(self.record))
 
@@ -452,7 +451,7 @@ def end(self, status):
         for o in ('/out', '/connection.json'):
             if os.path.exists(self.dir + o): os.unlink(self.dir + o)
     except OSError: pass # something cleared the directory up
-    for o in self.record['remove']: remove_tree(o)
+    if self.record['remove']: self.agent.run(['rm', '-rf', '--', *self.record['remove']])
     others = self.record['groups'][1:]
     if others and signal_groups(others, signal.SIGTERM): self.agent.loop.later(5, lambda: signal_groups(others, signal.SIGKILL))
     if self.pidfd is not None: self.agent.loop.on(self.pidfd); os.close(self.pidfd); self.pidfd = None
@@ -507,6 +506,13 @@ class Agent:
         try:
             with open(os.open(self.dir + '/errors', os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600), 'w') as f: f.tell() < 2**16 and f.write(traceback.format_exc())
         except OSError: pass
+
+    def run(self, argv):
+        "Start a command that nobody waits for"
+        null = os.open(os.devnull, os.O_RDWR)
+        try: spawn(argv, dict(PATH=os.environ.get('PATH', os.defpath)), (null, null, null))
+        except Refused: pass
+        finally: os.close(null)
 
     def trees(self):
         "The names of the trees that are there"
@@ -605,7 +611,7 @@ def reported(self, said): # dict: `comm_port`, `control_key`
     "The launcher's report: `ip` that the kernel listens on, `pgid` of the kernel, paths to `remove` at its end, `fields` for the host application"
     pgid,remove,ip = said.get('pgid'),said.get('remove'),said.get('ip')
     if type(pgid) is int and pgid > 1 and pgid not in self.record['groups']: self.record['groups'].append(pgid)
-    tops = tuple(o + '/' for o in (os.environ.get('TMPDIR'), '/tmp') if o)
+    tops = tuple(o + '/' for o in (self.tmp, os.environ.get('TMPDIR'), '/tmp') if o)
     self.record['remove'] = [o for o in remove if isinstance(o, str) and o.startswith(tops) and '/..' not in o][:8] if isinstance(remove, list) else []
     if isinstance(ip, str) and not ip.startswith('127.'): self.record['control'] = self.agent.control(dict(ip=ip, ports=self.record['ports'], key=os.urandom(32).hex()))
     try: self.save()
@@ -702,7 +708,7 @@ def _start(agent, client, m, data):
         k.log.create(record['title'])
         k.listen()
         env = _environment(agent, client, k, m)
-        k.child = True
+        k.child,k.tmp = True,env.get('TMPDIR')
         record['pid'] = _spawn_kernel(agent, k, m, env)
         record['start'],record['groups'] = start_time(record['pid']),[record['pid']]
         agent.kernels[name] = k
