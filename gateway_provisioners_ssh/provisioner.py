@@ -201,6 +201,7 @@ async def _request(self:DistributedProvisioner, target, request, launch, user):
     argv = expand_argv([there(o) for o in request.argv], dict(kernel_id=self.kernel_id, port_range=self.port_range, response_address=target.address,
         public_key=launch.public_key, resource_dir=place))
     if target.conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
+    if '/' in argv[0]: argv[0] = os.path.join(greeting['home'], argv[0])
     lowest,highest = map(int, self.port_range.split('..'))
     return dict(argv=argv, env=request.env, spec_env={k: there(v) for k,v in self.kernel_spec.env.items()}, cwds=request.cwds,
         ticket=launch.ticket_fields(target.server is not None) | dict(network=bool(self.response_ip)), ports=[lowest, highest] if lowest < highest else None)
@@ -213,7 +214,7 @@ async def _reach(self:DistributedProvisioner, host, request, deadline):
     async def reach():
         nonlocal conn
         conn = await shared().pool.connection(host, self.login)
-        conn.pythons = tuple(o for o in request.argv[:1] if '/' in o)
+        conn.pythons = tuple(re.sub(r'^\$\{?HOME\}?/', '~/', o) for o in request.argv[:1] if re.search(r'/python[0-9.]*$', o))
         agent,tree = await asyncio.gather(conn.responsive_session(), self._tree())
         tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
         return LaunchTarget(conn, agent, tunnel, tree, *await self._response_address(conn, tunnel, self._by_network(tree)))

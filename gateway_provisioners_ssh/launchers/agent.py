@@ -498,7 +498,7 @@ class Agent:
         for o in (top + '/gateway_provisioners_ssh', self.dir + '/files'):
             try: os.makedirs(o, 0o700, exist_ok=True)
             except OSError: continue # no home, or one that is read-only
-            if os.access(o, os.W_OK|os.X_OK) and os.stat(o).st_uid == os.getuid(): return o
+            if os.access(o, os.W_OK|os.X_OK) and os.stat(o).st_uid == os.getuid(): os.chmod(o, 0o700); return o
         return self.dir # where `put` will say what is wrong
 
     def failed(self):
@@ -571,8 +571,11 @@ class Agent:
             if peer: peer.ended()
 
     def settle(self):
-        "End this agent soon if it has neither kernels nor clients; a login's agent that came by sudo is no reason to stay for long"
-        busy = any(not o.ended for o in self.kernels.values()) or any(not o.is_peer for o in self.clients)
+        "Close control ports that no kernel needs. End this agent soon if it has neither kernels nor clients; a login's agent that came by sudo is no reason to stay for long"
+        running = [o for o in self.kernels.values() if not o.ended]
+        used = {(o.record['control'] or {}).get('port') for o in running}
+        for at in [k for k,v in self.ports.items() if v.server.getsockname()[1] not in used]: self.ports.pop(at).close()
+        busy = running or any(not o.is_peer for o in self.clients)
         self.loop.cancel(self.leaving)
         self.leaving = None if busy else self.loop.later(self.idle if self.clients else 1, self.leave)
 
@@ -795,9 +798,8 @@ def control(self, wanted):
         server = _listening(wanted['ip'], wanted.get('ports'), wanted.get('port'))
         if not server: return None
         greeting = lambda v: json.dumps(dict(version=2, nonce=v.nonce.hex())).encode() + b'\n'
-        Visitors(self.loop, server, self.asked, greeting)
-        self.ports[at] = server.getsockname()[1]
-    return dict(wanted, port=self.ports[at])
+        self.ports[at] = Visitors(self.loop, server, self.asked, greeting)
+    return dict(wanted, port=self.ports[at].server.getsockname()[1])
 
 def _listening(ip, ports, first):
     "A socket that listens on the port `first`, or on a free one of `ports` (lowest, highest), or on any"
