@@ -52,7 +52,7 @@ def test_notebook(nb):
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=ids)
 def test_saved_outputs_are_of_no_particular_machine(nb):
-    mine = re.compile(r'(?<![\w./-])/(?!usr/|opt/)[\w.-]+/(?:[\w.-]+/)*(?:site-packages|bin/python)')
+    mine = re.compile(r'(?<![\w./~-])/(?!usr/|opt/)[\w.-]+/(?:[\w.-]+/)*(?:site-packages|bin/python)')
     texts = [''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for c in cells(nb) for o in c.get('outputs', [])]
     assert [m[0] for t in texts if (m := mine.search(t))] == []
 
