@@ -56,7 +56,9 @@ def _of_the_way(e, route, waited):
     if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or any(o in str(e) for o in ('No existing session', 'Timeout opening channel')):
         return f'no answer from {where} {time_out}', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)'
     if isinstance(e, NoPython): return f'{e}', 'Install Python 3.6 or newer there (Debian, Ubuntu: apt-get install python3), or name one: jupyter ssh-spec install --python PATH'
-    if isinstance(e, AgentClosed): return str(e), f'See what this says: ssh {_at(route)} /bin/sh'
+    if isinstance(e, AgentClosed):
+        silent = '' if ': ' in str(e) else '. If it says nothing, the login shell of that user may be one that runs no commands, as /bin/false is'
+        return str(e), f'See what this says: ssh {_at(route)} /bin/sh{silent}'
     if isinstance(e, ConnectionError) or _shut_out(e):
         return f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)'
 

@@ -10,7 +10,7 @@ from gateway_provisioners_ssh import background as bg
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError
-from hosts import wait
+from hosts import interruptible, wait
 from kernels import BIN, Remote, Timer, client_of, forget, interrupt, kill, printed, taken_ports, until, value, within
 
 @pytest.fixture(scope='module')
@@ -90,7 +90,7 @@ def test_jupyter_execute_stopped(remote, tmp_path, sig):
     "In the middle of a cell"
     nbformat.write(nbformat.v4.new_notebook(cells=[cell('import time; open("running", "w").close(); time.sleep(1000)')]), tmp_path/'long.ipynb')
     with remote.nothing_left(ignore=['/running$']):
-        p = subprocess.Popen([BIN/'jupyter', 'execute', '--kernel_name=ssh_python', 'long.ipynb'], cwd=tmp_path, stderr=subprocess.DEVNULL)
+        p = subprocess.Popen([BIN/'jupyter', 'execute', '--kernel_name=ssh_python', 'long.ipynb'], cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=interruptible)
         wait(lambda: (tmp_path/'running').exists(), 30)
         p.send_signal(sig)
         p.wait(30)

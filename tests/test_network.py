@@ -1,7 +1,8 @@
 """What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out of a network that lets
 nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
-import asyncio, contextlib, json, os, shutil, socket, subprocess, sys, textwrap, time
+import asyncio, contextlib, json, os, re, shutil, socket, subprocess, sys, textwrap, time
 from pathlib import Path
+from types import SimpleNamespace
 import psutil, pytest
 from gateway_provisioners_ssh.settings import LaunchError
 from conftest import need
@@ -360,3 +361,58 @@ async def test_kerberos_without_the_extra(remote, net):
     if int(paramiko.__version__.split('.')[0]) < 5: pytest.skip('this paramiko has GSSAPI')
     with pytest.raises(LaunchError, match=r'no GSSAPI; install gateway_provisioners_ssh\[gssapi\]'):
         async with remote.on('node4', config=dict(gss_auth=True)): pass
+
+# Why a start failed
+
+@pytest.fixture
+def ned(net, remote, tmp_path_factory):
+    "A login of node1 that is nobody special, and can read the kernelspec; a function that gives it another login shell"
+    node, passwd = net['node1'], net['node1'].dir/'passwd'
+    for o in (tmp_path_factory.getbasetemp(), remote.prefix): o.chmod(0o755)
+    if 'ned' not in node.users: node.add_user('ned')
+    need(node.run('sh', '-c', f'test -x {sys.executable} -a -r {remote.scripts} || echo other users cannot read {sys.prefix}', user='ned').strip())
+    def shell(path): passwd.write_text(re.sub(r'(?m)^(ned:.*:)[^:]*$', rf'\1{path}', passwd.read_text()))
+    remote.spec('ned', hosts=['ned@node1'])
+    yield SimpleNamespace(node=node, home=node.dir/'homes/ned', shell=shell)
+    shell('/bin/sh')
+
+async def why(remote, name='ned'):
+    "What the start of that kernel fails with"
+    with pytest.raises(LaunchError) as e: await remote.manager(name).start_kernel()
+    return str(e.value)
+
+@pytest.mark.parametrize('path', ['/bin/false', '/usr/sbin/nologin'])
+async def test_a_login_shell_that_runs_no_commands(remote, ned, path):
+    ned.shell(path)
+    said = await why(remote)
+    assert re.search(r'See what this says: ssh ned@\S+ /bin/sh', said), said
+    assert ('account is currently not available' if 'nologin' in path else 'as /bin/false is') in said
+
+@pytest.mark.parametrize('where, hint', [('tmp', '/tmp on the host must have room'), ('home', 'The home of the user on the host must be writable'),
+                                         ('script', 'Check who may read the kernelspec')])
+async def test_what_may_not_be_written_or_read_is_named(remote, ned, where, hint):
+    path = dict(tmp=ned.node.tmp, home=ned.home, script=remote.scripts/'launch_ipykernel.py')[where]
+    mode = path.stat().st_mode & 0o7777
+    path.chmod(dict(tmp=0o755, home=0o555, script=0o600)[where])
+    try: said = await why(remote)
+    finally: path.chmod(mode)
+    assert 'Permission denied' in said and hint in said and sum(o in said for o in ('must have room', 'must be writable', 'who may read')) == 1, said
+
+FLOODED = """
+import os, select, socket, sys
+from server_listener import Arguments, Launch, LaunchError, deliver, fail
+launch = Launch(Arguments('A launcher whose connection is one of too many').parse_known_args()[0])
+first = socket.create_connection(launch.peer)
+flood = [socket.create_connection(launch.peer) for _ in range(600)]
+select.select([first], [], [])
+socket.create_connection = lambda *args: first
+try: deliver(launch.ticket, launch.kernel_id, launch.peer, {})
+except LaunchError as e: fail(e)
+"""
+
+async def test_a_flood_is_not_taken_for_a_firewall(remote, net):
+    "A launch whose report was dropped for newer connections says so"
+    (remote.scripts/'flooded.py').write_text(FLOODED)
+    remote.spec('flooded', lambda argv: [argv[0], *(o.replace('launch_ipykernel', 'flooded') for o in argv[1:])], hosts=['node1'])
+    said = await why(remote, 'flooded')
+    assert re.search(r'The response port was flooded: \d+ connections were dropped', said) and 'firewall' not in said.splitlines()[1], said

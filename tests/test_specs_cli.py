@@ -7,6 +7,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh import cli, specs
 from gateway_provisioners_ssh.specs import PACKAGE, Spec, cluster, place
 from gateway_provisioners_ssh.toree import find_spark
+from hosts import interruptible
 
 BIN = Path(sys.executable).parent
 COMMAND = [str(BIN/'jupyter-ssh-spec'), 'install']
@@ -351,7 +352,8 @@ def test_output_that_cannot_be_written(bench):
 def test_interrupted(bench):
     python = bench.tmp/'slow'
     python.write_text('#!/bin/sh\necho > "$0.runs"; exec sleep 60\n'); python.chmod(0o755)
-    p = subprocess.Popen([*COMMAND, '--prefix', str(bench.prefix), '--python', str(python)], env=bench.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen([*COMMAND, '--prefix', str(bench.prefix), '--python', str(python)], env=bench.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         preexec_fn=interruptible)
     while not Path(f'{python}.runs').exists(): time.sleep(.05)
     p.send_signal(signal.SIGINT)
     assert p.communicate(timeout=20)[0]=='' and p.returncode==130 and not bench.prefix.exists()

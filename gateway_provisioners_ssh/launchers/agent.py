@@ -608,12 +608,12 @@ class Agent:
 
 # %% ../../nbs/03_agent.ipynb #c125c40a
 def reported(self, said): # dict: `comm_port`, `control_key`
-    "The launcher's report: `ip` that the kernel listens on, `pgid` of the kernel, paths to `remove` at its end, `fields` for the host application"
+    "The launcher's report: `ip` that the kernel listens on, `pgid` of the kernel, paths to `remove` at its end, `fields` for the host application; `control` says whether control requests are to be taken, else those for kernels that are reached directly are"
     pgid,remove,ip = said.get('pgid'),said.get('remove'),said.get('ip')
     if type(pgid) is int and pgid > 1 and pgid not in self.record['groups']: self.record['groups'].append(pgid)
     tops = tuple(o + '/' for o in (self.tmp, os.environ.get('TMPDIR'), '/tmp') if o)
     self.record['remove'] = [o for o in remove if isinstance(o, str) and o.startswith(tops) and '/..' not in o][:8] if isinstance(remove, list) else []
-    if isinstance(ip, str) and not ip.startswith('127.'): self.record['control'] = self.agent.control(dict(ip=ip, ports=self.record['ports'], key=os.urandom(32).hex()))
+    if isinstance(ip, str) and said.get('control', not ip.startswith('127.')): self.record['control'] = self.agent.control(dict(ip=ip, ports=self.record['ports'], key=os.urandom(32).hex()))
     try: self.save()
     except OSError: pass # no room: another agent would know less
     c = self.record['control']
