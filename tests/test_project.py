@@ -81,7 +81,7 @@ def test_links_lead_somewhere():
         for link in links(md):
             path, _, part = link.partition('#')
             to = page.parent/path if path else page
-            text = md if not path else '' if not to.exists() or to.is_dir() else to.read_text() if to.suffix != '.ipynb' \
+            text = md if not path else '' if not part or not to.exists() or to.is_dir() else to.read_text() if to.suffix != '.ipynb' \
                 else '\n'.join(source(c) for c in cells(to) if c['cell_type'] == 'markdown')
             if not to.exists() or part and part not in [anchor(t) for t in re.findall(r'^#+ (.*)$', text, re.M)]: bad.append(f'{ids(page)}: {link}')
     assert bad == []
