@@ -239,7 +239,8 @@ class SSHHost:
     def inventory(self):
         "Processes (without those of sessions, and agents), ports and files of now"
         found = self.processes()
-        ours = {o.pid for o in self.shells(found)} | {o.pid for o in found if o.name == 'gpssh-agent'}
+        agents = {o.pid for o in found if o.name == 'gpssh-agent'}
+        ours = {o.pid for o in self.shells(found)} | agents | {o.pid for o in found if o.name == 'sudo' and o.ppid in agents}
         return dict(processes=[o for o in found if o.pid not in ours], ports=self.ports(found), files=self.files())
 
     @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
 asked to use it, and a look at what a kernel left behind, here and on its host. Also launchers that a test itself starts, and what clients do."""
-import asyncio, contextlib, json, os, signal, socket, subprocess, sys, time, uuid
+import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, time, uuid
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +38,11 @@ class Remote:
 
     def spec(self, name, argv=None, hosts=None, env={}, **config):
         "A variation of ssh_python: `argv` changes the command (a function of it), `config` what concerns the provisioner"
-        k = json.loads((self.specs_dir/'ssh_python/kernel.json').read_text())
+        shutil.copytree(self.specs_dir/'ssh_python', self.specs_dir/name, dirs_exist_ok=True)
+        k = json.loads((self.specs_dir/'ssh_python/kernel.json').read_text().replace(f'{self.specs_dir}/ssh_python/', f'{self.specs_dir}/{name}/'))
         k['argv'] = argv(k['argv']) if argv else k['argv']
         k['display_name'], k['env'] = name, env
         k['metadata']['kernel_provisioner']['config'] |= config | (dict(remote_hosts=hosts) if hosts else {})
-        (self.specs_dir/name).mkdir(exist_ok=True)
         (self.specs_dir/name/'kernel.json').write_text(json.dumps(k))
         return name
 

@@ -485,6 +485,7 @@ Kernel.end,Kernel.discard,Kernel.settle_orphan,Kernel.end_orphan = end,discard,s
 class Agent:
     "All that one login has on this host"
     keep = 7*86400 # Seconds that the record of an ended kernel waits for its host application
+    idle = 3 # Seconds without a kernel and without a request after which an agent ends that only came for one user's kernels
 
     def __init__(self, directory, version):
         self.dir,self.version,self.loop,self.mask = directory,version,Loop(self.failed),os.umask(0o22)
@@ -570,12 +571,13 @@ class Agent:
             if peer: peer.ended()
 
     def settle(self):
-        "End this agent soon if it has neither kernels nor clients"
-        busy = self.clients or any(not o.ended for o in self.kernels.values())
+        "End this agent soon if it has neither kernels nor clients; a login's agent that came by sudo is no reason to stay for long"
+        busy = any(not o.ended for o in self.kernels.values()) or any(not o.is_peer for o in self.clients)
         self.loop.cancel(self.leaving)
-        self.leaving = None if busy else self.loop.later(1, self.leave)
+        self.leaving = None if busy else self.loop.later(self.idle if self.clients else 1, self.leave)
 
     def leave(self):
+        if any(time.monotonic() - o.stream.heard < self.idle for o in self.clients): return self.settle()
         lock = os.open(self.dir, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         self.visitors._accept()
@@ -585,9 +587,9 @@ class Agent:
         try: os.rmdir(self.dir)
         except OSError: pass # records of ended kernels wait there, or another version works there
 
-    def add_client(self, reader, writer, env, stay=None):
+    def add_client(self, reader, writer, env, stay=None, is_peer=False):
         "A connection that speaks frames; `stay` is a descriptor to close at its end, for which the process that brought it waits"
-        c = Client(self, reader, writer, env, stay)
+        c = Client(self, reader, writer, env, stay, is_peer)
         self.clients.add(c)
         self.settle()
         c.stream.send(dict(event='hello', version=self.version, pid=os.getpid(), python='%d.%d.%d' % sys.version_info[:3], home=env.get('HOME', '/'),
@@ -601,7 +603,7 @@ class Agent:
         if not isinstance(said, dict): return b''
         if len(visitor.fds) == 3 and isinstance(said.get('env'), dict):
             fds,visitor.fds = visitor.fds,[]
-            self.add_client(*fds[:2], said['env'], fds[2])
+            self.add_client(*fds[:2], said['env'], fds[2], bool(said.get('is_peer')))
             return b''
         k = self.tokens.pop(said.get('token'), None) if isinstance(said.get('token'), str) else None
         return json.dumps(k.reported(said)).encode() + b'\n' if k else b''
@@ -628,8 +630,8 @@ Kernel.reported = reported
 # %% ../../nbs/03_agent.ipynb #f3dbef51
 class Client:
     "A host application that is connected"
-    def __init__(self, agent, reader, writer, env, stay):
-        self.agent,self.env,self.stay,self.peers,self.patience,self.timer = agent,env,stay,{},0,None
+    def __init__(self, agent, reader, writer, env, stay, is_peer):
+        self.agent,self.env,self.stay,self.is_peer,self.peers,self.patience,self.timer = agent,env,stay,is_peer,{},0,None
         self.stream = Stream(agent.loop, reader, writer, self.received, self.left)
         self.send = self.stream.send
 
@@ -902,7 +904,7 @@ def bootstrap(
     pythons, # Interpreters to try, before those that every host may have
     source, # This file, compressed by zlib
     version, # What tells agents apart whose files differ
-    token='', # The first line that the agent writes, after whatever the login's own files have written
+    token='', # The first line that the agent writes, after whatever the login's own files have written; none for a login's agent that comes by sudo
 ): # bytes: what goes to standard input of `COMMAND`
     "The lines that become the agent"
     def quoted(o): return "'" + o.replace("'", "'\\''") + "'"
@@ -919,10 +921,10 @@ def login_environment(): # dict
     except OSError: env = dict(os.environ)
     return {k: v for k,v in env.items() if not k.startswith('GPSSH_') and k not in ('_', 'OLDPWD')}
 
-def hand_over(server, env):
+def hand_over(server, env, is_peer):
     "Give standard input and output to the agent behind `server`, and stay, as the SSH server wants, until it closes the pipe"
     r,w = os.pipe()
-    line = json.dumps(dict(env=env)).encode() + b'\n'
+    line = json.dumps(dict(env=env, is_peer=is_peer)).encode() + b'\n'
     sent = server.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('3i', 0, 1, w))])
     if sent < len(line): server.sendall(line[sent:]) # to send nothing would be an error once the agent has hung up
     null = os.open(os.devnull, os.O_RDWR)
@@ -944,7 +946,7 @@ def main(version):
     server = socket.socket(socket.AF_UNIX)
     try: server.connect(directory + '/agent-' + version)
     except OSError: server.close()
-    else: return hand_over(server, env)
+    else: return hand_over(server, env, not token)
     for o in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE): signal.signal(o, signal.SIG_IGN)
     agent = Agent(directory, version)
     ends = os.dup(0),os.dup(1)
@@ -953,7 +955,7 @@ def main(version):
     try:
         with open('/proc/self/comm', 'w') as f: f.write('gpssh-agent')
     except OSError: pass
-    agent.add_client(*ends, env)
+    agent.add_client(*ends, env, is_peer=not token)
     agent.serve(lock)
 
 if 'SOURCE' in globals():
