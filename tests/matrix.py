@@ -50,7 +50,7 @@ CHROMIUM = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-b
 # Machines
 
 # what programs make once in a home, and the work of the user; and not what belongs to a kernel or an application that runs
-HABITS = re.compile(r'/\.(ipython|cache|config|jupyter|ssh)/|/__pycache__/|/work/'
+HABITS = re.compile(r'/\.(ipython|cache|config|jupyter|npm|ssh)/|/__pycache__/|/work/'
                     r'|/share/jupyter/(kernels/|nbsignatures|notebook_secret|runtime/jupyter_cookie_secret|file_id_manager)')
 
 class Machines:
@@ -142,6 +142,13 @@ def busy(tag):
 
 LIVES_ON = 'it ends; its kernel lives on'   # applications that handle no SIGTERM, like any application at SIGKILL, can end nothing; `GP_ORPHAN_TIMEOUT` does
 
+def opened(pid):
+    "The paths of what that process has open, as one string"
+    out = ''
+    with contextlib.suppress(OSError):
+        for o in os.scandir(f'/proc/{pid}/fd'): out += os.readlink(o.path) + '\n'
+    return out
+
 class Steps:
     "What happened in one cell, and the seconds that it took"
     def __init__(self, machines, cell): self.machines, self.cell, self.done = machines, cell, {}
@@ -176,14 +183,17 @@ class Steps:
         log = self.log(pid)
         os.kill(pid, signal.SIGKILL)
         await self.gone(pid)
-        self.remove(pid, log)
+        await self.remove(pid, log)
 
-    def remove(self, pid, log):
-        "Remove the log of a kernel that has ended, and the directory of its supervisor"
+    async def remove(self, pid, log):
+        "Remove the log of a kernel that has ended, and the directory of its supervisor, once that has ended too"
+        node = self.machines.node(self.cell.place)
+        def mine(d):
+            with contextlib.suppress(OSError): return str(pid) in (d/'pid').read_text().split()
+        for d in filter(mine, node.tmp.glob('gpssh-*')):
+            await until(lambda: not any(d.name in p.cmdline or d.name in opened(p.pid) for p in node.processes()), 60)
+            shutil.rmtree(d, ignore_errors=True)
         log.unlink(missing_ok=True)
-        for d in self.machines.node(self.cell.place).tmp.glob('gpssh-*'):
-            with contextlib.suppress(OSError):
-                if str(pid) in (d/'pid').read_text().split(): shutil.rmtree(d)
 
     async def gone(self, pid): await until(lambda: gone(pid), 60, f'end of kernel {pid}')
 
@@ -356,7 +366,8 @@ class Console(Application):
 
     async def busy(self, c, step, tag):
         "The kernel's process, when it computes"
-        c.send(f'open("/proc/self/comm", "w").write("{tag}"); import time; time.sleep(1000)\r')
+        c.send(f'open("/proc/self/comm", "w").write("{tag}"); import time; print("on", "it"); time.sleep(1000)\r')
+        await c.expect('on it', async_=True)
         return await step.at(tag)
 
     async def one(self, place, step):
@@ -382,7 +393,7 @@ class Console(Application):
             await self.ended(c)
             await step.gone(pid)
         assert c.exitstatus == 0, c.signalstatus
-        step.remove(pid, log)
+        await step.remove(pid, log)
 
     async def killed(self, place, step):
         c = await self.started(place)
@@ -464,6 +475,13 @@ class NBClient(Notebooks):
 
 class Papermill(Notebooks):
     at_sigterm = LIVES_ON
+
+    async def all(self):
+        await super().all()
+        files = list(self.machines.here.tmp.glob('tmp*.json'))   # connection files, which it leaves at SIGTERM, also with local kernels
+        assert len(files) == len(self.steps), files
+        for o in files: o.unlink()
+
     def argv(self, file, kernel): return ['papermill', '-k', kernel, file, f'out-{file}']
     def output(self, f): return f.with_name(f'out-{f.name}')
 
