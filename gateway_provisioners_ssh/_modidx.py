@@ -1207,6 +1207,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                               'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner.DistributedProvisioner._reach': ( 'provisioner.html#distributedprovisioner._reach',
                                                                                                                               'gateway_provisioners_ssh/provisioner.py'),
+                                                      'gateway_provisioners_ssh.provisioner.DistributedProvisioner._remove_process': ( 'provisioner.html#distributedprovisioner._remove_process',
+                                                                                                                                       'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner.DistributedProvisioner._reported': ( 'provisioner.html#distributedprovisioner._reported',
                                                                                                                                  'gateway_provisioners_ssh/provisioner.py'),
                                                       'gateway_provisioners_ssh.provisioner.DistributedProvisioner._request': ( 'provisioner.html#distributedprovisioner._request',

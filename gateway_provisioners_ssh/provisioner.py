@@ -69,7 +69,7 @@ class DistributedProvisioner(KernelProvisionerBase, HostSettings):
         spec = {k: kwargs.pop(k) for k in list(kwargs) if k not in ('kernel_id', 'kernel_spec', 'parent', 'config', 'log')}
         super().__init__(**kwargs)
         with _withdrawn(self): self.settle(spec, getattr(self.kernel_spec, 'display_name', ''))
-        self.conn = self.process = self.fields = self.claim = self.lost = self.starting = self.trial = None
+        self.conn = self.process = self.fields = self.claim = self.lost = self.starting = self.trial = self.cleaning = None
         self.forwards,self.requested,self.connection_info,self.avoid = {},False,{},False
 
     @property
@@ -605,10 +605,16 @@ async def cleanup(self:DistributedProvisioner, restart=False):
     if starting := self.starting:
         starting.called_off = True
         await background().run(self._call_off(starting))
-    if self.process is not None: await background().run(self._cleanup(restart))
+    await background().run(self._cleanup(restart))
 
 @patch
 async def _cleanup(self:DistributedProvisioner, restart):
+    "Clean up once, however many ask at a time: nbclient's signal handler and its normal end do"
+    if self.process is not None: self.cleaning = spawn_task(self._remove_process(restart))
+    if self.cleaning is not None: await asyncio.shield(self.cleaning)
+
+@patch
+async def _remove_process(self:DistributedProvisioner, restart):
     process,self.process = self.process,None
     shared().watched.discard(process)
     if self.trial: self.trial.over()
