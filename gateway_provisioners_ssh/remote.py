@@ -70,7 +70,7 @@ class AgentSession:
             self.noise,self.decoder = b'',Decoder()
         try:
             for message,rest in self.decoder.feed(data): self._received(message)
-        except (ValueError, TypeError, KeyError, AttributeError) as e: self.close(f'it wrote what no agent writes ({type(e).__name__}): {bytes(self.decoder.buffer[:2000]).decode("utf-8", "replace")!r}')
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: self.close(f'it wrote what no agent writes ({type(e).__name__}): {bytes(self.decoder.buffer[:2000]).decode("utf-8", "replace")!r}')
 
     def eof(self): self.close()
 
@@ -97,8 +97,9 @@ def _resolve(fut, value):
 def _received(self:AgentSession, m):
     "One frame from the agent"
     if 'event' in m: return self._event(m['event'], m)
-    fut,_ = self.asked.pop(m['n'], (None, None)) if type(m['n']) is int else (None, None)
-    if fut is None: return
+    fut,user = self.asked.get(m['n'], (None, None)) if type(m['n']) is int else (None, None)
+    if fut is None or user != m.get('as', ''): return # the agent of one user must not answer for another
+    del self.asked[m['n']]
     if isinstance(m.get('ok'), dict): _resolve(fut, m['ok'])
     else: _fail(fut, Refusal(str(m.get('error'))[:65536]))
 
@@ -354,6 +355,7 @@ async def spawn(
     session.processes[user, p.id] = p
     try: said = await session.request('start', user=user, id=p.id, log=log, **request)
     except (AgentClosed, asyncio.CancelledError): spawn_task(p.release(False)); raise
+    except BaseException: del session.processes[user, p.id]; raise
     if type(pid := said.get('pid')) is not int or not 1 < pid < 2**31:
         spawn_task(p.release(False))
         raise Refusal(f'{session.name} answered {str(said)[:200]!r} where the number of a process was due')

@@ -30,7 +30,7 @@ def _int(digits):
 
 class Decoder:
     "Takes bytes as they come and gives frames"
-    def __init__(self): self.buffer = bytearray()
+    def __init__(self): self.buffer,self.message = bytearray(),None # `message`: of a frame whose data is still to come
 
     def feed(self,
         data, # bytes
@@ -38,16 +38,19 @@ class Decoder:
         "The frames that are complete now"
         self.buffer += data
         while True:
-            end = self.buffer.find(b'\n')
-            if end < 0 and len(self.buffer) > MAX_LINE or end > MAX_LINE: raise ValueError('a line is too long')
-            if end < 0: return
-            try: message = json.loads(self.buffer[:end].decode(), parse_int=_int)
-            except RecursionError: raise ValueError('a line is nested too deeply')
-            size = message.get('size', 0) if isinstance(message, dict) else None
-            if type(size) is not int or not 0 <= size <= MAX_DATA: raise ValueError('not a frame')
-            if len(self.buffer) < end+1+size: return
-            data = bytes(self.buffer[end+1:end+1+size])
-            del self.buffer[:end+1+size]
+            if self.message is None:
+                end = self.buffer.find(b'\n')
+                if end < 0 and len(self.buffer) > MAX_LINE or end > MAX_LINE: raise ValueError('a line is too long')
+                if end < 0: return
+                try: message = json.loads(self.buffer[:end].decode(), parse_int=_int)
+                except RecursionError: raise ValueError('a line is nested too deeply')
+                size = message.get('size', 0) if isinstance(message, dict) else None
+                if type(size) is not int or not 0 <= size <= MAX_DATA: raise ValueError('not a frame')
+                del self.buffer[:end+1]
+                self.message,self.size = message,size
+            if len(self.buffer) < self.size: return
+            message,data,self.message = self.message,bytes(self.buffer[:self.size]),None
+            del self.buffer[:self.size]
             yield message, data
 
 # %% ../../nbs/03_agent.ipynb #ccf427e1
@@ -69,21 +72,26 @@ class Refused(Exception):
     "A request that cannot be carried out; the text is for people"
 
 def private_directory(
-    names=None, # Paths to try, the first that is ours or can be made; default: in TMPDIR, /tmp, /var/tmp, /dev/shm and the home
+    names=None, # Lists of paths: the first list of which one is ours, or can be made; default: in TMPDIR, /tmp, /var/tmp, /dev/shm and the home
 ): # str
     "A directory that belongs to this user and is open to nobody else; raises `Refused`"
     if names is None:
         tops = [o for o in (os.environ.get('TMPDIR', ''), '/tmp', '/var/tmp', '/dev/shm') if o.startswith('/') and len(o) < 60]
-        names = ['%s/gpssh-%d%s' % (o, os.getuid(), more) for o in tops for more in ('', '-1', '-2')]
-        names.append(os.path.expanduser('~/.cache/gpssh-' + socket.gethostname()[:20]))
+        names = [['%s/gpssh-%d%s' % (o, os.getuid(), more) for more in ('', '-1', '-2')] for o in tops]
+        home = os.path.expanduser('~/.cache')
+        names.append([home + '/gpssh-' + socket.gethostname()[:20]])
+        try: os.makedirs(home, 0o700, exist_ok=True)
+        except OSError: pass
     why = ''
-    for name in names:
-        try: os.mkdir(name, 0o700)
-        except FileExistsError: pass
-        except OSError as e: why = why or '%s: %s' % (name, e.strerror); continue
-        st = os.lstat(name)
-        if st.st_uid == os.getuid() and st.st_mode & 0o170077 == 0o040000: return name
-        why = why or name + ': belongs to another user'
+    for group in names: # one that is there is used, even if a name before it has become free
+        for make,name in [(make, name) for make in (False, True) for name in group]:
+            try:
+                if make: os.mkdir(name, 0o700)
+                st = os.lstat(name)
+            except OSError as e:
+                if make: why = why or (name + ': belongs to another user' if isinstance(e, FileExistsError) else '%s: %s' % (name, e.strerror))
+                continue
+            if st.st_uid == os.getuid() and st.st_mode & 0o170077 == 0o040000: return name
     raise Refused('no directory for sockets and records can be made (%s)' % why)
 
 def remove_tree(path):
@@ -113,9 +121,8 @@ class Log:
                 except OSError:
                     if o == self.path: raise
             self.fd = self._new(self.path)
-            os.write(self.fd, raw(title + '\n'))
+            self.size = os.write(self.fd, raw(title)[:1000] + b'\n')
         except OSError as e: self.remove(); raise Refused('cannot write the log %s: %s' % (self.path.decode('utf-8', 'replace'), e.strerror))
-        self.size = len(title) + 1
         return self
 
     def _new(self, path): return os.open(path, os.O_RDWR|os.O_APPEND|os.O_CREAT|os.O_EXCL|os.O_NOFOLLOW, 0o600)
@@ -160,9 +167,9 @@ class Log:
         for o in (self.path + b'.1', self.path):
             try: fd = os.open(o, os.O_RDONLY|os.O_NOFOLLOW|os.O_NONBLOCK)
             except OSError: continue
+            st = os.fstat(fd)
+            if st.st_uid != os.getuid() or st.st_mode & 0o170000 != 0o100000: os.close(fd); continue # laid there by another user
             with open(fd, 'rb') as f:
-                st = os.fstat(f.fileno())
-                if st.st_uid != os.getuid() or st.st_mode & 0o170000 != 0o100000: continue
                 f.seek(max(0, st.st_size - 65536))
                 out += f.read(65536)
         return b''.join(out.splitlines(True)[-lines:])[-65536:].decode('utf-8', 'replace') if lines > 0 else ''
@@ -194,7 +201,7 @@ def signal_groups(groups, signum): # bool
     for o in groups:
         try: os.killpg(o, signum); sent = True
         except ProcessLookupError: pass
-        except PermissionError as e: raise Refused('signal %d: %s' % (signum, e.strerror))
+        except OSError as e: raise Refused('signal %d: %s' % (signum, e.strerror))
     return sent
 
 def spawn(
@@ -206,14 +213,15 @@ def spawn(
 ): # int
     "Start a process that leads a session of its own; raises `Refused` if the command cannot be run"
     r,w = os.pipe()
-    pid = os.fork()
+    try: pid = os.fork()
+    except OSError as e: os.close(r); os.close(w); raise Refused('no process can be started: ' + e.strerror)
     if not pid:
         try: _become(argv, env, fds, cwds, mask)
         except BaseException as e: os.write(w, raw(getattr(e, 'strerror', None) or str(e) or type(e).__name__))
         finally: os._exit(127)
     os.close(w)
     with open(r, 'rb') as f: why = f.read().decode('utf-8', 'replace')
-    if why: os.waitpid(pid, 0); raise Refused('%s: %s' % (argv[0], 'not found' if why == os.strerror(errno.ENOENT) else why))
+    if why: os.waitpid(pid, 0); raise Refused('%s: %s' % (''.join(map(str, argv[:1])), 'not found' if why == os.strerror(errno.ENOENT) else why))
     return pid
 
 def _become(argv, env, fds, cwds, mask):
@@ -245,7 +253,7 @@ class Loop:
     def later(self, seconds, call):
         "Call `call` once; returns what `cancel` takes"
         self.count += 1
-        timer = [time.monotonic() + seconds, self.count, call]
+        timer = [time.monotonic() + min(max(0, seconds), 1e9), self.count, call]
         heapq.heappush(self.timers, timer)
         return timer
 
@@ -256,7 +264,7 @@ class Loop:
         "Work until `over` is set"
         while not self.over:
             while self.timers and not self.timers[0][2]: heapq.heappop(self.timers)
-            wait = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+            wait = min(max(0, self.timers[0][0] - time.monotonic()), 3600) if self.timers else None # milliseconds have to fit in an int
             due = []
             for key,ready in self.selector.select(wait):
                 read,write = key.data
@@ -284,7 +292,9 @@ class Stream:
 
     def send(self, message, data=b''):
         if not self.open: return
-        self.out += encode(message, data)
+        frame = encode(message, data)
+        if len(frame) - len(data) > MAX_LINE: raise ValueError('the message is too long')
+        self.out += frame
         if len(self.out) > MAX_UNSENT: self.close()
         else: self._write()
 
@@ -323,7 +333,11 @@ class Visitors:
 
     def _accept(self):
         try: sock,_ = self.server.accept()
-        except OSError: return
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE): # else the loop would go round and round
+                self.loop.on(self.server.fileno())
+                self.loop.later(.1, lambda: self.loop.on(self.server.fileno(), self._accept))
+            return
         if len(self.open) >= self.most: self._drop(self.open[0])
         sock.setblocking(False)
         v = Visitor(sock)
@@ -342,9 +356,9 @@ class Visitors:
         except OSError: part = b''
         v.got += part
         line,end,_ = bytes(v.got).partition(b'\n')
-        if end and len(line) <= self.limit: self._say(v, self.answer(v, line))
-        elif part and len(v.got) <= self.limit: return
-        self._drop(v)
+        if not end and part and len(v.got) <= self.limit and len(v.fds) < 4: return
+        try: end and len(line) <= self.limit and self._say(v, self.answer(v, line))
+        finally: self._drop(v)
 
     def _drop(self, v):
         if v not in self.open: return
@@ -381,15 +395,30 @@ class Kernel:
         self.fd = self.pidfd = self.orphan = None
         self.child,self.looks,self.tmp = False,0,None
 
-    def save(self): write_file(self.dir + '/record', json.dumps(self.record))
+    def save(self, must=False):
+        "Put the record down, as far as there is room; with `must` raises `OSError`"
+        try: write_file(self.dir + '/record', json.dumps(self.record))
+        except OSError:
+            if must: raise
 
-    def running(self): return not self.ended
+    def owned(self):
+        "Whether this agent has its output; else another one has, which lives"
+        pid,start = self.record['agent']
+        return pid == os.getpid() or start_time(pid) != start
+
+    def add_group(self, pgid):
+        "The process group of the kernel itself, which under Spark is not the first"
+        if type(pgid) is not int or not 1 < pgid < 2**31 or pgid in self.record['groups']: return
+        self.record['groups'].append(pgid)
+        if self.owned(): self.save()
 
     def listen(self):
         "Take what the kernel writes"
-        try: self.fd = os.open(self.dir + '/out', os.O_RDONLY|os.O_NONBLOCK)
-        except OSError: return
-        self.agent.loop.on(self.fd, self._output)
+        for o in (self.dir + '/out', '/proc/%d/fd/1' % self.record['pid']): # the other way to a pipe whose name was removed
+            try:
+                self.fd = os.open(o, os.O_RDONLY|os.O_NONBLOCK)
+                return self.agent.loop.on(self.fd, self._output)
+            except OSError: self._deaf()
 
     def _output(self, most=2**16):
         try: data = os.read(self.fd, most)
@@ -408,16 +437,21 @@ class Kernel:
     def look(self):
         "Whether a process that is not our child has ended"
         if self.ended: return
-        if start_time(self.record['pid']) != self.record['start']:
-            status,owner = self.written_status(),self.record['agent']
+        if start_time(self.record['pid']) != self.record['start'] or not self.record['start']:
+            status = self.written_status()
             self.looks += 1
-            if status is None and self.looks < 10 and start_time(owner[0]) == owner[1] and owner[0] != os.getpid(): return self.agent.loop.later(.1, self.look)
+            self._let_go()
+            if status is None and self.looks < 100 and not self.owned() and os.path.exists(self.dir): return self.agent.loop.later(.1, self.look) # its parent is about to say
             return self.end(status)
         if self.pidfd is None and hasattr(os, 'pidfd_open'):
             try: self.pidfd = os.pidfd_open(self.record['pid'])
             except OSError: pass
             else: return self.agent.loop.on(self.pidfd, self.look)
         self.agent.loop.later(.5, self.look)
+
+    def _let_go(self):
+        if self.pidfd is not None: self.agent.loop.on(self.pidfd); os.close(self.pidfd)
+        self.pidfd = None
 
     def written_status(self):
         "The status, where the agent that was its parent has put it down; else None"
@@ -432,7 +466,7 @@ class Kernel:
     def terminate(self, grace=5):
         "End it: SIGTERM now, SIGKILL after `grace` seconds"
         self.signal(signal.SIGTERM)
-        self.agent.loop.later(grace, lambda: self.signal(signal.SIGKILL))
+        self.agent.loop.later(grace, lambda: self.ended or self.signal(signal.SIGKILL))
 
 # %% ../../nbs/03_agent.ipynb #bed56ce3
 def status_of(code): # int: as `subprocess` has it, negative for a signal
@@ -452,29 +486,42 @@ def end(self, status):
             if os.path.exists(self.dir + o): os.unlink(self.dir + o)
     except OSError: pass # something cleared the directory up
     if self.record['remove']: self.agent.run(['rm', '-rf', '--', *self.record['remove']])
-    others = self.record['groups'][1:]
-    if others and signal_groups(others, signal.SIGTERM): self.agent.loop.later(5, lambda: signal_groups(others, signal.SIGKILL))
-    if self.pidfd is not None: self.agent.loop.on(self.pidfd); os.close(self.pidfd); self.pidfd = None
-    for o in self.watchers: o.send(dict(event='ended', id=self.id, status=status))
-    for o in self.then: o()
+    self._let_go()
+    for o in list(self.watchers): o.send(dict(event='ended', id=self.id, status=status))
+    for o in self.then: self.agent.loop.attempt(o)
     self.agent.settle()
+    others = self.record['groups'][1:]
+    try: others and signal_groups(others, signal.SIGTERM) and self.agent.loop.later(5, lambda: signal_groups(others, signal.SIGKILL))
+    except Refused: pass # of another user
 
 def discard(self, keep_log):
     "Remove what is left of an ended kernel"
     self._deaf()
     self.log.close() if keep_log else self.log.remove()
     remove_tree(self.dir)
+    self._let_go()
+    self.agent.loop.cancel(self.orphan)
+    self.agent.tokens = {k: v for k,v in self.agent.tokens.items() if v is not self}
     self.agent.kernels.pop(self.id, None)
     self.agent.settle()
 
 def settle_orphan(self):
-    "Begin or stop to count the time without a watcher"
-    wait = self.record['orphan_timeout']
-    if self.watchers: self.agent.loop.cancel(self.orphan); self.orphan = None
-    elif wait and not self.orphan: self.orphan = self.agent.loop.later(wait, self.end_orphan)
+    "Begin or stop to count the time without a watcher; for the kernel of another agent that lives, tell that one"
+    wait,mark = self.record['orphan_timeout'],self.dir + '/watched'
+    if not wait or self.agent.kernels.get(self.id) is not self: return
+    if not self.owned():
+        try: write_file(mark, json.dumps([os.getpid(), start_time(os.getpid())])) if self.watchers else os.path.exists(mark) and os.unlink(mark)
+        except OSError: pass
+    elif self.watchers: self.agent.loop.cancel(self.orphan); self.orphan = None
+    elif not self.orphan: self.orphan = self.agent.loop.later(wait, self.end_orphan)
 
 def end_orphan(self):
     "Nobody has watched for too long: end the kernel and keep its log only"
+    self.orphan = None
+    try:
+        with open(self.dir + '/watched') as f: pid,start = json.loads(f.read())
+        if start_time(pid) == start: return self.settle_orphan() # another agent has a watcher
+    except (OSError, ValueError): pass
     if self.ended: return self.discard(True)
     self.then.append(lambda: self.discard(True))
     self.terminate()
@@ -494,8 +541,8 @@ class Agent:
         self.cache = self._cache()
 
     def _cache(self):
-        top = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-        for o in (top + '/gateway_provisioners_ssh', self.dir + '/files'):
+        top = os.environ.get('XDG_CACHE_HOME', '')
+        for o in ((top if top.startswith('/') else os.path.expanduser('~/.cache')) + '/gateway_provisioners_ssh', self.dir + '/files'):
             try: os.makedirs(o, 0o700, exist_ok=True)
             except OSError: continue # no home, or one that is read-only
             if os.access(o, os.W_OK|os.X_OK) and os.stat(o).st_uid == os.getuid(): os.chmod(o, 0o700); return o
@@ -505,8 +552,8 @@ class Agent:
         "Put down what should not have happened, in the file `errors` of the private directory"
         import traceback
         try:
-            with open(os.open(self.dir + '/errors', os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600), 'w') as f: f.tell() < 2**16 and f.write(traceback.format_exc())
-        except OSError: pass
+            with open(os.open(self.dir + '/errors', os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o600), 'a', errors='backslashreplace') as f: f.tell() < 2**16 and f.write(traceback.format_exc())
+        except Exception: pass
 
     def run(self, argv):
         "Start a command that nobody waits for"
@@ -522,11 +569,8 @@ class Agent:
 
     def serve(self, lock):
         "Listen on the socket, adopt what an earlier agent left, and work until there is nothing to do; `lock` is held until the socket is there"
-        server = socket.socket(socket.AF_UNIX)
-        if os.path.exists(self.socket): os.unlink(self.socket)
-        server.bind(self.socket)
-        server.listen(128)
-        self.visitors = Visitors(self.loop, server, self.visited, limit=2**22, seconds=10)
+        self.visitors = self.inode = None
+        self.listen()
         os.close(lock)
         r,w = os.pipe()
         os.set_blocking(w, False)
@@ -535,30 +579,69 @@ class Agent:
         self.loop.on(r, lambda: (os.read(r, 4096), self.reap()))
         self.adopt()
         self.settle()
+        self.tend()
         self.loop.run()
+
+    def listen(self):
+        "Make the socket, in place of that of an agent which is gone"
+        if os.path.exists(self.socket): os.unlink(self.socket)
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(self.socket)
+        server.listen(128)
+        if self.visitors: self.visitors.close()
+        self.visitors,self.inode = Visitors(self.loop, server, self.visited, limit=2**22, seconds=10),os.stat(self.socket).st_ino
+
+    def tend(self):
+        "Now and then: take over kernels of another version's agent that is gone; put back what a cleaner of /tmp has removed, and keep the rest from it"
+        self.loop.later(5, self.tend)
+        for k in list(self.kernels.values()):
+            if not k.ended: self.take_over(k)
+        try:
+            private_directory([[self.dir]])
+            for k in list(self.kernels.values()):
+                if k.ended or not k.owned(): continue
+                os.makedirs(k.dir, 0o700, exist_ok=True)
+                if os.path.exists(k.dir + '/record'): os.utime(k.dir + '/record')
+                else: k.save()
+            if os.path.exists(self.socket): os.utime(self.socket)
+            else: self.listen()
+        except (OSError, Refused): pass # later, perhaps
 
     def adopt(self):
         "Take over the kernels whose agent is gone, and watch those of an agent of another version"
-        for o in os.scandir(self.dir):
-            id = o.name[2:]
-            if not o.name.startswith('k-') or id in self.kernels: continue
+        try: found = [o for o in os.scandir(self.dir) if o.name.startswith('k-') and o.name[2:] not in self.kernels]
+        except OSError: return
+        for o in found:
             try:
-                with open(o.path + '/record') as f: k = Kernel(self, id, json.loads(f.read()))
-                begun = os.stat(o.path + '/record').st_mtime
+                with open(o.path + '/record') as f: k = Kernel(self, o.name[2:], json.loads(f.read()))
+                ended = os.stat(o.path + '/status').st_mtime if os.path.exists(o.path + '/status') else None
             except (OSError, ValueError, KeyError): continue
-            owner,self.kernels[id] = k.record['agent'],k
-            if os.path.exists(o.path + '/status'):
+            self.kernels[k.id] = k
+            if ended is not None:
                 k.ended,k.status = True,k.written_status()
-                if time.time() - begun > self.keep: k.discard(True)
+                if time.time() - ended > self.keep: k.discard(True)
                 continue
-            if start_time(owner[0]) != owner[1]:
-                k.record['agent'] = [os.getpid(), start_time(os.getpid())]
-                k.log.reopen()
-                k.listen()
-                k.save()
-                if k.record['control']: self.control(k.record['control'])
+            self.take_over(k)
             k.look()
             k.settle_orphan()
+
+    def take_over(self, k):
+        "Make this the agent of a kernel whose agent is gone, if no other was faster"
+        if k.record['agent'][0] == os.getpid() or not k.owned(): return
+        try: lock = os.open(k.dir, os.O_RDONLY)
+        except OSError: return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with open(k.dir + '/record') as f: k.record = json.loads(f.read())
+            if not k.owned(): return
+            k.record['agent'] = [os.getpid(), start_time(os.getpid())]
+            k.save()
+        except (OSError, ValueError): return
+        finally: os.close(lock)
+        k.log.reopen()
+        k.listen()
+        if k.record['control']: self.control(k.record['control'])
+        k.settle_orphan()
 
     def reap(self):
         "Note which children have ended"
@@ -566,9 +649,9 @@ class Agent:
             try: pid,code = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError: return
             if not pid: return
-            for k in [o for o in self.kernels.values() if o.child and o.record['pid'] == pid]: k.end(status_of(code))
+            for k in [o for o in self.kernels.values() if o.child and o.record['pid'] == pid]: self.loop.attempt(lambda: k.end(status_of(code)))
             peer = self.peers.pop(pid, None)
-            if peer: peer.ended()
+            if peer: self.loop.attempt(peer.ended)
 
     def settle(self):
         "Close control ports that no kernel needs. End this agent soon if it has neither kernels nor clients; a login's agent that came by sudo is no reason to stay for long"
@@ -581,21 +664,30 @@ class Agent:
 
     def leave(self):
         if any(time.monotonic() - o.stream.heard < self.idle for o in self.clients): return self.settle()
-        lock = os.open(self.dir, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        self.visitors._accept()
-        if self.visitors.open: os.close(lock); return self.settle() # a connection came just now
-        os.unlink(self.socket)
         self.loop.over = True
+        try:
+            lock = os.open(self.dir, os.O_RDONLY)
+            try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
+            except OSError: busy = True # somebody comes, and may wait for this agent to read
+            else:
+                self.visitors._accept()
+                busy = bool(self.visitors.open)
+            if busy: os.close(lock); self.loop.over = False; return self.settle()
+            if os.stat(self.socket).st_ino == self.inode: os.unlink(self.socket)
+        except OSError: pass # it was cleared up, perhaps with the directory
         try: os.rmdir(self.dir)
         except OSError: pass # records of ended kernels wait there, or another version works there
 
     def add_client(self, reader, writer, env, stay=None, is_peer=False):
         "A connection that speaks frames; `stay` is a descriptor to close at its end, for which the process that brought it waits"
-        c = Client(self, reader, writer, env, stay, is_peer)
+        try: c = Client(self, reader, writer, env, stay, is_peer)
+        except OSError: # nothing that can be waited for
+            for o in (reader, writer, stay): o is not None and os.close(o)
+            return
         self.clients.add(c)
         self.settle()
-        c.stream.send(dict(event='hello', version=self.version, pid=os.getpid(), python='%d.%d.%d' % sys.version_info[:3], home=env.get('HOME', '/'),
+        home = env.get('HOME') if isinstance(env.get('HOME'), str) else ''
+        c.stream.send(dict(event='hello', version=self.version, pid=os.getpid(), python='%d.%d.%d' % sys.version_info[:3], home=home if home.startswith('/') else '/',
             cache=self.cache, trees=self.trees()))
         return c
 
@@ -608,19 +700,18 @@ class Agent:
             fds,visitor.fds = visitor.fds,[]
             self.add_client(*fds[:2], said['env'], fds[2], bool(said.get('is_peer')))
             return b''
-        k = self.tokens.pop(said.get('token'), None) if isinstance(said.get('token'), str) else None
+        k = self.tokens.pop(said.get('token'), None) if isinstance(said.get('token'), str) and len(line) <= 2**16 else None # what is passed on has to fit in a frame
         return json.dumps(k.reported(said)).encode() + b'\n' if k else b''
 
 # %% ../../nbs/03_agent.ipynb #c125c40a
 def reported(self, said): # dict: `comm_port`, `control_key`
     "The launcher's report: `ip` that the kernel listens on, `pgid` of the kernel, paths to `remove` at its end, `fields` for the host application; `control` says whether control requests are to be taken, else those for kernels that are reached directly are"
     pgid,remove,ip = said.get('pgid'),said.get('remove'),said.get('ip')
-    if type(pgid) is int and pgid > 1 and pgid not in self.record['groups']: self.record['groups'].append(pgid)
+    self.add_group(pgid)
     tops = tuple(o + '/' for o in (self.tmp, os.environ.get('TMPDIR'), '/tmp') if o)
-    self.record['remove'] = [o for o in remove if isinstance(o, str) and o.startswith(tops) and '/..' not in o][:8] if isinstance(remove, list) else []
+    self.record['remove'] = [o for o in remove if isinstance(o, str) and o.startswith(tops) and os.path.normpath(o) == o][:8] if isinstance(remove, list) else []
     if isinstance(ip, str) and said.get('control', not ip.startswith('127.')): self.record['control'] = self.agent.control(dict(ip=ip, ports=self.record['ports'], key=os.urandom(32).hex()))
-    try: self.save()
-    except OSError: pass # no room: another agent would know less
+    self.save()
     c = self.record['control']
     control = dict(comm_port=c['port'], control_key=c['key']) if c else {}
     if isinstance(said.get('fields'), dict):
@@ -634,7 +725,7 @@ Kernel.reported = reported
 class Client:
     "A host application that is connected"
     def __init__(self, agent, reader, writer, env, stay, is_peer):
-        self.agent,self.env,self.stay,self.is_peer,self.peers,self.patience,self.timer = agent,env,stay,is_peer,{},0,None
+        self.agent,self.env,self.stay,self.is_peer,self.peers,self.parts,self.patience,self.timer = agent,env,stay,is_peer,{},{},0,None
         self.stream = Stream(agent.loop, reader, writer, self.received, self.left)
         self.send = self.stream.send
 
@@ -649,7 +740,7 @@ class Client:
         except Refused as e: self.answer(m, error=str(e))
         except Exception as e: self.answer(m, error='%s: %s' % (type(e).__name__, e))
 
-    def answer(self, m, **said): self.send(dict(n=m.get('n'), **said))
+    def answer(self, m, **said): self.send(dict(n=m.get('n') if type(m.get('n')) is int else None, **said))
 
     def expect(self, patience):
         "Give this client up when it has not been heard for `patience` seconds: its connection is dead, and nobody on this host noticed"
@@ -662,9 +753,10 @@ class Client:
     def left(self):
         self.agent.loop.cancel(self.timer)
         if self.stay is not None: os.close(self.stay)
-        for o in self.peers.values(): o.stream.close()
+        for o in list(self.peers.values()): o.stream.close()
+        for o in self.parts.values(): remove_tree(o)
         self.agent.clients.discard(self)
-        for o in self.agent.kernels.values():
+        for o in list(self.agent.kernels.values()):
             o.watchers.discard(self)
             o.settle_orphan()
         self.agent.settle()
@@ -675,22 +767,23 @@ def _ping(agent, client, m, data):
     return {}
 
 def _named(m): # str
-    if not re.match('[0-9a-f]{16,64}$', m['id']): raise Refused('that is no id of a kernel')
+    if not re.match(r'[0-9a-f]{16,64}\Z', m['id']): raise Refused('that is no id of a kernel')
     return m['id']
 
 def _put(agent, client, m, data):
     "A file of a tree, in parts; `done` gives the tree its name, which says what is in it"
-    if not re.match('[0-9a-f]{64}$', m['tree']): raise Refused('that is no name of a tree')
-    part,name = '%s/.%s-%d' % (agent.cache, m['tree'], id(client)),'%s/%s' % (agent.cache, m['tree'])
+    if not re.match(r'[0-9a-f]{64}\Z', m['tree']): raise Refused('that is no name of a tree')
+    part,name = client.parts.setdefault(m['tree'], '%s/.%s-%s' % (agent.cache, m['tree'], os.urandom(6).hex())),'%s/%s' % (agent.cache, m['tree'])
     try:
         if m.get('done'):
+            del client.parts[m['tree']]
             try: os.rename(part, name)
             except OSError:
                 if not os.path.isdir(name): raise
                 remove_tree(part)
             return {}
         path = os.path.normpath(m['path'])
-        if path.startswith(('/', '..')): raise Refused('that is no path in a tree')
+        if path.startswith(('/', '..')) or path == '.': raise Refused('that is no path in a tree')
         path = raw('%s/%s' % (part, path))
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         with open(os.open(path, os.O_WRONLY|os.O_CREAT|os.O_APPEND|os.O_NOFOLLOW, 0o600), 'wb') as f: f.write(data)
@@ -701,13 +794,14 @@ def _put(agent, client, m, data):
 def _start(agent, client, m, data):
     "Start a kernel; what went wrong leaves nothing"
     name = _named(m)
-    record = dict(pid=0, start='', log=m['log'], max_bytes=m['max_bytes'], orphan_timeout=m.get('orphan_timeout', 0), title=m.get('title', ''), groups=[], remove=[], ports=None,
+    record = dict(pid=0, start='', log=m['log'], max_bytes=m['max_bytes'], orphan_timeout=float(m.get('orphan_timeout') or 0), title=m.get('title', ''), groups=[], remove=[], ports=None,
         control=None, agent=[os.getpid(), start_time(os.getpid())])
     k = Kernel(agent, name, record)
     try:
         os.mkdir(k.dir, 0o700)
         os.mkfifo(k.dir + '/out', 0o600)
     except OSError as e:
+        if not isinstance(e, FileExistsError): remove_tree(k.dir)
         raise Refused('cannot write to %s: %s' % (agent.dir, e.strerror))
     try:
         k.log.create(record['title'])
@@ -719,7 +813,7 @@ def _start(agent, client, m, data):
         agent.kernels[name] = k
         k.watchers.add(client)
         agent.settle()
-        k.save()
+        k.save(must=True)
     except BaseException as e:
         if record['pid']: signal_groups([record['pid']], signal.SIGKILL)
         k.discard(False)
@@ -728,9 +822,10 @@ def _start(agent, client, m, data):
     return dict(pid=record['pid'])
 
 def _spawn_kernel(agent, k, m, env):
-    null,out = os.open(os.devnull, os.O_RDONLY),os.open(k.dir + '/out', os.O_RDWR)
-    try: return spawn(m['argv'], env, (null, out, out), m.get('cwds', ()), agent.mask)
-    finally: os.close(null); os.close(out)
+    out = os.open(k.dir + '/out', os.O_RDWR)
+    try:
+        with open(os.devnull) as null: return spawn(m['argv'], env, (null.fileno(), out, out), m.get('cwds', ()), agent.mask)
+    finally: os.close(out)
 
 def _environment(agent, client, k, m):
     "The login's environment, the start request's, kernel.json's, and the ticket of the launch"
@@ -753,9 +848,7 @@ def _watch(agent, client, m, data):
     "Hear of the end of a kernel from now on; one that nobody knows has ended, nobody knows how"
     k = _found(agent, m)
     if not k: return dict(running=False, status=None)
-    if type(m.get('pgid')) is int and m['pgid'] > 1 and m['pgid'] not in k.record['groups']:
-        k.record['groups'].append(m['pgid'])
-        k.save()
+    k.add_group(m.get('pgid'))
     k.watchers.add(client)
     k.settle_orphan()
     return dict(running=not k.ended, status=k.status, report=k.report)
@@ -804,15 +897,16 @@ def control(self, wanted):
 def _listening(ip, ports, first):
     "A socket that listens on the port `first`, or on a free one of `ports` (lowest, highest), or on any"
     lowest,highest = ports or (0, 0)
-    start = int.from_bytes(os.urandom(4), 'big')
-    for port in ([first] if first else []) + [lowest + (start+i) % (highest-lowest+1) for i in range(highest-lowest+1)]:
-        s = socket.socket()
+    start,n = int.from_bytes(os.urandom(4), 'big'),min(highest, 65535) - lowest + 1
+    for port in ([first] if first else []) + [lowest + (start+i) % n for i in range(n)]:
+        s = socket.socket(socket.AF_INET6 if ':' in ip else socket.AF_INET)
         try:
+            socket.inet_pton(s.family, ip) # a name would have to be looked up, which takes its time
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind((ip, port))
             s.listen(128)
             return s
-        except OSError: s.close()
+        except (OSError, ValueError, TypeError, OverflowError): s.close()
 
 def asked(self, visitor, line):
     "The signed answer to a signed request; nothing to anything else"
@@ -833,7 +927,7 @@ def _control(k, request):
     get = request.get if isinstance(request, dict) else {}.get
     signum = get('signum')
     try:
-        if get('shutdown') == 1: k.terminate()
+        if get('shutdown') == 1: k.ended or k.terminate()
         elif type(signum) is not int or not 0 <= signum <= 64: return dict(error='neither a signum from 0 to 64 nor a shutdown')
         elif signum and not k.ended: k.signal(signum)
     except Refused as e: return dict(error=str(e))
@@ -849,13 +943,14 @@ class Peer:
         (a,b),(r,w) = socket.socketpair(),os.pipe()
         argv = ['sudo', '-n', '-H', '-E', '-u', user, 'PATH=' + client.env.get('PATH', '/usr/bin:/bin'), '--', '/bin/sh', '-c', FIRST_STAGE]
         try: self.pid = spawn(argv, client.env, (b.fileno(), b.fileno(), w), mask=client.agent.mask)
+        except BaseException: a.close(); os.close(r); raise
         finally: b.close(); os.close(w)
         self.err = r
         os.set_blocking(r, False)
         client.agent.loop.on(r, self._complaint)
         fd = a.detach()
         self.stream = Stream(client.agent.loop, os.dup(fd), fd, self.received, self.left)
-        client.agent.peers[self.pid] = self
+        client.agent.peers[self.pid] = client.peers[user] = self
         self.stream.out += bootstrap([sys.executable], SOURCE, VERSION)
         self.stream._write()
 
@@ -871,6 +966,7 @@ class Peer:
 
     def received(self, m, data):
         m.pop('size', None)
+        if len(self.client.stream.out) > MAX_UNSENT//4: raise ValueError('too much at once') # it must not cost the client its connection
         if self.first and m.get('event') == 'hello': self.client.answer(self.first, ok=m); self.first = None
         else: self.client.send(dict(m, **{'as': self.user}), data)
 
@@ -888,17 +984,17 @@ class Peer:
 def _as_user(agent, client, m, data):
     if not isinstance(m.get('user'), str) or m['user'].startswith('-'): raise Refused('that is no name of a user')
     if m['user'] in client.peers: raise Refused('that was asked before')
-    client.peers[m['user']] = Peer(client, m['user'], m)
+    Peer(client, m['user'], m)
 
 OPERATIONS['become'] = _as_user
 
 # %% ../../nbs/03_agent.ipynb #3f53dcc7
-FIRST_STAGE = 'IFS= read -r l && eval "$l"'
+FIRST_STAGE = 'IFS= read -r GPSSH_LINE && eval "$GPSSH_LINE"' # no variable of the login is used
 COMMAND = "exec /bin/sh -c '%s'" % FIRST_STAGE # What the SSH channel executes
 
-_find = ('while [ $# -gt 0 ]; do p=$1; shift; case $p in "~/"*) p=$HOME/${p#??};; esac; '
-    'p=$(command -v "$p" 2>/dev/null) && [ -x "$p" ] && exec "$p" -ISc "$GPSSH_READ" "$@"; done; echo "no Python 3.6 or newer"; exit 127')
-_read = 'import sys,os,io;sys.version_info>=(3,6) or os.execv("/bin/sh",["sh","-c",os.environ["GPSSH_FIND"],"sh"]+sys.argv[1:]);exec(io.FileIO(0,closefd=False).readline())'
+_find = ('while [ $# -gt 0 ]; do GPSSH_P=$1; shift; case $GPSSH_P in "~/"*) GPSSH_P=$HOME/${GPSSH_P#??};; esac; '
+    'GPSSH_P=$(command -v "$GPSSH_P" 2>/dev/null) && [ -x "$GPSSH_P" ] && exec "$GPSSH_P" -ESsc "$GPSSH_READ" "$@"; done; echo "no Python 3.6 or newer"; exit 127')
+_read = 'import sys;sys.path.remove("");import os,io;sys.version_info>=(3,6) or os.execv("/bin/sh",["sh","-c",os.environ["GPSSH_FIND"],"sh"]+sys.argv[1:]);exec(io.FileIO(0,closefd=False).readline())'
 _load = ('import zlib;VERSION="%s";n=%d;b=[];exec("while n:\\n c=os.read(0,n)\\n if not c: os._exit(1)\\n b.append(c); n-=len(c)");SOURCE=b"".join(b);'
     'exec(compile(zlib.decompress(SOURCE),"agent.py","exec"))\n')
 
@@ -921,7 +1017,7 @@ def login_environment(): # dict
         with open('/proc/self/environ', 'rb') as f: pairs = [o.partition(b'=') for o in f.read().split(b'\0') if o]
         env = {k.decode('utf-8', 'surrogateescape'): v.decode('utf-8', 'surrogateescape') for k,_,v in pairs}
     except OSError: env = dict(os.environ)
-    return {k: v for k,v in env.items() if not k.startswith('GPSSH_') and k not in ('_', 'OLDPWD')}
+    return {k: v for k,v in env.items() if k and not k.startswith('GPSSH_') and k not in ('_', 'OLDPWD')}
 
 def hand_over(server, env, is_peer):
     "Give standard input and output to the agent behind `server`, and stay, as the SSH server wants, until it closes the pipe"
@@ -941,10 +1037,13 @@ def main(version):
     os.chdir('/')
     while True:
         directory = private_directory()
-        lock = os.open(directory, os.O_RDONLY)
+        try: lock = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError: continue # its agent has just left
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.exists(directory) and os.path.samestat(os.stat(directory), os.fstat(lock)): break
-        os.close(lock) # its agent has just left
+        try:
+            if os.path.samestat(os.stat(directory), os.fstat(lock)): break
+        except FileNotFoundError: pass
+        os.close(lock)
     server = socket.socket(socket.AF_UNIX)
     try: server.connect(directory + '/agent-' + version)
     except OSError: server.close()
