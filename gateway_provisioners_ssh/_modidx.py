@@ -1677,6 +1677,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                               'gateway_provisioners_ssh.ssh._shut_out': ( 'ssh.html#_shut_out',
                                                                                           'gateway_provisioners_ssh/ssh.py'),
                                               'gateway_provisioners_ssh.ssh._where': ('ssh.html#_where', 'gateway_provisioners_ssh/ssh.py'),
+                                              'gateway_provisioners_ssh.ssh.check_forwarding': ( 'ssh.html#check_forwarding',
+                                                                                                 'gateway_provisioners_ssh/ssh.py'),
                                               'gateway_provisioners_ssh.ssh.close': ('ssh.html#close', 'gateway_provisioners_ssh/ssh.py'),
                                               'gateway_provisioners_ssh.ssh.explain': ( 'ssh.html#explain',
                                                                                         'gateway_provisioners_ssh/ssh.py'),

@@ -217,6 +217,7 @@ async def _reach(self:DistributedProvisioner, host, request, deadline):
         conn.pythons = tuple(re.sub(r'^\$\{?HOME\}?/', '~/', o) for o in request.argv[:1] if re.search(r'/python[0-9.]*$', o))
         agent,tree = await asyncio.gather(conn.responsive_session(), self._tree())
         tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
+        if tunnel: await conn.check_forwarding()
         return LaunchTarget(conn, agent, tunnel, tree, *await self._response_address(conn, tunnel, self._by_network(tree)))
     try: return await in_time(reach(), deadline-time.monotonic())
     except asyncio.TimeoutError:
