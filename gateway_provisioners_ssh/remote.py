@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from .background import in_thread, in_time, spawn_task
-from .launchers.agent import COMMAND, MAX_DATA, Decoder, bootstrap, encode
+from .launchers.agent import COMMAND, MAX_DATA, MAX_LINE, Decoder, bootstrap, encode
 
 # %% ../nbs/03b_remote.ipynb #4ee277af
 class AgentClosed(ConnectionError):
@@ -137,9 +137,11 @@ async def _ask(self:AgentSession, op, data, user, arguments):
     if self.closed: raise self.error
     self.n += 1
     n,fut = self.n,asyncio.get_running_loop().create_future()
+    frame = encode(dict(arguments, n=n, op=op, **({'as': user} if user else {})), data)
+    if len(frame) - len(data) > MAX_LINE: raise Refusal(f'the request is too long ({len(frame)} bytes)')
     self.asked[n] = fut,user
     try:
-        self._write(encode(dict(arguments, n=n, op=op, **({'as': user} if user else {})), data))
+        self._write(frame)
         return await fut
     finally: self.asked.pop(n, None)
 

@@ -272,7 +272,8 @@ class Loop:
             for key,call in due: # an earlier one may have closed the descriptor, and its number may belong to another by now
                 now = self.selector.get_map().get(key.fd)
                 if call and now and call in now.data: self.attempt(call)
-            while self.timers and self.timers[0][0] <= time.monotonic():
+            now = time.monotonic() # what becomes due meanwhile waits for the descriptors
+            while self.timers and self.timers[0][0] <= now:
                 call = heapq.heappop(self.timers)[2]
                 if call: self.attempt(call)
 
