@@ -71,9 +71,8 @@ class Remote:
     # What is left
 
     def leftovers(self):
-        "What agents keep for kernels, on hosts and on this machine as a host; connection files here"
-        tmps = {Path(os.environ.get('TMPDIR', '/tmp')), *(h.tmp for h in self.lab)}
-        return [str(o) for tmp in tmps for o in tmp.glob('gpssh-*/k-*')] + [str(o) for o in self.runtime.glob('kernel-*')]
+        "What agents keep for kernels on hosts; connection files here"
+        return [str(o) for h in self.lab for o in h.tmp.glob('gpssh-*/k-*')] + [str(o) for o in self.runtime.glob('kernel-*')]
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=15, ignore=(), logs=()):
@@ -83,11 +82,17 @@ class Remote:
         started = []
         with watch_ids(started), self.lab.nothing_left(timeout, [*HABITS, *ignore]): yield
         def left():
-            mine = [str(o) for o in set(Path('/tmp').glob('kernel-*.log*')) - logs_was if any(i in o.name for i in started) and o.name not in logs]
+            mine = [d for i in started for d in kept_here(i)] + [str(o) for o in set(Path('/tmp').glob('kernel-*.log*')) - logs_was if any(i in o.name for i in started) and o.name not in logs]
             ports = set(listening()) - before - response_ports()
             return [o for o in self.leftovers() if o not in was] + mine + sorted(ports) + list(shared_load().items())
         try: wait(lambda: not left(), timeout, 'nothing left', 0.1)
         except TimeoutError: raise AssertionError(f'left: {left()}') from None
+
+def kept_here(kernel_id):
+    "What the agent of this machine keeps of that kernel, beside those of others"
+    def has(d):
+        with contextlib.suppress(OSError): return kernel_id in (d/'record').read_text()
+    return [str(d) for d in Path(os.environ.get('TMPDIR', '/tmp')).glob('gpssh-*/k-*') if has(d)]
 
 @contextlib.contextmanager
 def watch_ids(seen):
