@@ -356,9 +356,12 @@ async def spawn(
     p = RemoteProcess(sessions, secrets.token_hex(8), log, user)
     session.processes[user, p.id] = p
     try: said = await session.request('start', user=user, id=p.id, log=log, **request)
-    except (AgentClosed, asyncio.CancelledError): spawn_task(p.release(False)); raise
-    except BaseException: del session.processes[user, p.id]; raise
+    except BaseException as e:
+        session.processes.pop((user, p.id), None)
+        if not isinstance(e, Refusal): spawn_task(p.release(False))
+        raise
     if type(pid := said.get('pid')) is not int or not 1 < pid < 2**31:
+        session.processes.pop((user, p.id), None)
         spawn_task(p.release(False))
         raise Refusal(f'{session.name} answered {str(said)[:200]!r} where the number of a process was due')
     p.pid = pid

@@ -11,17 +11,27 @@ from kernels import until
 ME, OTHER = 1001, 1002   # users whom nobody else is
 PYTHON = os.path.realpath(sys.executable)
 SOURCE = Path(agent.__file__).read_text()
-COMPRESSED, VERSION = remote.agent_source()
+QUICK = ('self.loop.later(1, self.leave)', 'self.loop.later(.1, self.leave)'), ('self.loop.later(5, self.tend)', 'self.loop.later(.3, self.tend)')   # what it does now and then, sooner
 
-source = contextvars.ContextVar('source', default=None)   # what is sent, where that is not the agent of this package
+def changed(*changes):
+    "What `agent_source` gives for an agent in whose source each `(old, new)` was replaced"
+    text = SOURCE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return zlib.compress(text.encode()), hashlib.sha256(text.encode()).hexdigest()[:12]
+
+COMPRESSED, VERSION = changed(*QUICK)
+
+source = contextvars.ContextVar('source')   # what is sent
 
 @pytest.fixture(autouse=True)
-def sources(monkeypatch, real=remote.agent_source): monkeypatch.setattr(remote, 'agent_source', lambda: source.get() or real())
+def sources(monkeypatch, real=remote.agent_source): monkeypatch.setattr(remote, 'agent_source', lambda: source.get(None) or real())
 
 class Host:
     "Logins of one user: `open` is what an SSH session does, `sessions` gives a live one; `shell` is the login shell, `prefix` what makes it that user's"
     def __init__(self, dir, *prefix):
-        self.dir, self.tmp, self.home, self.prefix, self.shell, self.pythons, self.uid = dir, dir/'t', dir/'home', prefix, '/bin/sh', (PYTHON,), os.getuid()
+        self.dir, self.tmp, self.home, self.prefix, self.shell, self.pythons, self.uid, self.changes = dir, dir/'t', dir/'home', prefix, '/bin/sh', (PYTHON,), os.getuid(), QUICK
         for o in self.tmp, self.home: o.mkdir()
         self.env = dict(PATH=os.environ['PATH'], HOME=str(self.home), TMPDIR=str(self.tmp))
         self.log, self.sh, self.opened, self.agents, self.started, self.one_at_a_time = str(self.tmp/'kernel.log'), None, [], set(), [], asyncio.Lock()
@@ -38,7 +48,7 @@ class Host:
             s.eof()
         s.reading = asyncio.create_task(read())
         self.opened.append(s)
-        source.set(changed(*changes) if changes else None)
+        source.set(changed(*self.changes, *changes))
         await asyncio.wait_for(s.start(self.pythons), 60)
         self.agents.add(s.hello['pid'])
         await asyncio.wait_for(s.ping(), 60)   # its socket is there
@@ -86,14 +96,6 @@ class Host:
             with contextlib.suppress(ProcessLookupError): o.process.returncode is None and o.process.kill()
             await o.process.wait()
             await asyncio.wait([o.reading])
-
-def changed(*changes):
-    "What `agent_source` gives for an agent that was changed"
-    text = SOURCE
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    return zlib.compress(text.encode()), hashlib.sha256(text.encode()).hexdigest()[:12]
 
 OTHER_VERSION = ('"""What a host runs:', '"""What a host runs, in another version:')
 
@@ -602,10 +604,11 @@ async def test_200_kernels(host):
 
 async def test_ends_by_itself(host):
     "Soon after its last kernel and its last connection, and leaves no file"
+    host.changes = ()
     p = await host.start('sleep 1000')
     s, second = host.sh, await host.open()
     await p.release(False)
-    assert [o.name for o in host.private.iterdir()] == [f'agent-{VERSION}']
+    assert [o.name for o in host.private.iterdir()] == [f'agent-{changed()[1]}']
     s.close()
     await second.ping()
     began = time.monotonic()
@@ -735,6 +738,7 @@ async def test_two_clients_send_one_tree(host):
 async def test_sessions_while_the_agent_leaves(host):
     "30 sessions that come and go about the moment in which an agent ends by itself"
     soon = ('self.loop.later(1, self.leave)', 'self.loop.later(.02, self.leave)')
+    host.changes = ()
     async def one(seed):
         r = random.Random(seed)
         for _ in range(5):
@@ -748,6 +752,7 @@ async def test_sessions_while_the_agent_leaves(host):
 async def test_a_large_environment_while_the_agent_leaves(host):
     "More than a socket holds, so that whoever hands it over waits for an agent that wants to leave"
     soon = ('self.loop.later(1, self.leave)', 'self.loop.later(0, self.leave)')
+    host.changes = ()
     first = await host.open(soon)
     pid = first.hello['pid']
     os.kill(pid, signal.SIGSTOP)
@@ -773,12 +778,12 @@ async def test_a_killed_agents_socket(host):
 
 # Reports
 
-def tell(host, line, fds=()):
+def tell(host, line):
     "What the agent answers to a line at its socket"
     with socket.socket(socket.AF_UNIX) as c:
         c.settimeout(30)
         c.connect(str(host.private/f'agent-{VERSION}'))
-        c.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b''.join(o.to_bytes(4, sys.byteorder) for o in fds))] if fds else [])
+        c.sendall(line)
         with contextlib.suppress(OSError): return c.recv(65536)
 
 async def ticket_of(p):
