@@ -737,7 +737,7 @@ async def test_two_clients_send_one_tree(host):
 
 async def test_sessions_while_the_agent_leaves(host):
     "30 sessions that come and go about the moment in which an agent ends by itself"
-    soon = ('self.loop.later(1, self.leave)', 'self.loop.later(.02, self.leave)')
+    soon = ('self.idle if self.clients else 1, self.leave', '.02, self.leave')
     host.changes = ()
     async def one(seed):
         r = random.Random(seed)
