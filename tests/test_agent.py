@@ -11,7 +11,7 @@ from kernels import until
 ME, OTHER = 1001, 1002   # users whom nobody else is
 PYTHON = os.path.realpath(sys.executable)
 SOURCE = Path(agent.__file__).read_text()
-QUICK = ('self.loop.later(1, self.leave)', 'self.loop.later(.1, self.leave)'), ('self.loop.later(5, self.tend)', 'self.loop.later(.3, self.tend)')   # what it does now and then, sooner
+QUICK = ('self.idle if self.clients else 1, self.leave', '.1, self.leave'), ('self.loop.later(5, self.tend)', 'self.loop.later(.3, self.tend)')   # what it does now and then, sooner
 
 def changed(*changes):
     "What `agent_source` gives for an agent in whose source each `(old, new)` was replaced"
@@ -751,7 +751,7 @@ async def test_sessions_while_the_agent_leaves(host):
 
 async def test_a_large_environment_while_the_agent_leaves(host):
     "More than a socket holds, so that whoever hands it over waits for an agent that wants to leave"
-    soon = ('self.loop.later(1, self.leave)', 'self.loop.later(0, self.leave)')
+    soon = ('self.idle if self.clients else 1, self.leave', '0, self.leave')
     host.changes = ()
     first = await host.open(soon)
     pid = first.hello['pid']
