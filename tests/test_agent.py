@@ -326,12 +326,12 @@ async def test_directory_removed_from_an_idle_agent(host):
     assert await host.left() == []
 
 async def test_socket_removed(host):
-    "The next session brings an agent of the same version, which knows of the other's kernels"
+    "The next session finds the kernels: with the agent, which has put its socket back, or with another of the same version"
     p = await host.start('sleep 1000')
     pid = host.sh.hello['pid']
     os.unlink(host.private/f'agent-{VERSION}')
     second = await host.open()
-    assert second.hello['pid'] != pid and (await second.request('watch', id=p.id))['running']
+    assert (await second.request('watch', id=p.id))['running']
     host.sh.close()
     os.killpg(p.pid, 15)
     assert await exited(p) == -15 and not p.lost
@@ -496,7 +496,7 @@ async def test_python_2_before_python_3(host):
 @pytest.mark.parametrize('shell', ['/bin/sh', 'bash', 'dash', 'busybox sh', 'csh', 'tcsh', 'fish', 'zsh', 'ksh'])
 async def test_login_shells(host, shell):
     name, *rest = shell.split()
-    if not shutil.which(name): pytest.skip(f'needs {name}')
+    need(None if shutil.which(name) else f'needs {name}')
     host.prefix, host.shell = ((shutil.which(name),), rest[0]) if rest else ((), shutil.which(name))
     p = await host.start('exit 5')
     assert await exited(p) == 5
