@@ -61,7 +61,8 @@ class Host:
 
     async def start(self, script, session=None, **kw):
         kw = dict(env={}, max_bytes=65536, log=self.log) | kw
-        p = await asyncio.wait_for(spawn(session or await self.sessions(), self.sessions, argv=['/bin/sh', '-c', script], **kw), 60)
+        async def given(): return session
+        p = await asyncio.wait_for(spawn(session or await self.sessions(), given if session else self.sessions, argv=['/bin/sh', '-c', script], **kw), 60)
         self.started.append(p)
         return p
 
@@ -373,10 +374,11 @@ async def test_another_version(host):
     a = await host.sessions()
     b = await host.open(OTHER_VERSION)
     assert a.hello['pid'] != b.hello['pid'] and a.hello['version'] != b.hello['version']
+    async def of_a(): return a
     async def of_b(): return b
     for session, signum in (a, 15), (b, 9), (a, 0):
         p = await host.start('sleep 1000' if signum else 'sleep .1; exit 7', session)
-        q = RemoteProcess(of_b if session is a else host.sessions, p.id, p.log, '', p.pid).follow()
+        q = RemoteProcess(of_b if session is a else of_a, p.id, p.log, '', p.pid).follow()
         if signum: assert await q.signal(signum)
         assert [await exited(p), await exited(q)] == [-signum or 7]*2 and not p.lost and not q.lost
         await q.release(False)
