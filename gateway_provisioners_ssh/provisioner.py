@@ -217,7 +217,6 @@ async def _reach(self:DistributedProvisioner, host, request, deadline):
         conn.pythons = tuple(re.sub(r'^\$\{?HOME\}?/', '~/', o) for o in request.argv[:1] if re.search(r'/python[0-9.]*$', o))
         agent,tree = await asyncio.gather(conn.responsive_session(), self._tree())
         tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
-        if tunnel: await conn.check_forwarding()
         return LaunchTarget(conn, agent, tunnel, tree, *await self._response_address(conn, tunnel, self._by_network(tree)))
     try: return await in_time(reach(), deadline-time.monotonic())
     except asyncio.TimeoutError:
@@ -240,6 +239,7 @@ async def _start_on(self:DistributedProvisioner, host, request, deadline):
         try:
             process = await self._reported(target, request, deadline, starting, expected, silence)
             fields = launch.accept(process.report.result()) if process.report.done() else expected.future.result()
+            if target.tunnel: await target.conn.check_forwarding(fields['shell_port'])
             return target.conn,process,self._encrypted(target.conn, launch, fields),target.tunnel
         except BaseException as e:
             await asyncio.shield(_undo(starting, 0 if isinstance(e, AgentClosed) or silence.done() else 5))

@@ -409,14 +409,16 @@ async def _join(loop, chan, wire, port):
 
 _no_forwarding = 'Tunnelling needs AllowTcpForwarding in its sshd_config'
 
-async def check_forwarding(self:SSHConnection):
+async def check_forwarding(self:SSHConnection,
+    port:int, # A port on the host's loopback interface on which somebody listens
+):
     "Raise `HostError` if the SSH server does not lead connections to ports of the host; asks once per connection"
     link = self.link
     if self.forwarding is link: return
-    try: (await link.open_channel('direct-tcpip', ('127.0.0.1', 9))).close()
-    except paramiko.ChannelException as e: # code 1: prohibited (RFC 4254, 5.1); 2: nothing listens there, as was to be expected
+    try: (await link.open_channel('direct-tcpip', ('127.0.0.1', port))).close()
+    except paramiko.ChannelException as e: # code 1: prohibited (RFC 4254, 5.1)
         if e.code == 1: raise HostError(self.host, self.user, f'the SSH server does not forward ports ({e.text})', _no_forwarding) from None
-    except (SSHException, EOFError, OSError): raise HostError(self.host, self.user, 'the connection broke while a port was being forwarded') from None
+    except (SSHException, EOFError, OSError): return # a connection that broke is made again
     self.forwarding = link
 
 SSHConnection.forward,SSHConnection.reverse,SSHConnection.check_forwarding = forward,reverse,check_forwarding

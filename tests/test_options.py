@@ -296,7 +296,7 @@ async def test_tunneling_where_the_server_does_not_forward(spec, hosts, allowed)
     async with running(spec(remote_hosts=['host1', 'host2']), config=config) as (km, _): assert host_of(km) == 'host2'
     async def refused():
         conn = await shared().pool.connection(Host.parse('host1'), km.provisioner.login)
-        with pytest.raises(HostError, match=words): await conn.check_forwarding()
+        with pytest.raises(HostError, match=words): await conn.check_forwarding(22)
         return conn.is_up
     assert await background().run(refused()), 'a connection that does not forward is still one'
     hosts[0].options = {}
