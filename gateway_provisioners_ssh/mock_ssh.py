@@ -587,7 +587,7 @@ def _bins(self: MockHost) -> Path:  # where `python` is this interpreter
 
 @patch
 def _tmp(self: MockHost) -> str:  # a directory of its own for temporary files, and so an agent of its own
-    (tmp := Path(self.home)/'tmp').mkdir(exist_ok=True)
+    (tmp := Path(self.home)/'.tmp').mkdir(exist_ok=True)
     return str(tmp)
 
 @patch

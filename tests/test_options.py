@@ -290,7 +290,7 @@ async def test_tunneling_where_the_server_does_not_forward(spec, hosts, allowed)
     hosts[0].options = dict(AllowTcpForwarding=allowed)
     hosts[0].restart_sshd()
     config = dict(tunneling_enabled=True)
-    with hosts.nothing_left():
+    with hosts.nothing_left(ignore=HABITS):
         with pytest.raises(LaunchError, match=words):
             async with running(spec(remote_hosts=['host1']), config=config): pass
     async with running(spec(remote_hosts=['host1', 'host2']), config=config) as (km, _): assert host_of(km) == 'host2'
