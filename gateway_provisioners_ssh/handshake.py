@@ -7,7 +7,7 @@ __all__ = ['max_message', 'port_names', 'max_reply', 'HandshakeError', 'Secretiv
            'parse_message', 'Launch', 'LegacyKey', 'control_nonce', 'ControlKey']
 
 # %% ../nbs/01_handshake.ipynb #46f8d4b0
-import base64, hashlib, hmac, ipaddress, json, re, secrets, threading
+import base64, hashlib, hmac, ipaddress, json, re, secrets, threading, zmq
 from fastcore.basics import patch
 
 # %% ../nbs/01_handshake.ipynb #e262f7c3
@@ -40,7 +40,7 @@ def _encode(obj): return base64.b64encode(json.dumps(obj).encode()).decode()
 # %% ../nbs/01_handshake.ipynb #be347b3c
 class Secretive(dict):
     "A dict whose `repr` hides the values of secret fields; copies made with `|` and `copy` do so too"
-    secret = frozenset({'key', 'control_key', 'curve_publickey', 'curve_secretkey'})
+    secret = frozenset({'psk', 'connection', 'key', 'control_key', 'curve_publickey', 'curve_secretkey'})
     def __repr__(self): return repr({k: '***' if k in self.secret else v for k, v in self.items()})
     def __or__(self, other): return type(self)({**self, **other})
     def copy(self): return type(self)(self)
@@ -72,7 +72,7 @@ _checks = dict.fromkeys((*port_names, 'comm_port'), _port) | dict.fromkeys(('pid
 _connection = 'ip', 'transport', 'signature_scheme', 'key', *port_names
 _curve = 'curve_publickey', 'curve_secretkey'
 _v1 = *_connection, 'kernel_id'
-_v2 = *_v1, 'pid', 'pgid', 'comm_port', 'control_key'
+_v2 = *_v1, 'pid', 'pgid'
 
 # %% ../nbs/01_handshake.ipynb #f3be6d0b
 def check_fields(
@@ -126,13 +126,14 @@ class Launch:
     def __init__(self,
         kernel_id:str, # 1 to 128 printable characters, usually a UUID
         connection:dict|None=None, # Connection-file fields for the launcher to use again if it can: a restart keeps ports and key
-        encrypt:bool=False, # Shall the launcher make CURVE keys, where `connection` brings none?
+        encrypt:bool=False, # Shall the channels be encrypted? CURVE keys are made where `connection` brings none
         legacy:'LegacyKey|None'=None, # Where version 1 messages are allowed too: the key they are encrypted to
     ):
         if not _kernel_id(kernel_id): raise HandshakeError('the kernel id is not 1 to 128 printable characters')
         self.kernel_id,self.encrypt,self.legacy = kernel_id,bool(encrypt),legacy
         given = {k: _str(v) for k, v in (connection or {}).items() if v}
         self.connection = check_fields(given, (), (*port_names, 'key', *_curve))
+        if encrypt and 'curve_publickey' not in self.connection: self.connection |= dict(zip(_curve, map(bytes.decode, zmq.curve_keypair())))
         self._key,self._psk = _generate(),secrets.token_bytes(32)
         self._spki = base64.b64encode(self._key.public_key().export_key(format='DER')).decode()
 
@@ -144,8 +145,15 @@ def ticket(
     self:Launch,
 ) -> str: # base64 of JSON, for the environment of the launcher and for nothing else
     "The value of `KERNEL_LAUNCH_SECRET`"
-    ticket = dict(version=2, psk=base64.b64encode(self._psk).decode(), key=self._spki, encrypt=self.encrypt)
-    return _encode(ticket | (dict(connection=dict(self.connection)) if self.connection else {}))
+    return _encode(self.ticket_fields(True))
+
+@patch
+def ticket_fields(self:Launch,
+    by_network:bool, # Whether the launcher may have to report by the network, and so needs key and secret
+) -> dict:
+    "What the ticket says; the agent adds its socket and a token"
+    sealing = dict(psk=base64.b64encode(self._psk).decode(), key=self._spki) if by_network else {}
+    return Secretive(version=2, encrypt=self.encrypt, **sealing, **(dict(connection=dict(self.connection)) if self.connection else {}))
 
 @patch(as_prop=True)
 def public_key(self:Launch) -> str: # base64, one line
@@ -178,6 +186,16 @@ def open(
         if plain is None: raise HandshakeError('the message was not sealed by the launcher of this launch')
         fields = check_fields(_object(plain, 'what was sealed', True), _v2, tuple(_checks), True)
     if fields['kernel_id'] != self.kernel_id: raise HandshakeError('the message is for another kernel', message['version'] == 2)
+    return fields
+
+@patch
+def accept(
+    self:Launch,
+    fields:dict, # What the agent says that the launcher of this launch reported
+) -> Secretive: # The fields, checked
+    "The fields of a report that came through SSH; `HandshakeError` if they are malformed: a host may send anything"
+    fields = check_fields(fields, _v2, tuple(_checks), True)
+    if fields['kernel_id'] != self.kernel_id: raise HandshakeError('the report is for another kernel', True)
     return fields
 
 # %% ../nbs/01_handshake.ipynb #527b2789

@@ -586,12 +586,17 @@ def _bins(self: MockHost) -> Path:  # where `python` is this interpreter
     return mine
 
 @patch
+def _tmp(self: MockHost) -> str:  # a directory of its own for temporary files, and so an agent of its own
+    (tmp := Path(self.home)/'.tmp').mkdir(exist_ok=True)
+    return str(tmp)
+
+@patch
 def login_env(self: MockHost, link: Link, more: dict) -> dict:
     "The environment of a login through `link`."
     bins, here, there = self._bins(), link.peer, link.local
     user = link.transport.get_username()
     marks = ' '.join(filter(None, [os.environ.get(MARK), self.id]))
-    login = dict(LANG='C.UTF-8', USER=user, LOGNAME=user, HOME=self.home, SHELL=self.shell,
+    login = dict(LANG='C.UTF-8', USER=user, LOGNAME=user, HOME=self.home, SHELL=self.shell, TMPDIR=self._tmp(),
         PATH=f'{bins}:/usr/local/bin:/usr/bin:/bin',
         SSH_CLIENT=f'{here[0]} {here[1]} {there[1]}', SSH_CONNECTION=f'{here[0]} {here[1]} {there[0]} {there[1]}')
     return login | more | self.env | {MARK: marks}

@@ -21,6 +21,7 @@ programs() {
     packages openssh-server/sshd openssh-client/ssh busybox/busybox             || ok=1   # hosts
     packages iproute2/ip nftables/nft procps/ps sudo/sudo faketime/faketime     || ok=1   # links, firewalls, other users, clocks
     packages chromium/chromium                                                  || ok=1   # JupyterLab and Notebook
+    packages tcsh/csh fish/fish zsh/zsh ksh/ksh dash/dash                       || ok=1   # login shells
     packages r-cran-irkernel                                                    || ok=1   # R kernels
     packages default-jdk-headless/javac maven/mvn                               || ok=1   # Spark, YARN and Scala kernels
     packages nodejs/node npm/npm                                                || ok=1   # JavaScript kernels

@@ -15,6 +15,7 @@ from shlex import quote
 BASE = Path(f'/tmp/gpt-hosts-{os.getuid()}')   # of all labs of this user; short, for the sake of Unix sockets below it
 REPO = Path(__file__).resolve().parents[1]
 SBIN = os.environ.get('PATH', '') + ':/usr/local/sbin:/usr/sbin:/sbin'
+AGENT = re.compile(r'/gpssh-\d+/agent-[0-9a-f]+$|/\.cache/gateway_provisioners_ssh/[0-9a-f]{64}/')   # its socket, and kernelspecs' files, which stay
 Proc = namedtuple('Proc', 'pid ppid name cmdline kernel_id')   # a process; `kernel_id` is its environment's KERNEL_ID, or ''
 
 # Processes, as /proc shows them
@@ -210,7 +211,7 @@ class SSHHost:
         return [p for p in (self.processes() if processes is None else processes) if (q := _proc(p.ppid)) and q.name.startswith('sshd')]
 
     def kernels(self, kernel_id=None):
-        "Processes of kernels (their KERNEL_ID is in the environment), of all or of one: kernel, listener, shell around them"
+        "Processes of kernels (their KERNEL_ID is in the environment), of all or of one: the kernel, and what it or its launcher started"
         return [p for p in self.processes() if p.kernel_id and kernel_id in (None, p.kernel_id)]
 
     def connections(self):
@@ -232,15 +233,15 @@ class SSHHost:
 
     def files(self):
         "Paths of all files in the home and temporary directories of this host"
-        return sorted(str(p) for d in self.dirs() for p in d.rglob('*') if not p.is_dir())
+        return sorted(str(p) for d in self.dirs() for p in d.rglob('*') if not p.is_dir() and not AGENT.search(str(p)))
     def dirs(self): return [self.home, self.tmp]
 
     def inventory(self):
-        "Processes (without the shells of sessions and their guards), ports and files of now"
+        "Processes (without those of sessions, and agents), ports and files of now"
         found = self.processes()
-        ours = {o.pid for o in self.shells(found)}
-        naps = {o for p in found if p.name == 'sleep' and (q := _proc(p.ppid)) and q.ppid in ours for o in (p.pid, q.pid)}
-        return dict(processes=[o for o in found if o.pid not in ours | naps], ports=self.ports(found), files=self.files())
+        agents = {o.pid for o in found if o.name == 'gpssh-agent'}
+        ours = {o.pid for o in self.shells(found)} | agents | {o.pid for o in found if o.name == 'sudo' and o.ppid in agents}
+        return dict(processes=[o for o in found if o.pid not in ours], ports=self.ports(found), files=self.files())
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=10, ignore=()):

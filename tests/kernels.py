@@ -1,6 +1,6 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
 asked to use it, and a look at what a kernel left behind, here and on its host. Also launchers that a test itself starts, and what clients do."""
-import asyncio, contextlib, json, os, signal, socket, subprocess, sys, time, uuid
+import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, time, uuid
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +9,10 @@ from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
-from gateway_provisioners_ssh import balance, provisioner, shell
+from gateway_provisioners_ssh import balance, provisioner
 from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.handshake import ControlKey, connection_info, control_nonce
+from gateway_provisioners_ssh.handshake import connection_info
+from gateway_provisioners_ssh.remote import Refusal, local_session, spawn
 from hosts import wait
 
 BIN = Path(sys.executable).parent
@@ -20,20 +21,15 @@ LEGACY = [sys.executable, str(Path(__file__).parent/'legacy_launcher.py'), '--Re
 HABITS = [r'/\.ipython/', r'/\.cache/', r'/\.jupyter/', r'/__pycache__/']   # files that programs make once in a home
 
 class Remote:
-    """A prefix with kernelspecs for the hosts of `lab`, and an environment in which every Jupyter application finds them. It records the
-    directories that supervisors of this process get in /tmp, which loopback hosts share with everybody."""
+    "A prefix with kernelspecs for the hosts of `lab`, and an environment in which every Jupyter application finds them"
     def __init__(self, lab, prefix, patch):
-        self.lab, self.prefix, self.dirs = lab, Path(prefix), []
+        self.lab, self.prefix = lab, Path(prefix)
         self.specs_dir, self.runtime = self.prefix/'share/jupyter/kernels', self.prefix/'runtime'
         for k in ('GP_', 'EG_', 'KERNEL_'):
             for o in [o for o in os.environ if o.startswith(k)]: patch.delenv(o)
         for k, v in dict(JUPYTER_PATH=str(self.prefix/'share/jupyter'), JUPYTER_RUNTIME_DIR=str(self.runtime), JUPYTER_CONFIG_DIR=str(self.prefix/'config'),
                          IPYTHONDIR=str(self.prefix/'ipython'), JUPYTER_PREFER_ENV_PATH='0', KERNEL_USERNAME='ada',
                          PATH=f'{BIN}:{os.environ["PATH"]}').items(): patch.setenv(k, v)
-        def token_hex(n):
-            self.dirs.append(f'/tmp/gpssh-{(t := os.urandom(n).hex())}')
-            return t
-        patch.setattr(shell, 'secrets', SimpleNamespace(token_hex=token_hex))
         self.install()
 
     def install(self, *options, hosts=None, name='ssh_python'):
@@ -42,11 +38,11 @@ class Remote:
 
     def spec(self, name, argv=None, hosts=None, env={}, **config):
         "A variation of ssh_python: `argv` changes the command (a function of it), `config` what concerns the provisioner"
-        k = json.loads((self.specs_dir/'ssh_python/kernel.json').read_text())
+        shutil.copytree(self.specs_dir/'ssh_python', self.specs_dir/name, dirs_exist_ok=True)
+        k = json.loads((self.specs_dir/'ssh_python/kernel.json').read_text().replace(f'{self.specs_dir}/ssh_python/', f'{self.specs_dir}/{name}/'))
         k['argv'] = argv(k['argv']) if argv else k['argv']
         k['display_name'], k['env'] = name, env
         k['metadata']['kernel_provisioner']['config'] |= config | (dict(remote_hosts=hosts) if hosts else {})
-        (self.specs_dir/name).mkdir(exist_ok=True)
         (self.specs_dir/name/'kernel.json').write_text(json.dumps(k))
         return name
 
@@ -75,9 +71,8 @@ class Remote:
     # What is left
 
     def leftovers(self):
-        "Supervisors' directories and logs on hosts (loopback: in everybody's /tmp), connection files here"
-        dirs = [o for o in self.dirs if os.path.exists(o)]
-        return dirs + [str(o) for o in self.runtime.glob('kernel-*')]
+        "What agents keep for kernels on hosts; connection files here"
+        return [str(o) for h in self.lab for o in h.tmp.glob('gpssh-*/k-*')] + [str(o) for o in self.runtime.glob('kernel-*')]
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=15, ignore=(), logs=()):
@@ -87,11 +82,17 @@ class Remote:
         started = []
         with watch_ids(started), self.lab.nothing_left(timeout, [*HABITS, *ignore]): yield
         def left():
-            mine = [str(o) for o in set(Path('/tmp').glob('kernel-*.log*')) - logs_was if any(i in o.name for i in started) and o.name not in logs]
+            mine = [d for i in started for d in kept_here(i)] + [str(o) for o in set(Path('/tmp').glob('kernel-*.log*')) - logs_was if any(i in o.name for i in started) and o.name not in logs]
             ports = set(listening()) - before - response_ports()
             return [o for o in self.leftovers() if o not in was] + mine + sorted(ports) + list(shared_load().items())
         try: wait(lambda: not left(), timeout, 'nothing left', 0.1)
         except TimeoutError: raise AssertionError(f'left: {left()}') from None
+
+def kept_here(kernel_id):
+    "What the agent of this machine keeps of that kernel, beside those of others"
+    def has(d):
+        with contextlib.suppress(OSError): return kernel_id in (d/'record').read_text()
+    return [str(d) for d in Path(os.environ.get('TMPDIR', '/tmp')).glob('gpssh-*/k-*') if has(d)]
 
 @contextlib.contextmanager
 def watch_ids(seen):
@@ -247,26 +248,55 @@ def taken_ports(n, ip='127.0.0.1'):
             return
     raise RuntimeError(f'nowhere are {n} ports in a row free')
 
-# Launchers that a test starts itself, in the place of a host application
+# Launchers that a test starts itself, by the agent of this machine, in the place of a provisioner
 
 class LaunchFailed(Exception): "A launcher ended, or was silent for too long; how, and what it said"
 
 @contextlib.asynccontextmanager
 async def launched(server, launch, argv, env, log, timeout=60):
+    """The launcher `argv`, once its kernel has been reported: its `process`, `proc` with its pid, its end `exited`, the `fields` reported, a `client`.
+    The report comes by the agent, or to the response `server` where the launcher cannot reach that. The log is the file `log`. The kernel is killed at the
+    end, and then no process of it is left."""
+    ticket, env = launch.ticket_fields(True) if env.get('KERNEL_LAUNCH_SECRET') else None, {k: v for k, v in env.items() if k != 'KERNEL_LAUNCH_SECRET'}
+    session = await local_session({k: env[k] for k in ('HOME', 'PATH', 'LANG') if k in env})   # a login; the agent is not the kernel's
+    async def sessions():
+        if session.closed: await asyncio.sleep(3600)
+        return session
+    with server.expect(launch) as told:
+        t = Timer()
+        try: p = await spawn(session, sessions, str(log), argv=[str(o) for o in argv], env=env, max_bytes=10*2**20, ticket=ticket, title='a launcher')
+        except Refusal as e: raise LaunchFailed(str(e)) from None
+        try:
+            await asyncio.wait([told.future, p.report, p.exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not told.future.done() and not p.report.done():
+                with contextlib.suppress(AssertionError): await until(lambda: not p.exited.done() or not left_of(launch.kernel_id), 5)   # who is left may say more
+                raise LaunchFailed(f'status {p.returncode} after {t}: {await p.tail(1000)}')
+            fields = told.future.result() if told.future.done() else launch.accept(p.report.result())
+            async with reported_client(fields) as kc:
+                yield SimpleNamespace(process=p, proc=SimpleNamespace(pid=p.pid), exited=p.exited, fields=fields, client=kc, log=log, launch=launch)
+        finally:
+            await p.release(keep_log=True)
+            session.close()
+            await until(lambda: not left_of(launch.kernel_id), 10, 'all processes of the kernel gone')
+
+@contextlib.asynccontextmanager
+async def launched_alone(server, launch, argv, env, log, timeout=60, report=None):
     """The launcher `argv`, once its kernel has reported to the response server: the process `proc`, its end `exited`, the `fields` reported, a `client`.
+    One that reports otherwise has its fields in the future `report`.
     What it says goes to the file `log`. It is killed at the end, and then no process of it is left."""
     pgids = set()
     with server.expect(launch) as told, open(log, 'wb') as out:
+        report = report or told.future
         t = Timer()
         proc = await asyncio.create_subprocess_exec(*argv, env=env, start_new_session=True, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out)
         exited = asyncio.ensure_future(proc.wait())
         pgids.add(proc.pid)
         try:
-            await asyncio.wait([told.future, exited], timeout=timeout, return_when='FIRST_COMPLETED')
-            if not told.future.done():
+            await asyncio.wait([report, exited], timeout=timeout, return_when='FIRST_COMPLETED')
+            if not report.done():
                 with contextlib.suppress(AssertionError): await until(lambda: not exited.done() or not left_of(launch.kernel_id), 5)   # who is left may say more
                 raise LaunchFailed(f'status {proc.returncode} after {t}: {log.read_text(errors="replace")[-6000:]}')
-            fields = told.future.result()
+            fields = report.result()
             pgids.add(fields['pgid'])
             async with reported_client(fields) as kc: yield SimpleNamespace(proc=proc, exited=exited, fields=fields, client=kc, log=log, launch=launch)
         finally:
@@ -287,11 +317,6 @@ async def reported_client(fields):
     finally: kc.stop_channels()
 
 async def control(k, request):
-    "One signed request to the listener of a `launched` kernel; its reply"
-    r, w = await asyncio.open_connection(k.fields['ip'], k.fields['comm_port'])
-    key = ControlKey(k.fields['control_key'])
-    nonce = control_nonce(await r.readline())
-    w.write(key.request(nonce, request))
-    reply = key.open_reply(nonce, await r.readline())
-    w.close()
-    return reply
+    "What a host application asks of a `launched` kernel: `{'signum': N}`, 0 to know whether it lives, or `{'shutdown': 1}`"
+    if signum := request.get('signum', signal.SIGTERM): await k.process.signal(signum)
+    return {'alive': not k.exited.done()}

@@ -142,13 +142,6 @@ def busy(tag):
 
 LIVES_ON = 'it ends; its kernel lives on'   # applications that handle no SIGTERM, like any application at SIGKILL, can end nothing; `GP_ORPHAN_TIMEOUT` does
 
-def opened(pid):
-    "The paths of what that process has open, as one string"
-    out = ''
-    with contextlib.suppress(OSError):
-        for o in os.scandir(f'/proc/{pid}/fd'): out += os.readlink(o.path) + '\n'
-    return out
-
 class Steps:
     "What happened in one cell, and the seconds that it took"
     def __init__(self, machines, cell): self.machines, self.cell, self.done = machines, cell, {}
@@ -186,13 +179,14 @@ class Steps:
         await self.remove(pid, log)
 
     async def remove(self, pid, log):
-        "Remove the log of a kernel that has ended, and the directory of its supervisor, once that has ended too"
+        "Remove the log of a kernel that has ended, and what its agent kept of it for the application that is gone"
         node = self.machines.node(self.cell.place)
         def mine(d):
-            with contextlib.suppress(OSError): return str(pid) in (d/'pid').read_text().split()
-        for d in filter(mine, node.tmp.glob('gpssh-*')):
-            await until(lambda: not any(d.name in p.cmdline or d.name in opened(p.pid) for p in node.processes()), 60)
+            with contextlib.suppress(OSError, ValueError): return json.loads((d/'record').read_text())['pid'] == pid
+        for d in filter(mine, node.tmp.glob('gpssh-*/k-*')):
+            await until(lambda: (d/'status').exists() and not any(p.name == 'gpssh-agent' for p in node.processes()), 60)
             shutil.rmtree(d, ignore_errors=True)
+            with contextlib.suppress(OSError): d.parent.rmdir()
         log.unlink(missing_ok=True)
 
     async def gone(self, pid): await until(lambda: gone(pid), 60, f'end of kernel {pid}')

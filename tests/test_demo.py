@@ -113,10 +113,10 @@ async def test_what_goes_wrong_is_said(monkeypatch):
         async def play(board, kernels, addresses):
             import socket
             m.extra = socket.create_server(('127.0.0.1', 0))
-        async def remains(hosts, kernels, logs, ports, real=D.remains):
+        async def remains(hosts, logs, ports, real=D.remains):
             "What ends by itself has all the time it needs, so that the port alone is left"
-            assert await real(hosts, kernels, logs, ports | {m.extra.getsockname()[1]}) == []
-            return await real(hosts, kernels, logs, ports, patience=.1)
+            assert await real(hosts, logs, ports | {m.extra.getsockname()[1]}) == []
+            return await real(hosts, logs, ports, patience=.1)
         m.setattr(D, 'play', play)
         m.setattr(D, 'remains', remains)
         await fails('left behind: port')

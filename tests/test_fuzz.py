@@ -2,15 +2,17 @@
 in words. Launch messages, tickets and signed replies have theirs in `test_handshake.py`; here is all the rest.
 
 Some seconds as it is. Longer, 100,000 cases: `FUZZ=1 pytest -s tests/test_fuzz.py` (less than half an hour on two cores)."""
-import asyncio, contextlib, json, os, re, shutil, socket, string, subprocess
+import asyncio, base64, contextlib, json, os, re, shlex, shutil, signal, socket, struct, subprocess, tempfile, threading
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from jupyter_client.kernelspec import KernelSpec
-from gateway_provisioners_ssh import adopt, hosts, launch, provisioner, shell
+from gateway_provisioners_ssh import adopt, hosts, launch, provisioner
+from gateway_provisioners_ssh.handshake import HandshakeError, Launch
 from gateway_provisioners_ssh.hosts import Host, parse_hosts
-from gateway_provisioners_ssh.launchers import server_listener as listener
+from gateway_provisioners_ssh.launchers import agent, server_listener as listener
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
+from gateway_provisioners_ssh.remote import AgentClosed, AgentSession, Refusal, RemoteProcess, local_session, spawn
 from gateway_provisioners_ssh.settings import HostSettings, LaunchError, parse_port_range, settings as options
 from test_handshake import bitten, changed, changes, jsons, odd
 
@@ -116,7 +118,7 @@ def kernelspec(argv, env, name='K'): return KernelSpec(argv=argv, env=env, displ
 @budget(20_000)
 @given(environments, argvs, kernelspec_envs, hostile | st.just('42'), st.booleans(), hostile | st.none())
 def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
-    "A request is refused with a status and words, or is a script that can be sent"
+    "A request is refused with a status and words, or can be sent"
     case()
     p = DistributedProvisioner(kernel_id=kernel_id, kernel_spec=kernelspec(argv, spec_env), remote_hosts=['a', 'ada@b:23'])
     p.impersonation_enabled = impersonate
@@ -125,8 +127,9 @@ def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
         assert e.status_code in (400, 403) and len(str(e)) < 20_000
         return
     assert r.pinned in (None, 'a', 'ada@b:23') and 'SERVER_SECRET' not in r.env and r.env['KERNEL_ID'] == kernel_id and 0 < r.timeout < 1e7
-    assert not impersonate or shell.shlex.quote(r.user) == r.user or re.fullmatch(r'[\w.@$-]+', r.user)
-    launch.start_script(r.argv, r.env, spec_env, r.cwds).encode('utf-8', 'surrogateescape')
+    assert not impersonate or shlex.quote(r.user) == r.user or re.fullmatch(r'[\w.@$-]+', r.user)
+    launch.check_request(r.argv, r.env, spec_env, r.cwds)
+    agent.encode(dict(argv=r.argv, env=r.env, spec_env=spec_env, cwds=r.cwds))
 
 REF = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}')
 
@@ -137,142 +140,330 @@ def becomes(env, spec_env, given):
         if not (k.startswith('KERNEL_') and k in env): now[k] = REF.sub(lambda m: now.get(m[1]) or m[2] or '', v)
     return now
 
-def listed(dir, script):
-    "The words and the environment that a real shell starts, for a script in a here-document, as on a host"
-    text = "/bin/sh <<'end_1'\nr() {\nlaunch() { printf '%s\\0' \"$@\"; printf '\\1\\0'; exec env -0; }\n" + script + '\n}\nr\nend_1\n'
-    env = dict(PATH=os.environ['PATH'], HOME=str(dir), X='remote')
-    r = subprocess.run(['/bin/sh'], input=text.encode('utf-8', 'surrogateescape'), env=env, capture_output=True, timeout=60, cwd=dir)
-    words, _, rest = r.stdout.decode('utf-8', 'surrogateescape').partition('\1\0')
-    assert not r.stderr, r.stderr
-    return words.split('\0')[:-1], dict(o.split('=', 1) for o in rest.split('\0') if '=' in o), env
+# The agent of this machine, with what nobody should ask of it
+
+class Place:
+    "A login of its own and the agent there, whose session is in a thread of its own; `run` is for coroutines"
+    def __init__(self):
+        self.dir = Path(tempfile.mkdtemp(prefix='gpf-'))
+        (self.dir/'t').mkdir()
+        self.env = dict(PATH=os.environ['PATH'], HOME=str(self.dir), TMPDIR=str(self.dir/'t'), X='remote')
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.session = self.run(self.open())
+        self.pid, self.socket = self.session.hello['pid'], str(self.dir/f't/gpssh-{os.getuid()}/agent-{self.session.hello["version"]}')
+
+    async def open(self):
+        s = await local_session(self.env)
+        await s.ping()
+        return s
+
+    def run(self, coro, timeout=60): return asyncio.run_coroutine_threadsafe(asyncio.wait_for(coro, timeout), self.loop).result()
+    async def sessions(self): return self.session
+    def ping(self): self.run(self.session.ping())
+    def fds(self): return len(os.listdir(f'/proc/{self.pid}/fd'))
+
+    def no_more(self, fds):
+        "That many descriptors, once the agent is done with what was there; it must be in good health"
+        async def settled():
+            while self.fds() > fds: await asyncio.sleep(.01)
+        self.ping()
+        self.run(settled())
+        assert agent.start_time(self.pid) and not os.path.exists(os.path.dirname(self.socket) + '/errors'), open(os.path.dirname(self.socket) + '/errors').read()
+
+    def close(self):
+        self.loop.call_soon_threadsafe(self.session.close)
+        with contextlib.suppress(ProcessLookupError): os.kill(self.pid, signal.SIGKILL)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+@pytest.fixture(scope='module')
+def place():
+    p = Place()
+    yield p
+    p.close()
 
 shell_names = st.sampled_from(['KERNEL_A', 'KERNEL_B', 'KERNEL_USERNAME', 'KERNEL_X'])
-@budget(10_000)
-@given(st.dictionaries(shell_names, hostile, max_size=3), st.dictionaries(st.sampled_from(['A', 'B', 'KERNEL_A', 'NONE']), hostile, max_size=3),
-       st.lists(hostile, min_size=1, max_size=4), st.lists(hostile, max_size=2))
-def test_scripts_in_a_real_shell(tmp_path_factory, env, spec_env, argv, cwds):
-    "Every value arrives as it is, in a here-document within a here-document, as on a host"
-    case()
-    dir = tmp_path_factory.getbasetemp()
-    try: script = launch.start_script(argv, env, spec_env, cwds)
-    except ValueError as e: assert 'NUL' in str(e) or 'name' in str(e); return
-    if any('\1' in o for o in argv): return
-    words, got, given_env = listed(dir, script)
-    assert words == argv
-    want = becomes(env, spec_env, given_env)
-    assert {k: got.get(k) for k in (*env, *spec_env)} == {k: want.get(k) for k in (*env, *spec_env)}
-    assert not CANARY.exists()
-
-@settings(budget(300), phases=[Phase.generate])   # a smaller case that fails is not worth the wait for its processes
-@given(st.lists(st.tuples(hostile, hostile, st.lists(hostile, max_size=3), hostile), min_size=5, max_size=5))
-def test_supervised_processes(tmp_path_factory, cases):
-    "All of it as on a host: the persistent shell, the supervisor, the log; with hostile titles, paths and values"
-    dir = tmp_path_factory.getbasetemp()
-    async def one(sh, title, value, words, name):
+@settings(budget(1_000), phases=[Phase.generate])   # a smaller case that fails is not worth the wait for its processes
+@given(st.lists(st.tuples(st.dictionaries(shell_names, hostile, max_size=3), st.dictionaries(st.sampled_from(['A', 'B', 'KERNEL_A', 'NONE']), hostile, max_size=3),
+       st.lists(hostile, max_size=4), st.lists(hostile, max_size=2), hostile, hostile), min_size=5, max_size=5))
+def test_what_a_kernel_gets(place, cases):
+    "Words, environment and directory are exactly what was asked for, and the title is in the log"
+    async def one(env, spec_env, words, cwds, title, name):
         case()
-        async def shells(): return sh
-        tag = os.urandom(4).hex()
-        log, out = f"{dir}/log{tag}{name.replace('/', '')[:30]}", dir/f'out{tag}'
-        argv = ['/bin/sh', '-c', 'printf "%s\\0" "$KERNEL_A" "$@" >"$0"', str(out), *words]
-        p = await shell.spawn(shells, launch.start_script(argv, dict(KERNEL_A=value)), log, title)
-        assert await asyncio.wait_for(p.exited, 30) == 0
-        assert out.read_bytes().decode('utf-8', 'surrogateescape').split('\0')[:-1] == [value, *words]
+        out = place.dir/f'out{os.urandom(4).hex()}'
+        log = f'{out}{name.replace("/", "")[:30]}.log'
+        argv = ['/bin/sh', '-c', 'pwd -P >"$0"; for o; do printf "%s\\0" "$o"; done >>"$0"; printf "\\1\\0" >>"$0"; exec env -0 >>"$0"', str(out), *words]
+        try: launch.check_request(argv, env, spec_env, cwds)
+        except ValueError as e: assert 'NUL' in str(e) or 'name' in str(e); return
+        p = await spawn(place.session, place.sessions, log, argv=argv, env=env, spec_env=spec_env, cwds=cwds, title=title, max_bytes=65536)
+        assert await asyncio.wait_for(p.exited, 60) == 0, await p.tail()
+        said = (await p.tail(1000))
         await p.release(keep_log=False)
+        where, _, rest = out.read_bytes().decode('utf-8', 'surrogateescape').partition('\n')
+        got, _, got_env = rest.partition('\1\0') if not any('\1' in o for o in words) else (None, None, None)
         out.unlink()
-        assert not os.path.exists(p.dir) and not CANARY.exists()
-    async def several():
-        sh = await shell.local_shell(dict(PATH=os.environ['PATH'], HOME=str(dir)))
-        try: await asyncio.gather(*(one(sh, *map(clean, c)) for c in cases))
-        finally: sh.close()
-    asyncio.run(several())
+        if got is None: return
+        got_env = dict(o.split('=', 1) for o in got_env.split('\0') if '=' in o)
+        want = becomes(env, spec_env, place.env)
+        assert got.split('\0')[:-1] == words and {k: got_env.get(k) for k in want} == want and set(got_env) - set(want) <= {'PWD', 'SHLVL', '_', 'OLDPWD'}
+        assert where == str(next(Path(o).resolve() for o in (*(os.path.join(place.dir, c) for c in cwds), place.dir) if os.path.isdir(o)))
+        assert said.startswith(title.encode('utf-8', 'surrogateescape')[:900].decode('utf-8', 'ignore' if len(title) > 200 else 'replace'))
+        assert not os.path.exists(log) and not CANARY.exists()
+    async def several(): await asyncio.gather(*(one(*c) for c in cases))
+    place.run(several(), 120)
 
-def clean(o): return [clean(x) for x in o] if isinstance(o, list) else o.replace('\0', '')
+OPS = [*agent.OPERATIONS, 'none']
+anything = jsons | odd | hostile | st.integers() | st.floats() | st.lists(hostile, max_size=2) | st.dictionaries(hostile, hostile, max_size=2)
+IDS = st.sampled_from(['ab'*8, 'cd'*32, '../..', 'ab'*8 + '\n', ''])
+ARGUMENTS = st.fixed_dictionaries({}, optional=dict(id=IDS | anything, tree=IDS | anything, path=hostile | anything, mode=anything, done=anything, argv=st.just(['true']) | st.lists(hostile, max_size=3) | anything,
+    env=st.just({}) | anything, spec_env=st.just({}) | anything, cwds=anything, max_bytes=st.just(65536) | anything, title=anything, orphan_timeout=anything, ticket=st.just({}) | anything, ports=anything,
+    lines=st.just(5) | anything, pgid=st.sampled_from([10**19, 2**31, 0, -1, 1, True, 1.5]), signum=st.sampled_from([0, 65, 10**9, -1, 1.5, '9']), patience=st.just(None) | anything, keep_log=anything,
+    user=st.sampled_from(['-u', '']) | odd, x=anything))
+
+@budget(3_000)
+@given(st.lists(st.tuples(st.sampled_from(OPS) | anything, ARGUMENTS, st.booleans(), st.binary(max_size=20)), min_size=1, max_size=10))
+def test_requests_of_any_kind(place, requests):
+    "Each is answered, with a result or an error; the agent survives all, and keeps no descriptor of it"
+    was = place.fds()
+    async def several():
+        s = await place.open()
+        try:
+            for op, arguments, good, data in requests:
+                case()
+                if op == 'become': arguments = dict(arguments, user='-u')
+                arguments = dict(arguments, log=str(place.dir/'kernel.log'))
+                if good: arguments['id'] = 'ab'*8
+                try: list(agent.Decoder().feed(agent.encode(dict(arguments, op=op), data)))
+                except ValueError: continue   # no frame: see the next test
+                with contextlib.suppress(Refusal): await asyncio.wait_for(s._ask(op, data, '', arguments), 30)
+                assert not s.closed
+            for k in (await s.request('list'))['kernels']: await s.request('forget', id=k['id'], keep_log=False)
+        finally: s.close()
+    place.run(several(), 120)
+    place.no_more(was)
+
+@budget(5_000)
+@given(st.lists(st.binary(max_size=60) | jsons.map(lambda o: json.dumps(o).encode() + b'\n') | st.fixed_dictionaries({}, optional=dict(n=anything, op=st.sampled_from(OPS) | anything, size=anything, **{'as': anything})).map(
+    lambda o: json.dumps(o).encode() + b'\n') | st.integers(1, 3000).map(lambda n: b'['*n + b'\n'), min_size=1, max_size=5))
+def test_bytes_from_a_client(place, parts):
+    "What is no frame ends that connection only"
+    case()
+    was = place.fds()
+    with handed_over(place) as c:
+        for o in parts:
+            with contextlib.suppress(OSError): c.sendall(o)
+        place.ping()
+    place.no_more(was)
+
+@contextlib.contextmanager
+def handed_over(place, line=b'{"env": {}}\n'):
+    "A connection that speaks frames, handed over as another login does"
+    ours, theirs = socket.socketpair()
+    r, w = os.pipe()
+    with ours, theirs, socket.socket(socket.AF_UNIX) as c:
+        c.connect(place.socket)
+        c.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('3i', theirs.fileno(), theirs.fileno(), w))])
+        for o in r, w: os.close(o)
+        theirs.close()
+        ours.settimeout(30)
+        yield ours
+
+KINDS = st.sampled_from(['null', 'file', 'pipe', 'directory', 'socket', 'socket'])
+VISITS = st.binary(max_size=60) | jsons.map(json.dumps).map(str.encode) | st.just(b'{"env": {}}') | st.fixed_dictionaries({}, optional=dict(env=anything, token=anything, fields=anything)).map(
+    lambda o: json.dumps(o).encode()) | st.just(b'x'*100_000) | st.just(b'['*3000)
+@budget(10_000)
+@given(st.lists(st.tuples(VISITS, st.lists(KINDS, max_size=6), st.booleans(), st.booleans()), min_size=1, max_size=5))
+def test_bytes_at_the_agents_socket(place, visits):
+    "With and without descriptors of any kind: nobody is disturbed, and no descriptor stays"
+    was = place.fds()
+    for line, kinds, end, wait in visits:
+        case()
+        fds = []
+        with socket.socket(socket.AF_UNIX) as c, contextlib.suppress(OSError):
+            c.settimeout(30)
+            c.connect(place.socket)
+            for o in kinds:
+                pair = dict(null=lambda: [os.open('/dev/null', os.O_RDWR)], file=lambda: [os.open(__file__, os.O_RDONLY)], pipe=os.pipe, directory=lambda: [os.open('/', os.O_RDONLY)],
+                            socket=lambda: [o.detach() for o in socket.socketpair()])[o]()
+                fds += pair[:1]
+                for o in pair[1:]: os.close(o)
+            try: c.sendmsg([line + b'\n'*end], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f'{len(fds)}i', *fds))] if fds else [])
+            finally:
+                for o in fds: os.close(o)
+            if wait: c.shutdown(socket.SHUT_WR); c.recv(1000)
+    place.no_more(was)
+
+REPORTS = st.fixed_dictionaries({}, optional=dict(pgid=st.sampled_from([10**19, 2**31, -1, 0, 1, True]) | jsons, remove=st.lists(hostile.map('/tmp/{}'.format) | hostile, max_size=3) | anything, ip=st.sampled_from(['127.0.0.1', '::1', '127.0.0.2', '0.0.0', 'localhost'])
+    | anything, fields=st.dictionaries(hostile, anything, max_size=3) | anything, control=anything))
+@settings(budget(500), phases=[Phase.generate])
+@given(REPORTS)
+def test_reports_of_any_kind(place, said):
+    case()
+    async def one():
+        log = str(place.dir/f'{os.urandom(4).hex()}.log')
+        p = await spawn(place.session, place.sessions, log, argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; sleep 1000'], env={}, ticket={}, max_bytes=65536)
+        while len(text := (await p.tail()).splitlines()) < 2: await asyncio.sleep(.01)
+        r, w = await asyncio.open_unix_connection(place.socket)
+        try: line = json.dumps(dict(said, token=json.loads(base64.b64decode(text[1]))['token'])).encode() + b'\n'
+        except ValueError: line = b'\n'
+        w.write(line)
+        assert line == b'\n' or isinstance(json.loads(await r.readline()), dict)
+        w.close()
+        assert await p.signal(9) and await p.exited == -9
+        await p.release(False)
+    place.run(one())
+    assert not os.path.exists(os.path.dirname(place.socket) + '/errors')
 
 # What hosts say
 
-@budget(5_000)
-@given(st.lists(st.tuples(st.sampled_from(['', 'T ', 'T o ', 'T x ', 'T hello', 'T pong', 'T o 1 ', 'T x 1 ', 'T o 2 ']), st.text(max_size=12) | st.sampled_from(['0', '00 ff', 'zz', '256', '-1', '²']),
-                                st.text(max_size=5)), max_size=6))
-def test_lines_from_a_host(lines):
-    "The shell at the other end may say anything: it is understood, ignored, or the end of that shell"
+EVENTS = st.fixed_dictionaries({}, optional=dict(event=st.sampled_from(['hello', 'ended', 'report', 'left', 'x']) | anything, id=st.sampled_from(['p', 'q']) | anything, status=st.sampled_from([0, 1, -9, 255, 256, -256, True, 1.5]) | anything,
+    fields=anything, why=anything, home=st.just('/h') | anything, cache=st.just('/c') | anything, trees=st.just([]) | anything, pid=anything, python=anything, version=anything, n=st.integers(0, 4) | anything, ok=st.just({}) | anything,
+    error=anything, running=anything, sent=anything, text=anything, report=anything, size=st.sampled_from([0, 1, 5, -1, 2**20, 2**20+1]) | anything, **{'as': st.sampled_from(['ada', '']) | anything}))
+FRAMES = EVENTS.map(lambda o: json.dumps(o).encode() + b'\n') | jsons.map(lambda o: json.dumps(o).encode() + b'\n') | st.binary(max_size=60) | st.integers(1, 3000).map(lambda n: b'{"n": 1, "error": ' + b'['*n + b']'*n + b'}\n')
+GOOD_HELLO = b'{"event": "hello", "home": "/h", "cache": "/c", "trees": []}\n'
+
+@budget(30_000)
+@given(st.binary(max_size=40), st.booleans(), st.lists(FRAMES, max_size=8), st.integers(1, 400))
+def test_frames_from_a_host(noise, greets, frames, step):
+    "The host may say anything: it is understood, ignored, or the end of that session; never an exception, and never more than what it has to remember"
     case()
     async def listen():
-        reader = asyncio.StreamReader()
-        sh = shell.Shell(reader, lambda b: None, lambda: None, 'h')
-        sh.token = 'T'
-        reader.feed_data(''.join(map(''.join, lines)).encode() + b'\n')
-        reader.feed_data('\n'.join(map(''.join, lines)).encode('utf-8', 'replace'))
-        reader.feed_eof()
-        with contextlib.suppress(shell.ShellClosed): await asyncio.wait_for(sh.start(), 10)
-        await asyncio.gather(sh.task, return_exceptions=False)
+        closed = []
+        s = AgentSession(lambda data: None, lambda: closed.append(1), 'h')
+        async def sessions(): return s
+        start = asyncio.ensure_future(s.start())
+        await asyncio.sleep(0)
+        text = noise + s.token.encode() + b'\n' + GOOD_HELLO*greets
+        s.feed(text)
+        ps = [RemoteProcess(sessions, 'p', '/log'), RemoteProcess(sessions, 'q', '/log', 'ada')]
+        for p in ps: s.processes[p.user, p.id] = p
+        asked = [asyncio.ensure_future(s._ask('x', b'', user, {})) for user in ('', 'ada', '')]
+        await asyncio.sleep(0)
+        text = b''.join(frames)
+        for i in range(0, len(text), step): s.feed(text[i:i+step])
+        assert len(s.decoder.buffer if s.decoder else s.noise) <= 2**21 + 2**18 and len(s.asked) <= 3
+        s.eof()
+        assert closed == [1] and s.closed and isinstance(s.error, AgentClosed)
+        for o in await asyncio.gather(start, *asked, return_exceptions=True): assert isinstance(o, (dict, AgentSession, AgentClosed, Refusal)), repr(o)
+        for p in ps:
+            assert p.returncode is None or type(p.returncode) is int and -256 < p.returncode < 256
+            if p.report.done():
+                try: fields = Launch('42').accept(p.report.result())
+                except HandshakeError as e: assert len(str(e)) < 20_000
+                else: assert fields['kernel_id'] == '42'
     asyncio.run(listen())
+
+@budget(500)
+@given(st.integers(0, 2**16), st.sampled_from([b'x', b'\n', b'[', b'{"n": 1}\n', b' ']), st.booleans())
+def test_a_host_without_end(step, word, greets):
+    "However much a host sends, what is kept of it is bounded"
+    case()
+    async def listen():
+        s = AgentSession(lambda data: None, lambda: None, 'h')
+        if greets: s.feed(s.token.encode() + b'\n' + GOOD_HELLO)
+        for _ in range(40):
+            s.feed(word*(step + 1))
+            assert len(s.noise) + len(s.decoder.buffer if s.decoder else b'') < 2**21 + 2**20
+            if s.closed: break
+    asyncio.run(listen())
+
+# Reports through SSH
+
+FIELDS = st.fixed_dictionaries({}, optional=dict(kernel_id=st.just('42') | anything, ip=st.just('127.0.0.1') | anything, pid=anything, pgid=anything, key=anything, shell_port=st.integers(-1, 70_000) | anything, iopub_port=anything,
+    stdin_port=anything, control_port=anything, hb_port=anything, comm_port=anything, control_key=anything, transport=anything, signature_scheme=anything, x=anything))
+@budget(10_000)
+@given(FIELDS | st.dictionaries(hostile, anything, max_size=4))
+def test_fields_of_reports(fields):
+    case()
+    try: Launch('42').accept(fields)
+    except HandshakeError as e: assert len(str(e)) < 20_000
 
 # Control requests
 
-KEY, NONCE = bytes(32), bytes(range(32))
-def signed(text): return json.dumps(dict(request=text, mac=listener.mac(KEY, b'request', NONCE, text.encode('utf-8', 'replace')))).encode()
+KEY, NONCE = bytes(range(32)), bytes(range(32))
+def signed(text, key=KEY, nonce=NONCE): return json.dumps(dict(request=text, mac=agent._mac(key, b'request', nonce, text.encode('utf-8', 'replace')))).encode()
 GOOD = signed('{"signum": 0}')
+
+class Asked:
+    "An agent with two kernels, of which one can be asked with `KEY`; what it `did`"
+    def __init__(self):
+        self.did, self.kernels = [], {}
+        for name, control in ('a', dict(key=os.urandom(32).hex())), ('b', dict(key=KEY.hex())), ('c', None):
+            class Kernel:
+                record, ended, id = dict(control=control), False, name
+                def signal(k, n): self.did.append((k.id, n))
+                def terminate(k): self.did.append((k.id, 'end'))
+            self.kernels[name] = Kernel()
+    def ask(self, line, nonce=NONCE):
+        class Visitor: pass
+        v = Visitor(); v.nonce = nonce
+        return agent.asked(self, v, line)
 
 @budget(5_000)
 @given(st.binary(max_size=200) | bitten(GOOD) | jsons.map(lambda o: json.dumps(o).encode()) | changes(['request', 'mac']).map(
-    lambda c: json.dumps(changed(json.loads(GOOD), c)).encode()) | st.integers(1, 3000).map(lambda n: b'['*n))
+    lambda c: json.dumps(changed(json.loads(GOOD), c)).encode()) | st.integers(1, 3000).map(lambda n: b'['*n) | st.binary(min_size=32, max_size=32).map(lambda k: signed('{"signum": 9}', k))
+    | st.binary(min_size=32, max_size=32).filter(lambda n: n != NONCE).map(lambda n: signed('{"signum": 9}', nonce=n)))
 def test_requests_that_are_not_signed(line):
+    "Nor with another key, nor for another connection's nonce"
     case()
-    did = []
-    reply = listener.respond(KEY, NONCE, line, lambda r: did.append(r) or {})
-    assert (reply is None) == (not did)
-    if did: assert did == [dict(signum=0)] and json.loads(line)['request'] == json.loads(GOOD)['request']
+    a = Asked()
+    reply = a.ask(line)
+    assert not a.did
+    if reply: assert json.loads(line)['request'] == json.loads(GOOD)['request']
 
 @budget(3_000)
-@given(st.text(max_size=60) | jsons.map(json.dumps) | st.dictionaries(st.sampled_from(['signum', 'shutdown', 'x']), odd | jsons, max_size=3).map(json.dumps))
+@given(st.text(max_size=60) | jsons.map(json.dumps) | st.dictionaries(st.sampled_from(['signum', 'shutdown', 'x']), odd | jsons | st.integers(-1, 70), max_size=3).map(json.dumps))
 def test_signed_requests_of_any_kind(text):
-    "One who holds the key may ask for anything, and gets a signed reply or none"
+    "One who holds the key may ask for anything, and gets a signed reply or none; it concerns that kernel only"
     case()
-    sent = []
-    class Kernel:
-        pid = 1
-        def alive(self): return True
-        def group_alive(self): return True
-        def leads(self): return True
-        def signal(self, n): sent.append(n)
-    me = listener.Listener.__new__(listener.Listener)
-    me.kernel, me.key = Kernel(), KEY
+    a = Asked()
     try: line = signed(text)
     except UnicodeEncodeError: return
-    me.kill_at = 1
-    reply = listener.respond(KEY, NONCE, line, lambda r: listener.act(me, r))
-    assert reply is None or set(json.loads(json.loads(reply)['reply'])) <= {'alive', 'error'}
-    assert all(0 <= int(n) < 65 for n in sent)
+    reply = a.ask(line)
+    assert all(id == 'b' and (n == 'end' or 0 < n < 65) for id, n in a.did) and len(a.did) < 2
+    if not reply: assert not a.did; return
+    m = json.loads(reply)
+    assert set(json.loads(m['reply'])) <= {'alive', 'error'} and m['mac'] == agent._mac(KEY, b'reply', NONCE, m['reply'].encode())
 
 @pytest.fixture(scope='module')
-def lines():
-    "A `Lines` that answers with what it got, and its port"
-    comm = socket.socket(); comm.bind(('127.0.0.1', 0))
-    class Echo(listener.Lines):
-        def reply(self, c, line): return b'got %d\n' % len(line)
-    echo = Echo(comm)
-    yield echo, comm.getsockname()[1]
-    for c in list(echo.open.values()): echo.drop(c)
-    comm.close()
+def control(place):
+    "A kernel that is controlled by a port: that port and the key"
+    async def asking():
+        p = await spawn(place.session, place.sessions, str(place.dir/'controlled.log'), argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; while :; do sleep 1000; done'], env={}, ticket={}, max_bytes=65536)
+        while len(text := (await p.tail()).splitlines()) < 2: await asyncio.sleep(.01)
+        r, w = await asyncio.open_unix_connection(place.socket)
+        w.write(json.dumps(dict(token=json.loads(base64.b64decode(text[1]))['token'], ip='0.0.0.0')).encode() + b'\n')
+        said = json.loads(await r.readline())
+        return p, said['comm_port'], bytes.fromhex(said['control_key'])
+    p, port, key = place.run(asking())
+    yield p, port, key
+    place.run(p.release(False))
+
+def test_one_request_for_one_connection(place, control):
+    "A request that was overheard is worth nothing; a second one on the same connection is not read"
+    p, port, key = control
+    def ask(c, line): c.sendall(line + b'\n'); return c.makefile('rb').readline()
+    with socket.create_connection(('127.0.0.1', port), 30) as c:
+        nonce = bytes.fromhex(json.loads(c.makefile('rb').readline())['nonce'])
+        line = signed('{"signum": 0}', key, nonce)
+        assert json.loads(json.loads(ask(c, line))['reply']) == dict(alive=True)
+        with contextlib.suppress(OSError): assert ask(c, line) == b''
+    with socket.create_connection(('127.0.0.1', port), 30) as c:
+        assert json.loads(c.makefile('rb').readline())['nonce'] != nonce.hex() and ask(c, line) == b''
 
 @budget(2_000)
-@given(st.lists(st.binary(max_size=40) | st.just(b'x'*3000) | st.just(b'\n'), max_size=4), st.booleans())
-def test_bytes_at_the_listener(lines, parts, close):
+@given(st.lists(st.binary(max_size=40) | st.just(b'x'*3000) | st.just(b'\n') | st.just(GOOD + b'\n'), max_size=4), st.booleans())
+def test_bytes_at_the_control_port(place, control, parts, close):
     "Anything may come in any pieces: at most one line is taken, at most so long, and nothing stays open after it"
     case()
-    echo, port = lines
-    def turn():
-        for key, _ in echo.sel.select(0): key.data(key.fileobj)
-    with socket.create_connection(('127.0.0.1', port)) as s:
-        for _ in range(3): turn()
-        for o in parts:
-            with contextlib.suppress(OSError): s.sendall(o)
-            for _ in range(2): turn()
-        if close:
-            with contextlib.suppress(OSError): s.shutdown(socket.SHUT_WR)
-    for _ in range(6): turn()
-    whole = b''.join(parts)
-    assert not echo.open and len(whole) >= 0
+    was = place.fds()
+    with socket.create_connection(('127.0.0.1', control[1]), 30) as s, contextlib.suppress(OSError):
+        for o in parts: s.sendall(o)
+        if close: s.shutdown(socket.SHUT_WR)
+        if close or b'\n' in b''.join(parts) or len(b''.join(parts)) > 4096:
+            with s.makefile('rb') as f: assert len(f.read()) < 300
+    place.no_more(was)
 
 # Kernelspecs from elsewhere
 

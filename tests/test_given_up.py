@@ -39,7 +39,8 @@ def file_of_another(remote, tmp_path):
     old = """import os, runpy, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import server_listener
-server_listener.file_name = lambda kernel_id: '{file}'
+real = server_listener.write_private
+server_listener.write_private = lambda path, fields: (real(path, fields), real('{file}', fields))
 sys.argv[:1] = []
 runpy.run_path(sys.argv[0], run_name='__main__')""".format(file=tmp_path/'kernel.json')
     name = remote.spec('of_old', lambda argv: [argv[0], '-c', old, *argv[1:]])

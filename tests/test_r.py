@@ -80,14 +80,14 @@ async def test_shutdown_leaves_nothing(server, scripts):
     async with r_kernel(server, scripts) as k:
         await k.client.shutdown(reply=True, timeout=10)
         assert await asyncio.wait_for(k.exited, 20)==0
-        await until(lambda: not left_of(k.launch.kernel_id), 10, 'listener gone')
+        await until(lambda: not left_of(k.launch.kernel_id), 10, 'all gone')
         assert not any(k.tmp.iterdir())
 
 async def test_killed(server, scripts):
     async with r_kernel(server, scripts) as k:
         os.kill(k.fields['pid'], signal.SIGKILL)
         assert await asyncio.wait_for(k.exited, 20)==-9
-        await until(lambda: not left_of(k.launch.kernel_id), 10, 'listener gone')
+        await until(lambda: not left_of(k.launch.kernel_id), 10, 'all gone')
         assert not any(k.tmp.iterdir()), 'not even the temporary directory of an R that was killed'
 
 async def test_restart_keeps_ports_and_key(server, scripts):
@@ -118,7 +118,7 @@ async def test_spellings(server, scripts):
     (['--no-such-thing', '1'], {}, 'unknown argument --no-such-thing'),
     (['--port-range'], {}, '--port-range needs a value'),
     ([], {'R_LIBS_SITE': '/nowhere', 'R_LIBS_USER': '/nowhere'}, 'the R package IRkernel is not in an R library'),
-    ([], {'PYSPARK_PYTHON': '/no/python'}, 'needs a Python with pycryptodomex 3.22 or later, which is neither of /no/python:'),
+    ([], {'PYSPARK_PYTHON': '/no/python'}, 'needs a Python 3.8 or newer, which is neither of /no/python:'),
     ([], {'KERNEL_LAUNCH_SECRET': ''}, 'KERNEL_LAUNCH_SECRET is not set'),
     (['--spark-context-initialization-mode', 'eager'], {'SPARK_HOME': '/opt/none'}, 'the R package SparkR is not in /opt/none/R/lib'),
 ])

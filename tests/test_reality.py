@@ -53,12 +53,12 @@ class Home:
     def install(self, *options): return self.run(BIN/'jupyter-ssh-spec', 'install', '--user', '--kernel-name', 'mine', *options)
 
     def processes(self):
-        "All processes with this home, and in `dirs` what supervisors among them have in /tmp"
+        "All processes with this home but this machine's agent, which other tests use too; in `dirs` what it keeps of their kernels"
         def here(p):
             with suppress(psutil.Error): return p.status() != psutil.STATUS_ZOMBIE and p.environ().get('HOME') == str(self.path)
-        found = [p for p in psutil.process_iter() if here(p)]
+        found = [p for p in psutil.process_iter() if here(p) and p.name() != 'gpssh-agent']
         for p in found:
-            with suppress(OSError): self.dirs |= {m[0] for f in os.scandir(f'/proc/{p.pid}/fd') if (m := re.match(r'/tmp/gpssh-\w+', os.readlink(f.path)))}
+            with suppress(OSError): self.dirs |= {m[0] for f in os.scandir(f'/proc/{p.pid}/fd') if (m := re.match(r'/tmp/gpssh-\w+/k-\w+', os.readlink(f.path)))}
         return found
 
     @property

@@ -1,16 +1,16 @@
 """Scala kernels: Toree under our launcher, compiled for this test's Spark and started by bin/run.sh as a kernelspec has them, by a test that plays
-the host application. Java, pyspark and apache-toree must be there: what is missing fails the test that needs it, by name."""
-import asyncio, base64, fcntl, hashlib, json, os, re, signal, socket, stat, subprocess, uuid
-from contextlib import asynccontextmanager
+the host application and the agent of the host. Java, pyspark and apache-toree must be there: what is missing fails the test that needs it, by name."""
+import asyncio, base64, fcntl, hashlib, json, os, re, shutil, signal, stat, subprocess, uuid
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-import pytest
+import psutil, pytest
 from Cryptodome.Protocol import HPKE
 from Cryptodome.Protocol.DH import import_x25519_private_key
 from gateway_provisioners_ssh import toree
-from gateway_provisioners_ssh.handshake import ControlKey, HandshakeError, Launch, connection_info, control_nonce, parse_message, port_names
+from gateway_provisioners_ssh.handshake import HandshakeError, Launch, connection_info, parse_message, port_names
 from installed import install, run, stopped, stopped_within
-from kernels import LaunchFailed, control, launched, taken_ports, until
+from kernels import LaunchFailed, gone, launched_alone, taken_ports, until
 from spark import CACHE, Missing, need, spark_home
 
 HERE = Path(__file__).parent
@@ -32,8 +32,8 @@ def spec(tmp_path_factory, needed):
 
 # The handshake ---------------------------------------------------------------------------------------------------------
 
-def compile_scala(java, jars, out, sources):
-    got = subprocess.run([java, '-cp', jars, 'scala.tools.nsc.Main', '-deprecation', '-classpath', jars, '-d', str(out), *map(str, sources)], capture_output=True, text=True)
+def compile_scala(java, jars, out, sources, *options):
+    got = subprocess.run([java, '-cp', jars, 'scala.tools.nsc.Main', '-deprecation', *options, '-classpath', jars, '-d', str(out), *map(str, sources)], capture_output=True, text=True)
     assert not got.returncode, got.stdout + got.stderr
     return got.stdout + got.stderr
 
@@ -84,9 +84,11 @@ def test_both_halves(answers):
 
 def test_refused_inputs(answers):
     good = json.loads(base64.b64decode(Launch('k').ticket()))
-    def ticket(**changes): return base64.b64encode(json.dumps(good|changes).encode()).decode()
+    def only(**fields): return base64.b64encode(json.dumps(dict(version=2) | fields).encode()).decode()
+    def ticket(**changes): return only(**(good|changes))
     bad = ['', 'abc', '!', base64.b64encode(b'[]').decode(), ticket(version=3), ticket(psk=''), ticket(psk=base64.b64encode(b'short').decode()),
-           ticket(key=None), ticket(key=good['psk']), ticket(version='')]
+           ticket(key=None), ticket(key=good['psk']), ticket(version=''),
+           only(), only(socket='/s'), only(token='t'), only(socket='/s', token='t', network=True)]
     for o in answers(*(dict(ticket=t, kernel_id='k', fields={}) for t in bad)):
         assert o['error'].startswith('LaunchError: the host application sent ') and good['psk'] not in o['error'], o
     for o in answers(*(dict(range=r) for r in ('9..3', 'abc', '', '1..70000', '1-2', '-1..5', '1..2..3'))): assert 'is not LOWER..UPPER' in o['error']
@@ -107,27 +109,33 @@ def test_compiles_for_scala_2_13(needed, tmp_path):
             assert not got.returncode, f'Scala 2.13 could not be fetched with Maven:\n{got.stdout + got.stderr}'
             (jars/'.complete').touch()
     jackson = ':'.join(map(str, spark.home.glob('jars/jackson-[acd]*-2.*.jar')))
-    said = compile_scala(java, f'{jars}/*:{jackson}', tmp_path/'out.jar', [toree.sources/f'{o}.scala' for o in ('Hpke', 'Handshake', 'Ports', 'Control', 'Self')])
+    said = compile_scala(java, f'{jars}/*:{jackson}', tmp_path/'out.jar', [toree.sources/f'{o}.scala' for o in ('Hpke', 'Handshake', 'Ports', 'Self')], '-release', '8')   # old Javas say why they will not do
     assert 'warning' not in said
 
 # One kernel, launched by run.sh ----------------------------------------------------------------------------------------
 
 @asynccontextmanager
-async def scala_kernel(server, spec, tmp, *extra, env={}, connection=None, encrypt=False, mode='lazy', spell='--{}', response=None, before=()):
-    "A `launched` kernel, and its home `home`, of which nothing is left at the end."
+async def scala_kernel(server, spec, tmp, *extra, env={}, connection=None, encrypt=False, mode='lazy', spell='--{}', response=None, before=(),
+                       agent=None, **ticket):
+    "A `launched` kernel, and its home `home`, of which nothing is left at the end. `agent` is whom it reports to; `ticket` adds to its ticket."
     launch = Launch(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
     response = response or await server.address('127.0.0.1')
     (home := tmp/launch.kernel_id).mkdir()
     opts = {'kernel-id': launch.kernel_id, 'response-address': response, 'public-key': launch.public_key, 'port-range': '0..0', 'spark-context-initialization-mode': mode}
     argv = [*before, spec.argv[0], *(o for k,v in opts.items() for o in (spell.format(k), v)), *extra]
     java = f"--driver-java-options '{QUICK} -Djava.io.tmpdir={home}' --conf spark.ui.enabled=false"
-    env = {**dict(PATH=os.environ['PATH'], HOME=str(home), TMPDIR=str(home), LANG='C.UTF-8', KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=launch.ticket(),
+    if agent: ticket = dict(socket=str(agent.path), token=agent.token, file=str(agent.file)) | ticket
+    given = {k: v for k,v in (json.loads(base64.b64decode(launch.ticket())) | ticket).items() if v is not None}
+    secret = base64.b64encode(json.dumps(given).encode()).decode()
+    env = {**dict(PATH=os.environ['PATH'], HOME=str(home), TMPDIR=str(home), LANG='C.UTF-8', KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=secret,
         SPARK_HOME=spec.env['SPARK_HOME'], SPARK_LOCAL_IP='127.0.0.1', __TOREE_SPARK_OPTS__=f'--master local[2] {java}', __TOREE_OPTS__=spec.env['__TOREE_OPTS__']), **env}
     try:
-        async with launched(server, launch, argv, env, tmp/f'{launch.kernel_id}.log', timeout=90) as k:
-            k.home = home
+        async with launched_alone(server, launch, argv, env, tmp/f'{launch.kernel_id}.log', timeout=90, report=agent and agent.fields) as k:
+            k.home, k.ticket = home, secret
             yield k
-    finally: await until(lambda: not files(home), 10, 'all files of the kernel gone')
+    finally:
+        if agent: agent.tidy()
+        await until(lambda: not files(home), 10, 'all files of the kernel gone')
 
 def files(d):  # `os.walk` does not mind directories that go while it looks
     return [Path(at)/o for at,dirs,names in os.walk(d) for o in [*names, *(o for o in dirs if o.startswith(('spark-', 'toree', 'blockmgr')))]]
@@ -135,18 +143,15 @@ def files(d):  # `os.walk` does not mind directories that go while it looks
 def group(k):
     async def interrupt(): os.killpg(k.fields['pgid'], signal.SIGINT)
     return interrupt
-def listener(k):
-    async def interrupt(): assert await control(k, {'signum': 2})=={'alive': True}
-    return interrupt
 
 ENDLESS = 'sc.parallelize(1 to 4, 4).map { x => Thread.sleep(1000000); x }.count'
 
 async def test_a_kernel(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, '--port-range', '40000..42000', spell='--RemoteProcessProxy.{}') as k:
         f = k.fields
-        assert f['pid']==f['pgid']==f['listener_pid']==k.proc.pid and f['ip']=='127.0.0.1'
-        assert all(40000 <= f[o] <= 42000 for o in (*port_names, 'comm_port'))
-        connection, = k.home.glob(f'.local/share/jupyter/runtime/kernel-{k.launch.kernel_id}-*.json')
+        assert f['pid']==f['pgid']==k.proc.pid and f['ip']=='127.0.0.1' and not {'comm_port', 'control_key'} & set(f)
+        assert all(40000 <= f[o] <= 42000 for o in port_names)
+        connection = k.home/f'.local/share/jupyter/runtime/kernel-{k.launch.kernel_id}-{f["pid"]}.json'
         assert stat.S_IMODE(connection.stat().st_mode)==0o600 and json.loads(connection.read_text())['key']==f['key']
 
         got = await run(k, 'val x = 6 * 7; println(x)')                      # compute, print, fail
@@ -159,14 +164,13 @@ async def test_a_kernel(server, spec, tmp_path):
         got = await run(k, 'println(Seq(sys.env.get("KERNEL_LAUNCH_SECRET"), System.getenv("KERNEL_LAUNCH_SECRET")))')
         assert got.text.strip()=='List(None, null)', 'the ticket is gone'
         environ = Path(f'/proc/{f["pid"]}/environ').read_bytes()
-        assert k.launch.ticket().encode() not in environ and b'\0KERNEL_LAUNCH_SECRET=\0' in b'\0'+environ and k.launch.kernel_id.encode() in environ
+        assert k.ticket.encode() not in environ and b'\0KERNEL_LAUNCH_SECRET=\0' in b'\0'+environ and k.launch.kernel_id.encode() in environ
         assert (await run(k, 'import sys.process._; println("env".!!)')).text.count('KERNEL_LAUNCH_SECRET=\n')<=1
 
         got = await run(k, 'import spark.implicits._; println(Seq(1, 2, 3).toDF("a").count, sc.master)')   # Spark
         assert got.text.strip()=='(3,local[2])', got.error
-        for code, how in (('while (true) {}', group), ('while (true) {}', listener), ('Thread.sleep(1000000)', group), ('import sys.process._; "sleep 1000".!', listener),
-                          (ENDLESS, group), (ENDLESS, listener)):
-            got = await stopped_within(1, k, code, how(k), after=1.5)
+        for code in ('while (true) {}', 'Thread.sleep(1000000)', 'import sys.process._; "sleep 1000".!', ENDLESS):
+            got = await stopped_within(1, k, code, group(k), after=1.5)
             assert (await run(k, 'println(sc.parallelize(1 to 10, 4).map(_ + x).sum)')).text.strip()=='475.0', 'the context is usable, nothing is lost'
         assert re.search('cancelled', got.error)
         for _ in range(30):                                                  # where no cell runs, and while one begins and ends
@@ -175,42 +179,17 @@ async def test_a_kernel(server, spec, tmp_path):
         await asyncio.sleep(1)
         assert (await run(k, 'println(x)')).text.strip()=='42'
 
-        assert await control(k, {'signum': 0})=={'alive': True}
-        assert 'error' in await control(k, {'signum': 99}) and 'error' in await control(k, {})
-        await abuse(k)
-
         await k.client.shutdown(reply=True, timeout=10)
         assert await asyncio.wait_for(k.exited, 20)==0
         await until(lambda: not files(k.home), 10, 'files gone')
         said = k.log.read_text()
-        for secret in (f['key'], f['control_key'], k.launch.ticket()): assert secret not in said
-        assert said.count('is not signed')==1, 'refusals are mentioned once'
-
-async def abuse(k):
-    "Requests that are not signed, replayed, endless or never made: none is answered, and none keeps the host application out."
-    address, key = (k.fields['ip'], k.fields['comm_port']), ControlKey(k.fields['control_key'])
-    def talk(make):
-        with socket.create_connection(address, 5) as s:
-            f = s.makefile('rwb')
-            nonce = control_nonce(f.readline())
-            f.write(make(nonce)); f.flush()
-            return f.readline()
-    request = {}
-    def sign(nonce): return request.setdefault('signed', key.request(nonce, {'signum': 15}))
-    forged = lambda nonce: json.dumps(dict(request='{"signum": 15}', mac='00'*32)).encode() + b'\n'
-    def replay(nonce): return ControlKey(k.fields['control_key']).request(os.urandom(32), {'signum': 15})
-    for o in (forged, replay, lambda n: b'nonsense\n', lambda n: b'\xff\xfe\n', lambda n: b'{}\n', lambda n: b'[' * 3000 + b'\n', lambda n: b'x' * 100000):
-        try: assert await asyncio.to_thread(talk, o)==b''
-        except ConnectionError: pass
-    idle = [socket.create_connection(address, 5) for _ in range(300)]
-    assert await asyncio.wait_for(control(k, {'signum': 0}), 10)=={'alive': True}
-    for s in idle: s.close()
+        for secret in (f['key'], k.ticket): assert secret not in said
 
 async def test_a_restart_and_a_kill(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, before=('sh', '-c', 'trap "" INT; exec "$@"', 'sh')) as k:
         first = connection_info(k.fields)
         await stopped_within(1, k, 'while (true) {}', group(k), after=1.5)   # whoever started run.sh with SIGINT ignored
-        assert await control(k, {'shutdown': 1})=={'alive': True}
+        os.killpg(k.fields['pgid'], signal.SIGTERM)
         assert await asyncio.wait_for(k.exited, 20)==143
     async with scala_kernel(server, spec, tmp_path, connection=first) as k:
         assert connection_info(k.fields)==first
@@ -233,12 +212,13 @@ async def test_interrupted_at_any_time(server, spec, tmp_path):
 val (endless, short) = (query(1000000000000000L), query(1))''')
         for after in (.2, .4, 1):
             assert (await stopped(k, 'endless.count', group(k), after)).status=='error'
-            assert (await run(k, 'println(short.count)')).text.strip()=='40', 'planned as long, so that the other would have its job first'
+            got = await run(k, 'println(short.count)')
+            assert got.text.strip()=='40', f'planned as long, so that the other would have its job first: {got.error}'
 
 async def test_no_context(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, mode='none') as k:
         for name in ('sc', 'spark'): assert f'not found: value {name}' in (await run(k, name)).error
-        await listener(k)()
+        await group(k)()
         assert (await run(k, 'println(org.apache.spark.sql.SparkSession.getDefaultSession)')).text.strip()=='None', 'an interrupt does not make a context'
 
 async def test_context_that_cannot_start(server, spec, tmp_path):
@@ -257,7 +237,7 @@ async def test_refusals(server, spec, tmp_path):
         (dict(env=dict(KERNEL_LAUNCH_SECRET='abc')), (), 'status 1 .*sent nothing that is a launch ticket'),
         (dict(encrypt=True), (), 'status 1 .*Toree cannot encrypt.*transport_encryption'),
         (dict(), ('--port-range', '9..3'), "status 2 .*--port-range '9..3' is not LOWER..UPPER"),
-        (dict(), ('--port-range', f'{port}..{port+3}'), f'status 1 .*fewer than 6 ports are free in {port}..{port+3}'),
+        (dict(), ('--port-range', f'{port}..{port+3}'), f'status 1 .*fewer than 5 ports are free in {port}..{port+3}'),
         (dict(mode='quick'), (), "status 2 .*lazy, eager or none, not 'quick'"),
         (dict(response='nonsense'), (), "status 2 .*--response-address 'nonsense' is not IP:PORT"),
         (dict(response='127.0.0.1:1'), (), 'status 1 .*cannot be reached at 127.0.0.1 port 1 .*GP_ENABLE_TUNNELING')]
@@ -284,3 +264,78 @@ async def test_unwanted(server, spec, tmp_path):
             async with scala_kernel(server, spec, tmp_path, response='127.0.0.1:%d' % liar.sockets[0].getsockname()[1]): pass
         liar.close()
     await asyncio.gather(ends(b''), ends(b'00'*32 + b'\n'))
+
+# The agent of the host ---------------------------------------------------------------------------------------------------
+
+class HostAgent:
+    "What a launcher sees of the agent: a socket at `path`, the connection file's place `file`. It hears one report, `said`, and gives `answer`, which is a line or nothing."
+    def __init__(self, tmp, answer, network=False):
+        self.path, self.file, self.token, self.answer, self.said = tmp/'agent', tmp/'connection.json', os.urandom(32).hex(), answer, {}
+        self.fields = None if network else asyncio.get_running_loop().create_future()
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_unix_server(self.heard, self.path)
+        return self
+
+    async def __aexit__(self, *_): self.server.close()
+
+    async def heard(self, r, w):
+        self.said = json.loads(await r.readline())
+        w.write(self.answer)
+        w.close()
+        if self.fields and self.answer: self.fields.set_result(self.said['fields'])
+
+    def tidy(self):
+        for o in self.said.get('remove', ()): shutil.rmtree(o, ignore_errors=True)
+        self.file.unlink(missing_ok=True)
+
+NO_NETWORK = dict(psk=None, key=None)
+
+async def test_report_to_the_agent(server, spec, tmp_path):
+    async with HostAgent(tmp_path, b'{}\n') as agent, scala_kernel(server, spec, tmp_path, mode='none', agent=agent, **NO_NETWORK) as k:
+        said, f = agent.said, k.fields
+        assert set(said)=={'token', 'ip', 'pgid', 'remove', 'fields'} and said['token']==agent.token
+        assert said['ip']==f['ip']=='127.0.0.1' and said['pgid']==f['pgid']==f['pid']==k.proc.pid and f['kernel_id']==k.launch.kernel_id
+        written = json.loads(agent.file.read_text())
+        assert stat.S_IMODE(agent.file.stat().st_mode)==0o600 and written==connection_info(f) | dict(key=f['key'], kernel_name='')
+        assert set(f)==set(written) | {'kernel_id', 'pid', 'pgid'}
+
+        kernel = psutil.Process(k.proc.pid)
+        assert {o.laddr.port for o in kernel.net_connections() if o.status==psutil.CONN_LISTEN}=={f[o] for o in port_names}
+        await until(lambda: all(gone(o.pid) for o in kernel.children(recursive=True)), 5, 'the process that would have removed what is left has ended')
+        await stopped_within(1, k, 'while (true) {}', group(k), after=1.5)
+        assert (await run(k, 'println(6 * 7)')).text.strip()=='42'
+
+        os.kill(f['pid'], signal.SIGKILL)
+        assert await asyncio.wait_for(k.exited, 20)==-9
+        left = [Path(o) for o in said['remove']]
+        assert all(o.is_absolute() for o in left) and all(any(o.is_relative_to(d) for d in left) for o in files(k.home))
+        log = k.log.read_text()
+        for secret in (f['key'], agent.token, k.ticket): assert secret not in log
+
+async def test_network_beside_the_agent(server, spec, tmp_path):
+    "The agent says where it takes control requests, and the host application hears of that over the network."
+    control = dict(comm_port=4711, control_key='ab'*32)
+    async with HostAgent(tmp_path, json.dumps(control).encode() + b'\n', network=True) as agent:
+        async with scala_kernel(server, spec, tmp_path, mode='none', agent=agent, network=True) as k:
+            assert set(agent.said)=={'token', 'ip', 'pgid', 'remove'}
+            assert {o: k.fields[o] for o in control}==control
+
+async def test_network_instead_of_the_agent(server, spec, tmp_path):
+    agent = HostAgent(tmp_path, b'', network=True)
+    async with scala_kernel(server, spec, tmp_path, mode='none', agent=agent) as k:
+        assert not {'comm_port', 'control_key'} & set(k.fields)
+        assert 'does not answer (No such file or directory), so the kernel is reported over the network' in k.log.read_text()
+        os.kill(k.fields['pid'], signal.SIGKILL)
+        await until(lambda: not files(k.home), 10, 'files gone, which no agent removes')
+
+async def test_no_agent_that_wants_it(server, spec, tmp_path):
+    "Without a network report to fall back to, or where the agent knows the launch no more."
+    async def ends(tmp, reason, serve, **ticket):
+        tmp.mkdir()
+        agent = HostAgent(tmp, b'')
+        with pytest.raises(LaunchFailed, match=f'(?s)status 1 .*{reason}') as e:
+            async with agent if serve else nullcontext(), scala_kernel(server, spec, tmp, mode='none', agent=agent, **ticket): pass
+        assert str(e.value).count('[launcher ')==1, 'one line says why'
+    await asyncio.gather(ends(tmp_path/'a', 'does not answer .No such file or directory.: start the kernel again', False, **NO_NETWORK),
+                         ends(tmp_path/'b', 'does not know this launch: it was given up', True))

@@ -14,14 +14,13 @@ from types import SimpleNamespace
 
 # %% ../../nbs/09_ipykernel.ipynb #ab489328
 sys.path.insert(0, os.path.dirname(os.path.abspath(globals().get('__file__', ''))))
-from server_listener import Arguments, Launch, LaunchError, fail, fork_listener, hpke, log
+from server_listener import Arguments, Launch, LaunchError, fail, lead, log, report_now
 del sys.path[0]
 
 # %% ../../nbs/09_ipykernel.ipynb #cf2b3d00
 def kernel_app(
     launch:Launch, # Whose ports are reserved
     kernel_class:str, # Dotted name of an ipykernel `Kernel` subclass
-    up, # Function: connection fields -> None; called when the ports are bound
 ): # `IPKernelApp`, not yet initialized
     "An application that will run this launch's kernel"
     try:
@@ -30,10 +29,7 @@ def kernel_app(
         from ipykernel.kernelbase import Kernel
         from traitlets import import_item
     except ImportError as e:
-        needs = 'ipykernel'
-        try: hpke()
-        except LaunchError: needs += ' "pycryptodomex>=3.22"' # the listener will miss it, too
-        raise LaunchError(f'{sys.executable} cannot run an IPython kernel ({e}): {sys.executable} -m pip install {needs}') from None
+        raise LaunchError(f'{sys.executable} cannot run an IPython kernel ({e}): {sys.executable} -m pip install ipykernel') from None
     if launch.ticket.encrypt and not ('curve_secretkey' in vars(IPKernelApp) and zmq.has('curve')):
         raise LaunchError(f'encrypted channels were asked for, and the ipykernel of {sys.executable} cannot encrypt: '
                           f'{sys.executable} -m pip install "ipykernel>=7.3", or set KernelManager.transport_encryption to "disabled"')
@@ -42,12 +38,14 @@ def kernel_app(
         if not issubclass(cls, Kernel): raise TypeError('it is not derived from ipykernel.kernelbase.Kernel')
     except (ImportError, AttributeError, TypeError, ValueError) as e:
         raise LaunchError(f'--kernel-class-name {kernel_class}: {e}: is its package installed for {sys.executable}?') from None
-    fields = launch.write(os.getpid(), zmq.curve_keypair)
+    fields = launch.write(os.getpid(), curve=True)
     class LaunchedKernelApp(IPKernelApp):
         def init_sockets(self):
             try: super().init_sockets()
             except zmq.ZMQError as e: raise LaunchError(f'the kernel cannot bind its ports on {launch.ip}: {e}') from None
-        def write_connection_file(self, **kw): up(fields)
+        def write_connection_file(self, **kw): # all ports are bound now
+            for s in launch.held.values(): s.close()
+            report_now(launch, fields, os.getpid())
     keys = {k: v.encode() for k,v in fields.items() if k.startswith('curve_')}
     return LaunchedKernelApp.instance(connection_file=launch.file, parent_handle=1, kernel_class=cls, **keys)
 
@@ -277,11 +275,11 @@ def main(
     try:
         args,more = Arguments('Start an IPython kernel for a host application elsewhere', **OPTIONS).parse_known_args(argv)
         launch = Launch(args)
-        up = fork_listener(launch)
+        lead()
         here = os.path.dirname(os.path.abspath(__file__))
         if sys.path and os.path.abspath(sys.path[0]) == here: del sys.path[0]
         sys.argv[1:] = ['-f', launch.file, *more] # what code that looks there expects of a kernel
-        app,mode = kernel_app(launch, args.kernel_class_name, up),spark_mode(args)
+        app,mode = kernel_app(launch, args.kernel_class_name),spark_mode(args)
         names = start_eagerly(Spark()) if mode == 'eager' else {}
         app.initialize(more)
     except LaunchError as e: fail(e)

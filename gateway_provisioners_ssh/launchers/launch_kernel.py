@@ -10,7 +10,7 @@ import os, signal, sys
 
 # %% ../../nbs/09b_anykernel.ipynb #2246a829
 sys.path.insert(0, os.path.dirname(os.path.abspath(globals().get('__file__', ''))))
-from server_listener import Arguments, Launch, LaunchError, curve_keypair, fail, fork_listener
+from server_listener import Arguments, Launch, LaunchError, fail, lead, report_later
 del sys.path[0]
 
 # %% ../../nbs/09b_anykernel.ipynb #5924f6ab
@@ -46,8 +46,9 @@ def main(
     try:
         args,command = halves(sys.argv[1:] if argv is None else argv)
         launch = Launch(args)
-        tell = fork_listener(launch, knock=True)
-        tell(launch.write(os.getpid(), curve_keypair if args.curve else None))
+        lead()
+        report_later(launch, launch.write(os.getpid(), args.curve), os.getpid())
+        for s in launch.held.values(): s.close()
         become(command, launch.file)
     except LaunchError as e: fail(e)
 

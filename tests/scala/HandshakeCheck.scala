@@ -22,7 +22,7 @@ object HandshakeCheck {
   }
 
   private def message(in: JsonNode) = {
-    val (message, ack) = Ticket.parse(in.path("ticket").asText).message(in.path("kernel_id").asText, in.get("fields").deepCopy())
+    val (message, ack) = Ticket.parse(in.path("ticket").asText).application.get.message(in.path("kernel_id").asText, in.get("fields").deepCopy())
     Json.obj().put("message", new String(message)).put("ack", Hex.encode(ack))
   }
 

@@ -4,9 +4,9 @@
 #       [--spark-context-initialization-mode lazy|eager|none]
 #
 # Every option may also be spelled --RemoteProcessProxy.NAME. The one-time ticket of the launch is in the environment
-# (KERNEL_LAUNCH_SECRET). server_listener.py beside this file takes it, chooses the ports, reports to the host application
-# and receives its requests; R runs the kernel and nothing else. Needed here: base R and the package IRkernel; for
-# server_listener.py a Python with pycryptodomex; for Spark the package SparkR, which is in Spark's own download.
+# (KERNEL_LAUNCH_SECRET). server_listener.py beside this file takes it, chooses the ports, reports the kernel when it is up
+# and ends; R runs the kernel and nothing else. Needed here: base R and the package IRkernel; for server_listener.py a
+# Python 3; for Spark the package SparkR, which is in Spark's own download.
 
 local({
 
@@ -44,32 +44,29 @@ parse_args <- function(argv) {
 here <- sub("^--file=", "", grep("^--file=", commandArgs(FALSE), value = TRUE)[1])
 here <- dirname(normalizePath(gsub("~+~", " ", here, fixed = TRUE)))   # Rscript writes blanks like that
 
-# The listener ---------------------------------------------------------------------------------------------------------
-# It runs beside R, in a session of its own, until R ends; if the launch cannot go on it says why and ends R. The shell
-# that waits for it also removes R's temporary directory, with which R itself cannot bother when it is killed.
+# The report -----------------------------------------------------------------------------------------------------------
+# server_listener.py runs beside R, in a session of its own, until it has reported the kernel; if the launch cannot go on it
+# says why and ends R. The agent of this host removes R's temporary directory, with which R itself cannot bother when it
+# is killed.
 
-listener_script <- '
+reporter_script <- '
 for p in "${PYSPARK_PYTHON:-python3}" "${PYSPARK_PYTHON:-python}"; do
-  "$p" -c "import Cryptodome.Protocol.HPKE" 2>/dev/null || continue
-  "$p" "$@"
-  [ -e /proc/$R_PID/exe ] || rm -rf "$R_TMP"
-  exit
+  "$p" -c "import sys; sys.exit(sys.version_info < (3, 8))" 2>/dev/null && exec "$p" "$@"
 done
-echo "launch_IRkernel.R: server_listener.py needs a Python with pycryptodomex 3.22 or later, which is neither of ${PYSPARK_PYTHON:-python3, python}:" \
-     "set PYSPARK_PYTHON to one, or: pip install pycryptodomex" >&2
+echo "launch_IRkernel.R: server_listener.py needs a Python 3.8 or newer, which is neither of ${PYSPARK_PYTHON:-python3, python}:" \
+     "set PYSPARK_PYTHON to one" >&2
 kill -TERM $R_PID'
 
-start_listener <- function(opts, file) {
-  vars <- c(R_PID = Sys.getpid(), R_TMP = tempdir())
-  argv <- c("setsid", "sh", "-c", listener_script, "sh", file.path(here, "server_listener.py"), "--parent-pid", Sys.getpid(),
-            "--connection-file", file, "--curve", rbind(paste0("--", for_listener), unlist(opts[for_listener])))
+start_reporter <- function(opts, file) {
+  vars <- c(R_PID = Sys.getpid())
+  argv <- c("setsid", "sh", "-c", reporter_script, "sh", file.path(here, "server_listener.py"), "--parent-pid", Sys.getpid(),
+            "--connection-file", file, "--remove", tempdir(), "--curve", rbind(paste0("--", for_listener), unlist(opts[for_listener])))
   system(paste(c(paste0(names(vars), "=", shQuote(vars)), shQuote(argv), "</dev/null"), collapse = " "), wait = FALSE)
 }
 
 # A process group of its own -------------------------------------------------------------------------------------------
 # Interrupts go to the kernel's process group. Under spark-submit that group is the JVM's, which an interrupt would end,
-# so R leaves it (after the listener has seen whose it was). R has no function for that; the C library, which is loaded
-# already, has.
+# so R leaves it. R has no function for that; the C library, which is loaded already, has.
 
 lead_group <- function() {
   group <- function() strsplit(sub(".*[)] ", "", readLines("/proc/self/stat", 1)), " ")[[1]][3]
@@ -206,7 +203,7 @@ run <- function(kernel) repeat tryCatch(kernel$run(), interrupt = function(e) NU
 
 opts <- parse_args(commandArgs(TRUE))
 file <- file.path(tempdir(), paste0("kernel-", opts[["kernel-id"]], ".json"))
-start_listener(opts, file)
+start_reporter(opts, file)
 Sys.unsetenv("KERNEL_LAUNCH_SECRET")
 if (!requireNamespace("IRkernel", quietly = TRUE))
   fail("the R package IRkernel is not in an R library of this host (", paste(.libPaths(), collapse = ", "),

@@ -2,7 +2,7 @@ package launcher
 
 import java.io.IOException
 import java.net.{DatagramSocket, InetAddress, InetSocketAddress, StandardSocketOptions}
-import java.nio.channels.{NetworkChannel, ServerSocketChannel, SocketChannel}
+import java.nio.channels.{NetworkChannel, SocketChannel}
 import java.util.concurrent.ThreadLocalRandom
 import scala.util.Try
 
@@ -54,19 +54,10 @@ object Reservation {
   def again(ip: InetAddress, port: Int): Option[Reservation] =
     if (port < 1 || port > 65535) None else held(ip, port, exclusive = true).orElse(held(ip, port, exclusive = false))
 
-  def fresh(ip: InetAddress, range: PortRange): Reservation = first(ip, range)(held(ip, _, exclusive = true))
-
-  /** A listening socket within the range, for the host application's requests. */
-  def listener(ip: InetAddress, range: PortRange): ServerSocketChannel = first(ip, range) { port =>
-    val channel = ServerSocketChannel.open()
-    try { reusable(channel, false); Some(channel.bind(new InetSocketAddress(ip, port), 128)) }
-    catch { case _: IOException => channel.close(); None }
-  }
-
-  private def first[T](ip: InetAddress, range: PortRange)(open: Int => Option[T]): T =
-    range.candidates.map(open).collectFirst { case Some(x) => x }.getOrElse(throw new LaunchError(
+  def fresh(ip: InetAddress, range: PortRange): Reservation =
+    range.candidates.map(held(ip, _, exclusive = true)).collectFirst { case Some(x) => x }.getOrElse(throw new LaunchError(
       if (held(ip, 0, exclusive = true).isEmpty) s"cannot bind to ${ip.getHostAddress}: is it an address of this host? Let kernels be tunnelled (GP_ENABLE_TUNNELING=true) if not"
-      else s"fewer than 6 ports are free in ${range.lower}..${range.upper} on ${ip.getHostAddress}: widen the port range (port_range, GP_PORT_RANGE) or end what uses it"))
+      else s"fewer than 5 ports are free in ${range.lower}..${range.upper} on ${ip.getHostAddress}: widen the port range (port_range, GP_PORT_RANGE) or end what uses it"))
 }
 
 object BindAddress {

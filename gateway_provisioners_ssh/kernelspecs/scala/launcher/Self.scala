@@ -1,7 +1,7 @@
 package launcher
 
 import java.io.{File, RandomAccessFile}
-import java.lang.ProcessBuilder.Redirect.DISCARD
+import java.lang.management.ManagementFactory
 import java.nio.charset.StandardCharsets.{ISO_8859_1, UTF_8}
 import java.nio.file.{Files, Path, Paths}
 import java.nio.file.attribute.PosixFilePermissions
@@ -10,14 +10,7 @@ import scala.util.Try
 
 /** Lines for the kernel's log. */
 object Log {
-  private val last = new java.util.concurrent.ConcurrentHashMap[String, java.lang.Long]()
   def say(text: String): Unit = System.err.println(s"[launcher ${Self.pid}] ${text.replaceAll("\\s+", " ")}")
-  /** At most one line a minute of each kind. */
-  def rarely(kind: String, text: String): Unit = {
-    val now = System.nanoTime / 1000000000L
-    val before = last.put(kind, now)
-    if (before == null || now - before >= 60) say(text) else last.put(kind, before)
-  }
 }
 
 /** The environment this process was started with, as far as it must not stay. */
@@ -36,11 +29,9 @@ object Environment {
     field.get(null).asInstanceOf[java.util.Map[AnyRef, AnyRef]].keySet.removeIf(k => k.toString == name)
   }
 
-  /** Overwrites the value where the kernel put it at exec; /proc/self/stat tells where that is. */
+  /** Overwrites the value where the system put it at exec. */
   private def blank(name: String): Unit = {
-    val stat = new String(Files.readAllBytes(Paths.get("/proc/self/stat")), ISO_8859_1)
-    val fields = stat.substring(stat.lastIndexOf(')') + 2).split(' ')
-    val (start, end) = (fields(47).toLong, fields(48).toLong)
+    val (start, end) = (Self.stat(47).toLong, Self.stat(48).toLong)
     val mem = new RandomAccessFile("/proc/self/mem", "rw")
     try {
       val block = new Array[Byte]((end - start).toInt)
@@ -59,14 +50,11 @@ object Environment {
 
 /** This process. */
 object Self {
-  val pid: Long = ProcessHandle.current.pid
-  val pgid: Long = Try {
-    val stat = new String(Files.readAllBytes(Paths.get("/proc/self/stat")), ISO_8859_1)
-    stat.substring(stat.lastIndexOf(')') + 2).split(' ')(2).toLong
-  }.getOrElse(pid)
-
-  /** Sends a signal to the group that this process leads, or to this process alone if it leads none. */
-  def signal(signum: Int): Unit = { new ProcessBuilder("kill", s"-$signum", "--", (if (pgid == pid) "-" else "") + pid).start(); () }
+  private val line = Try(new String(Files.readAllBytes(Paths.get("/proc/self/stat")), ISO_8859_1)).getOrElse("")
+  /** What the system tells of this process, from its state on (proc(5), `stat`); nothing where there is no /proc. */
+  val stat: Array[String] = line.substring(line.lastIndexOf(')') + 1).trim.split(' ')
+  val pid: Long = Try(line.takeWhile(_ != ' ').toLong).getOrElse(ManagementFactory.getRuntimeMXBean.getName.takeWhile(_ != '@').toLong)
+  val pgid: Long = Try(stat(2).toLong).getOrElse(pid)
 
   private val failing = new AtomicBoolean()
 
@@ -83,15 +71,24 @@ object Self {
 
 /** What must not outlive this process, however it ends. */
 object Leftovers {
+  private val nowhere = new File("/dev/null")
+  private val all = new java.util.concurrent.CopyOnWriteArrayList[Path]()
   private val script = "while IFS= read -r p; do set -- \"$@\" \"$p\"; done; rm -rf -- \"$@\""
-  private lazy val guard = Try(new ProcessBuilder("setsid", "sh", "-c", script, "sh").redirectOutput(DISCARD).redirectError(DISCARD).start())
+  private lazy val guard = Try(new ProcessBuilder("setsid", "sh", "-c", script, "sh").redirectOutput(nowhere).redirectError(nowhere).start())
 
   /** Has `path` removed when this process is gone, even if it was killed: by a shell in a session of its own, which
     * reads from a pipe that only this process holds open. Without `setsid` on the host, an orderly end removes it. */
   def remove(path: Path): Unit = synchronized {
+    all.add(path.toAbsolutePath)
     if (!path.toString.contains('\n') && guard.flatMap(g => Try { g.getOutputStream.write(s"$path\n".getBytes(UTF_8)); g.getOutputStream.flush() }).isFailure)
       Runtime.getRuntime.addShutdownHook(new Thread(() => delete(path)))
   }
+
+  /** All that was named so far, for the agent to remove when this process is gone. */
+  def paths: Seq[String] = all.toArray.toSeq.map(_.toString)
+
+  /** Ends the shell: the agent does its work from now on, which spares a kernel a process. */
+  def handOver(): Unit = guard.foreach(_.destroy())
 
   private def delete(path: Path): Unit = Try {
     val all = Files.walk(path)

@@ -2,9 +2,10 @@ package launcher
 
 import com.fasterxml.jackson.databind.JsonNode
 import com.fasterxml.jackson.databind.node.ObjectNode
+import java.io.IOException
 import java.net.{InetAddress, InetSocketAddress}
 import java.nio.file.{Files, Path, Paths}
-import java.util.concurrent.{CountDownLatch, Executors}
+import java.util.concurrent.CountDownLatch
 import java.util.concurrent.atomic.AtomicBoolean
 import scala.util.Try
 
@@ -36,8 +37,7 @@ object Options {
   }
 }
 
-/** Starts Toree in this JVM for a host application elsewhere: reserves its ports, runs it, reports it once it listens,
-  * and then does what the host application asks for. */
+/** Starts Toree in this JVM for a host application elsewhere: reserves its ports, runs it, and reports it once it listens. */
 object ToreeLauncher {
   private val portNames = Seq("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 
@@ -51,38 +51,27 @@ object ToreeLauncher {
   private def reserve(ip: InetAddress, range: PortRange, before: Option[JsonNode]): Map[String, Reservation] =
     portNames.map(name => name -> before.flatMap(b => Reservation.again(ip, b.path(name).asInt(0))).getOrElse(Reservation.fresh(ip, range))).toMap
 
-  /** A new connection file where Jupyter on this host looks for them. Where the home is shared, `kernel-ID.json` is the host application's own. */
+  /** Where Jupyter on this host looks for connection files. The name is of this launch only: hosts may share a home, with
+    * each other and with the host application, and a restarted kernel has the id of the one before. */
   private def connectionFile(kernelId: String): Path = {
     def env(n: String) = Option(System.getenv(n)).filter(_.nonEmpty)
     val data = env("JUPYTER_DATA_DIR").getOrElse(env("XDG_DATA_HOME").getOrElse(env("HOME").getOrElse(sys.props("user.home")) + "/.local/share") + "/jupyter")
-    Paths.get(env("JUPYTER_RUNTIME_DIR").getOrElse(data + "/runtime")).resolve(s"kernel-${kernelId.replace('/', '_')}-${Hex.encode(Secrets.bytes(4))}.json").toAbsolutePath
+    val dir = Paths.get(env("JUPYTER_RUNTIME_DIR").getOrElse(data + "/runtime"))
+    Try(Files.createDirectories(dir))
+    dir.resolve(s"kernel-${kernelId.replace('/', '_')}-${Self.pid}.json").toAbsolutePath
   }
 
   /** Writes the connection file for this user only. Toree does not need it, so a full disk is not a reason to fail. */
   private def write(file: Path, json: ObjectNode): Unit = try {
-    Files.createDirectories(file.getParent)
     Files.deleteIfExists(file)
     Files.createFile(file, Private.file)
     Files.write(file, Json.mapper.writeValueAsBytes(json))
   } catch { case e: Exception => Log.say(s"no connection file, the kernel runs without it: $e") }
 
-  private val worker = Executors.newSingleThreadExecutor { r => val t = new Thread(r, "control-worker"); t.setDaemon(true); t }
-  private def later(act: => Unit): Unit = worker.execute(() => Try(act))
-
   /** Interrupts the running cell, once the kernel is there: until then there is nothing to interrupt. */
   @volatile private var interruptCell: () => Unit = () => ()
   private val interrupting = new AtomicBoolean()
-  private def interrupt(): Unit = if (interrupting.compareAndSet(false, true)) later { try interruptCell() finally interrupting.set(false) }
-
-  /** Does what the host application asks, behind the reply. */
-  private def request(json: JsonNode): JsonNode = {
-    val signum = json.path("signum")
-    if (json.path("shutdown").asInt == 1) later { Thread.sleep(50); Self.signal(15); Thread.sleep(5000); Self.signal(9) }
-    else if (!signum.isInt || signum.asInt < 0 || signum.asInt > 64) return Json.obj().put("error", "neither a signum from 0 to 64 nor a shutdown")
-    else if (signum.asInt == 2) interrupt()
-    else if (signum.asInt > 0) later { Thread.sleep(50); Self.signal(signum.asInt) }
-    Json.obj().put("alive", true)
-  }
+  private def interrupt(): Unit = if (interrupting.compareAndSet(false, true)) try { Try(interruptCell()); () } finally interrupting.set(false)
 
   /** Makes signals interrupt the running cell. A JVM started with one of them ignored goes on to ignore it. */
   private def onSignals(names: Seq[String]): Unit = names.foreach { name =>
@@ -93,9 +82,38 @@ object ToreeLauncher {
   private def checkJvm(): Unit = {
     val version = sys.props("java.specification.version")
     val major = Try(version.stripPrefix("1.").toInt).getOrElse(17)
-    if (major < 11) throw new LaunchError(s"Java $version is too old for the encrypted launch message: set JAVA_HOME to Java 11 or 17 on this host")
+    if (major < 11) throw new LaunchError(s"Java $version can report a kernel neither to the agent of this host nor over the network: set JAVA_HOME to Java 17 on this host")
     if (major > 17 && sys.props.get("java.security.manager") != Some("allow") || major > 23)
-      throw new LaunchError(s"Toree does not run on Java $version: set JAVA_HOME to Java 11 or 17 on this host")
+      throw new LaunchError(s"Toree does not run on Java $version: set JAVA_HOME to Java 17 on this host")
+  }
+
+  private def checkTicket(ticket: Ticket): Unit = {
+    if (ticket.encrypt || ticket.connection.exists(_.hasNonNull("curve_publickey"))) throw new LaunchError(
+      "encrypted channels were asked for, and Toree cannot encrypt: set KernelManager.transport_encryption to 'disabled' or 'auto', or let kernels be tunnelled (GP_ENABLE_TUNNELING=true)")
+    if (ticket.application.isEmpty && !Agent.reachable) throw new LaunchError(
+      s"Java ${sys.props("java.specification.version")} cannot reach the agent of this host, which takes Java 16 or newer: set JAVA_HOME to Java 17 on this host")
+  }
+
+  /** Tells the agent that the kernel listens; and the host application over the network if it wants that, or if the agent
+    * cannot be reached. */
+  private def report(ticket: Ticket, options: Options, fields: ObjectNode): Unit = {
+    val told = Json.obj().put("ip", fields.path("ip").asText).put("pgid", Self.pgid)
+    if (!ticket.network) told.putPOJO("fields", fields)
+    val remove = told.putArray("remove")
+    Leftovers.paths.foreach(remove.add(_))
+    val answer = ticket.agent.filter(_ => Agent.reachable).flatMap { agent =>
+      try Some(agent.tell(told)) catch { case e: IOException =>
+        val why = s"the agent of this host does not answer (${e.getMessage})"
+        if (ticket.application.isEmpty) throw new LaunchError(s"$why: start the kernel again")
+        Log.say(s"$why, so the kernel is reported over the network")
+        None
+      }
+    }
+    answer.foreach { said =>
+      Leftovers.handOver()
+      if (said.has("comm_port")) fields.put("comm_port", said.path("comm_port").asInt).put("control_key", said.path("control_key").asText)
+    }
+    if (ticket.network || answer.isEmpty) ticket.application.foreach(_.tell(options.response, options.kernelId, fields))
   }
 
   private def launch(args: Array[String]): Unit = {
@@ -106,32 +124,26 @@ object ToreeLauncher {
     onSignals(signals)
     val ticket = Ticket.parse(secret.getOrElse(throw new LaunchError(
       s"${Ticket.variable} is not set: this launcher needs a host application that speaks version 2 of the launch message, such as gateway_provisioners_ssh")))
-    if (ticket.encrypt || ticket.connection.exists(_.hasNonNull("curve_publickey"))) throw new LaunchError(
-      "encrypted channels were asked for, and Toree cannot encrypt: set KernelManager.transport_encryption to 'disabled' or 'auto', or let kernels be tunnelled (GP_ENABLE_TUNNELING=true)")
+    checkTicket(ticket)
     val ip = BindAddress.choose(options.response.getAddress, Option(System.getenv("SSH_CONNECTION")))
     val info = connection(ip, ticket.connection)
     val ports = reserve(ip, options.range, ticket.connection)
     ports.foreach { case (name, r) => info.put(name, r.port) }
-    val requestsChannel = Reservation.listener(ip, options.range)
     if (!sys.props("os.name").startsWith("Linux")) ports.values.foreach(_.release())  // elsewhere two sockets cannot share a port
-    val file = connectionFile(options.kernelId)
     Leftovers.ofSparkSubmit()
     Leftovers.temporaryDirectory()
-    Leftovers.remove(file)
+    val file = ticket.file.getOrElse(connectionFile(options.kernelId))
+    if (ticket.file.isEmpty) Leftovers.remove(file)
     write(file, info)
-    val controlKey = Secrets.bytes(32)
 
     val ready = new CountDownLatch(if (options.mode == "eager") 1 else 0)  // a context that cannot be made is a failed launch
-    def report(): Unit = {
+    def reportOnceReady(): Unit = {
       ready.await()
       while (!ports.values.forall(_.listening(ip))) Thread.sleep(10)
       ports.values.foreach(_.release())
-      val fields = info.deepCopy().put("pid", Self.pid).put("pgid", Self.pgid).put("listener_pid", Self.pid).put("kernel_id", options.kernelId)
-        .put("comm_port", requestsChannel.socket.getLocalPort).put("control_key", Hex.encode(controlKey))
-      ticket.send(options.response, options.kernelId, fields)
-      new Control(requestsChannel, controlKey, request).start()
+      report(ticket, options, info.deepCopy().put("kernel_id", options.kernelId).put("pid", Self.pid).put("pgid", Self.pgid))
     }
-    val reporter = new Thread(() => try report() catch { case e: Throwable => Self.fail(Option(e.getMessage).getOrElse(e.toString)) }, "report")
+    val reporter = new Thread(() => try reportOnceReady() catch { case e: Throwable => Self.fail(Option(e.getMessage).getOrElse(e.toString)) }, "report")
     reporter.setDaemon(true)
     reporter.start()
 
