@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LAUNCHERS', 'ANY', 'check_kernel', 'read_kernel', 'stanza', 'launcher', 'Adopted', 'interpreter', 'expandable',
-           'led_to', 'words', 'whole', 'taken_over']
+           'words', 'whole', 'taken_over']
 
 # %% ../nbs/10a_adopt.ipynb #c6209d16
 import json, re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from fastcore.basics import patch
+from .launch import relocate_path
 from .settings import settings
 from .specs import BUILDS, LANGUAGES, PACKAGE, Language, Spec, _LISTENER, _RANGE, _RUN_SH, _lacks, not_here
 
@@ -54,7 +55,8 @@ def stanza(
 
 # %% ../nbs/10a_adopt.ipynb #8098d04c
 LAUNCHERS = {'launch_ipykernel.py': 'scripts/launch_ipykernel.py', 'launch_IRkernel.R': 'scripts/launch_IRkernel.R', 'run.sh': 'bin/run.sh'}
-ANY = Language('Any', '', {'scripts/launch_kernel.py': 'launchers/launch_kernel.py', **_LISTENER}, ('<python>', '<dir>/scripts/launch_kernel.py', *_RANGE), ())
+ANY = Language('Any', '', {'scripts/launch_kernel.py': 'launchers/launch_kernel.py', **_LISTENER}, ('<python>', '<dir>/scripts/launch_kernel.py', *_RANGE), (),
+    on_hosts='the kernel itself')
 
 def launcher(
     kernel: dict, # contents of kernel.json
@@ -104,15 +106,11 @@ def expandable(value: str) -> str:
     "`value` with every `$NAME` spelled `${NAME}`"
     return re.sub(r'(?<!\$)\$([A-Za-z_]\w*)', r'${\1}', value)
 
-def led_to(root, new, text) -> str:
-    "`text` with `new` in the place of the path `root`, wherever that stands or begins a longer one"
-    return re.sub(rf'(?<![^\s=:,"\']){re.escape(root)}(?=[/\s=:,"\']|$)', lambda _: str(new), text) if root else text
-
 @patch
 def _env(self:Adopted, target):
     old = self.kernel.get('env') or {}
     env = {k: self._moved(expandable(v), target) for k,v in old.items()}
-    if self.spark and self.asked_spark: env = {k: led_to(old.get('SPARK_HOME'), self.asked_spark, v) for k,v in env.items()} | dict(SPARK_HOME=self.asked_spark)
+    if self.spark and self.asked_spark: env = {k: relocate_path(old.get('SPARK_HOME'), self.asked_spark, v) for k,v in env.items()} | dict(SPARK_HOME=self.asked_spark)
     if self.asked_python and self.launcher and self.language != 'Scala' and (self.spark or self.language == 'R'): env['PYSPARK_PYTHON'] = self.python
     self.changes += [f'env.{k}: {old.get(k, "(none)")} became {v}' for k,v in env.items() if v != old.get(k)]
     return env
@@ -144,7 +142,7 @@ def _moved(self:Adopted, word, target):
     "`word`, with paths into the original's directory, wherever that was installed, led to the new one"
     ends = [(o, LAUNCHERS[self.launcher]) for o in self.kernel['argv'] if self.launcher and PurePosixPath(o).name == self.launcher]
     roots = {str(self.source)} | {o.removesuffix('/'+end) for o,end in ends if o.endswith('/'+end)}
-    for root in roots: word = led_to(root, target, word)
+    for root in roots: word = relocate_path(root, str(target), word)
     return word
 
 @patch
@@ -191,7 +189,7 @@ _order = ('argv', 'env', 'display_name', 'language', 'interrupt_mode', 'metadata
 
 @patch
 def kernel_json(self:Adopted,
-    target: str, # the directory of the kernelspec, the same on all hosts
+    target: str, # the directory of the kernelspec, on this machine; hosts get its files when a kernel starts
 ) -> dict:
     "The contents of `kernel.json`; fills `changes` and `doubts`"
     self.changes, self.doubts, (who, old) = [], [], stanza(self.kernel)
@@ -239,7 +237,6 @@ def write(self:Adopted,
 def missing(self:Adopted) -> list[str]:
     "What the kernel will need and this machine has not, each with the command that mends it."
     if self.launcher: return Spec.missing(self)
-    gone, command = _lacks(self.python, ('Cryptodome', 'pycryptodomex')), self._run_by(self.kernel['argv'])[0]
-    out = [] if gone == [] else [not_here(self, 'pycryptodomex')] if gone is None \
-        else [f'{self.python!r} lacks pycryptodomex, which every host needs for the launcher: {self.python} -m pip install pycryptodomex']
-    return out + ([] if command == self.python or shutil.which(command) or '{' in command else [f'there is no {command} on this machine; every host needs the kernel itself'])
+    command = self._run_by(self.kernel['argv'])[0]
+    there = command == self.python or shutil.which(command) or command.startswith(('~', '$')) or '{' in command
+    return [o for o in (_lacks(self.python) is None and not_here(self), not there and f'there is no {command} on this machine; every host needs the kernel itself') if o]

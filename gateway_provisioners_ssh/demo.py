@@ -78,7 +78,7 @@ def expect(ok, what: str):
 class DemoKernel:
     "One kernel and its row of the table."
     def __init__(self, board: Board, name: str, specs: KernelSpecManager, config: Config):
-        self.board, self.name, self.dirs = board, name, set()
+        self.board, self.name = board, name
         self.km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=specs, config=config, log=log)
         self.kc = None
 
@@ -96,7 +96,6 @@ class DemoKernel:
         await self.kc.wait_for_ready(timeout=60)
         info = await self.km.provisioner.get_provisioner_info()
         self.host, self.pid = info['host'], info['fields']['pid']
-        self.dirs.add(info['process']['dir'])
         self.show(host=self.host, id=self.km.kernel_id[:8], pid=self.pid, state='idle',
             started=f'{time.strftime("%X")} ({time.monotonic()-begun:.1f} s)')
 
@@ -177,12 +176,12 @@ async def disconnect():
     if provisioner._shared: await background().run(provisioner.shared().close())
     provisioner._shared.clear()
 
-async def remains(hosts, kernels, logs: Path, ports: set[int], patience: float=10.) -> list[str]:
+async def remains(hosts, logs: Path, ports: set[int], patience: float=10.) -> list[str]:
     "What is left, once there was time (seconds) for connections to close: nothing, it is hoped."
     end = time.monotonic() + patience
     while True:
         left = [f'process {pid} on {h.name}: {cmd}' for h in hosts for pid, cmd in h.processes().items()]
-        left += [f'file {o}' for o in [*(Path(d) for k in kernels for d in k.dirs), *logs.iterdir()] if o.exists()]
+        left += [f'file {o}' for o in [*(o for h in hosts for o in Path(h.home).glob('tmp/gpssh-*')), *logs.iterdir()]]
         left += [f'port {o}' for o in listening() - ports]
         if not left or time.monotonic() > end: return left
         await asyncio.sleep(.1)
@@ -228,7 +227,7 @@ async def act(
         await play(board, kernels, {h.name: h.address for h in hosts})
         for k in kernels: await k.stop()
         await disconnect()
-        left = await remains(hosts, kernels, logs, ports)
+        left = await remains(hosts, logs, ports)
         expect(not left, 'left behind: ' + '; '.join(left))
         board.note('All stopped. Left behind on the hosts and here: no process, no file, no port')
 

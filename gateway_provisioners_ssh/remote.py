@@ -126,8 +126,12 @@ async def request(self:AgentSession,
     **arguments
 ) -> dict:
     "What the agent answers; raises `Refusal`, or `AgentClosed`"
-    if user: await self.greeting(user)
-    return await self._ask(op, data, user, arguments)
+    if not user: return await self._ask(op, data, '', arguments)
+    for tries in 1,0:
+        await self.greeting(user)
+        try: return await self._ask(op, data, user, arguments)
+        except AgentClosed:
+            if self.closed or not tries: raise # else it had nothing to do and ended just then
 
 async def _ask(self:AgentSession, op, data, user, arguments):
     if self.closed: raise self.error

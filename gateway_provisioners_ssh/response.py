@@ -168,8 +168,10 @@ async def address(
 def _admit(self:ResponseServer, reception):
     if sum(map(len, self._open.values())) >= self.max_open:
         busiest = max(self._open.values(), key=len)
-        next(iter(busiest)).refuse('it made room for newer connections')
+        next(iter(busiest)).refuse(_crowded)
     self._open.setdefault(reception.peer, {})[reception] = True
+
+_crowded = 'it made room for newer connections'
 
 @patch
 def _dismiss(self:ResponseServer, reception):
@@ -185,6 +187,12 @@ class Expectation:
         self.future = asyncio.get_running_loop().create_future()
         self.future.add_done_callback(lambda _: self.forget())
         server._expected.setdefault(launch.kernel_id, []).append(self)
+        self._before = server.refusals.total[_crowded]
+
+    @property
+    def crowded_out(self) -> int: # The launch's own may be among them
+        "How many connections the server has dropped for newer ones since this launch was awaited"
+        return self.server.refusals.total[_crowded] - self._before
 
     def forget(self):
         "Do not take this launch's message any more; the future is cancelled if it is not done"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'LANGUAGES', 'CLUSTERS', 'MODES', 'KERNEL_CLASS', 'NEEDS', 'BUILDS', 'Language', 'Cluster', 'cluster',
-           'spark_opts', 'Spec', 'not_here', 'need_ipykernel', 'need_listener', 'need_irkernel', 'need_spark',
+           'spark_opts', 'Spec', 'not_here', 'need_ipykernel', 'need_python', 'need_irkernel', 'need_spark',
            'need_java', 'need_toree', 'build_toree', 'place']
 
 # %% ../nbs/10_specs.ipynb #97a6f2ca
@@ -35,6 +35,7 @@ class Language:
     debugger: bool = False # whether the kernel speaks the debugger protocol
     logos: str = '' # the directory with its logo-*.png
     needs: tuple = () # names of the checks in `NEEDS`, without Spark
+    on_hosts: str = '' # what every host needs besides Python and Spark, for people
     build: str = '' # name of the function in `BUILDS` that makes what cannot be copied
     python_env: str = '' # the variable by which an interpreter that was asked for reaches the launcher
 
@@ -52,10 +53,11 @@ LANGUAGES = {o.name.lower(): o for o in (
     Language('Python', 'python', {'scripts/launch_ipykernel.py': 'launchers/launch_ipykernel.py', **_LISTENER},
         ('<python>', '<dir>/scripts/launch_ipykernel.py', *_RANGE, *_CLASS), (*_RUN, *_START, *_MODE, *_CLASS),
         {}, {'SPARK_HOME': '<spark_home>', 'PYSPARK_PYTHON': '<python>', 'PYTHONPATH': '<pythonpath>', **_SPARK},
-        ('curve',), True, 'kernelspecs/python', ('ipykernel',)),
+        ('curve',), True, 'kernelspecs/python', ('ipykernel',), 'ipykernel for <python>'),
     Language('R', 'R', {'scripts/launch_IRkernel.R': 'kernelspecs/r/launch_IRkernel.R', **_LISTENER},
         ('Rscript', '<dir>/scripts/launch_IRkernel.R', *_RANGE), (*_RUN, *_START, *_MODE),
-        {}, _SPARK, ('curve',), logos='kernelspecs/r', needs=('irkernel', 'listener'), python_env='PYSPARK_PYTHON'),
+        {}, _SPARK, ('curve',), logos='kernelspecs/r', needs=('irkernel', 'python'),
+        on_hosts='R with IRkernel', python_env='PYSPARK_PYTHON'),
     Language('Scala', 'scala', _RUN_SH, (*_RUN, *_START), (*_RUN, *_START, *_MODE), _TOREE, _TOREE,
         logos='kernelspecs/scala', needs=('spark', 'java', 'toree'), build='toree'))}
 
@@ -152,7 +154,7 @@ def pythonpath(self:Spec):
 
 @patch
 def kernel_json(self:Spec,
-    target: str # the directory of the kernelspec, the same on all hosts
+    target: str # the directory of the kernelspec, on this machine; hosts get its files when a kernel starts
 ) -> dict:
     "The contents of `kernel.json`."
     lang = self.lang
@@ -187,22 +189,24 @@ def _lacks(python, *packages):
 # %% ../nbs/10_specs.ipynb #3aaa4212
 def not_here(
     spec, # with the interpreter
-    needed: str # what the kernelspec needs in it
-) -> str:
+    needed: str = '' # what the kernelspec needs in it
+) -> str: # '' if there is nothing to say
     "What to say of an interpreter that does not run on this machine: one that was asked for may well be on the hosts only"
-    return f'{spec.python!r} does not run on this machine' + (f', so nobody has looked whether it has {needed}' if spec.asked_python
-        else '; if it does not on the hosts either, name their interpreter: --python /path/to/python')
+    home,python = os.path.expanduser('~/'),spec.python
+    if re.match(r'~|\$HOME\b|\$\{HOME\}', python): return ''
+    said = f'{python!r} does not run on this machine'
+    if not spec.asked_python: return f'{said}; if it does not on the hosts either, name their interpreter: --python /path/to/python'
+    if python.startswith(home) and not os.path.lexists(python): return (f'{said}. Was the home on the hosts meant? A shell replaces ~ by '
+        f'the home here unless it is quoted; repeat this with --replace and --python {shlex.quote("~/"+python.removeprefix(home))}')
+    return f'{said}, so nobody has looked whether it has {needed}' if needed else ''
 
 def need_ipykernel(spec):
-    gone = _lacks(spec.python, ('ipykernel', 'ipykernel'), ('Cryptodome', 'pycryptodomex'))
-    if gone is None: return not_here(spec, 'ipykernel and pycryptodomex')
-    if gone: return (f'{shutil.which(spec.python)} lacks {" and ".join(gone)}, which every host needs: '
-        f'{shlex.quote(spec.python)} -m pip install {" ".join(gone)}')
+    gone = _lacks(spec.python, ('ipykernel', 'ipykernel'))
+    if gone is None: return not_here(spec, 'ipykernel')
+    if gone: return f'{shutil.which(spec.python)} lacks ipykernel, which every host needs: {shlex.quote(spec.python)} -m pip install ipykernel'
 
-def need_listener(spec):
-    pythons = [spec.asked_python] if spec.asked_python else ['python3', 'python']
-    if all(_lacks(o, ('Cryptodome', 'pycryptodomex'))!=[] for o in pythons): return ('no Python with pycryptodomex on this machine, '
-        f'and every host needs one beside R: {pythons[0]} -m pip install pycryptodomex, or name another: --python /path/to/python')
+def need_python(spec):
+    if spec.asked_python and _lacks(spec.python) is None: return not_here(spec)
 
 def need_irkernel(spec):
     if not shutil.which('Rscript'): return ('there is no Rscript on this machine, and every host needs R with IRkernel: '
@@ -222,13 +226,19 @@ def need_toree(spec):
     if not toree_jars(): return f'Apache Toree, the Scala kernel, is not installed here: {sys.executable} -m pip install apache-toree, then repeat this with --replace'
 
 # %% ../nbs/10_specs.ipynb #5279942d
-NEEDS = dict(ipykernel=need_ipykernel, listener=need_listener, irkernel=need_irkernel, spark=need_spark, java=need_java, toree=need_toree)
+NEEDS = dict(ipykernel=need_ipykernel, python=need_python, irkernel=need_irkernel, spark=need_spark, java=need_java, toree=need_toree)
 
 @patch
 def missing(self:Spec) -> list[str]:
     "What the kernel will need and this machine has not, each with the command that mends it."
     names = dict.fromkeys((*self.lang.needs, *(('spark', 'java') if self.spark else ())))
     return [o for o in (NEEDS[name](self) for name in names) if o]
+
+@patch
+def needed(self:Spec) -> str:
+    "What every host needs for this kernel besides an SSH server and a Python, for people"
+    spark = [f'Spark at {self.spark_home}', 'Java'] if self.spark or 'spark' in self.lang.needs else []
+    return ', '.join(filter(None, [self.lang.on_hosts.replace('<python>', self.python), *spark]))
 
 # %% ../nbs/10_specs.ipynb #4a9fec2a
 def build_toree(

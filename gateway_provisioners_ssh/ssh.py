@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_link', 'SSHConnection', 'session',
-           'responsive_session', 'wait_connected', 'close', 'Forward', 'forward', 'reverse', 'LocalConnection', 'Pool']
+           'responsive_session', 'wait_connected', 'close', 'Forward', 'forward', 'reverse', 'check_forwarding',
+           'LocalConnection', 'Pool']
 
 # %% ../nbs/04_ssh.ipynb #08c87487
 import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
@@ -56,7 +57,9 @@ def _of_the_way(e, route, waited):
     if isinstance(e, (TimeoutError, asyncio.TimeoutError)) or any(o in str(e) for o in ('No existing session', 'Timeout opening channel')):
         return f'no answer from {where} {time_out}', 'Is the host up, and does a firewall let SSH pass? (GP_CONNECT_TIMEOUT sets the time)'
     if isinstance(e, NoPython): return f'{e}', 'Install Python 3.6 or newer there (Debian, Ubuntu: apt-get install python3), or name one: jupyter ssh-spec install --python PATH'
-    if isinstance(e, AgentClosed): return str(e), f'See what this says: ssh {_at(route)} /bin/sh'
+    if isinstance(e, AgentClosed):
+        silent = '' if ': ' in str(e) else '. If it says nothing, the login shell of that user may be one that runs no commands, as /bin/false is'
+        return str(e), f'See what this says: ssh {_at(route)} /bin/sh{silent}'
     if isinstance(e, ConnectionError) or _shut_out(e):
         return f'{where} closed the connection before the login', 'Is that an SSH server? A server under load refuses new connections (MaxStartups)'
 
@@ -204,6 +207,7 @@ class SSHConnection:
         self.agent = self.link = self.error = self.opening = self.reviving = None
         self.pythons = () # Interpreters that may run the agent, before those that every host may have
         self.failures,self.rest_until,self.down_since,self.reverses = 0,0,None,{}
+        self.forwarding = None # The link that was seen to forward ports
 
     def __repr__(self): return f'SSHConnection({str(self.host)!r}, {"up" if self.is_up else "down"})'
 
@@ -391,7 +395,7 @@ async def reverse(self:SSHConnection,
     except (SSHException, EOFError, OSError) as e:
         if self.reverses.get(port) is task: del self.reverses[port] # a newer connection may have its own by now
         if not link.alive: raise HostError(self.host, self.user, 'the connection broke while a port was being forwarded') from None
-        raise HostError(self.host, self.user, f'the SSH server does not forward ports ({e})', 'Tunnelling needs AllowTcpForwarding in its sshd_config') from None
+        raise HostError(self.host, self.user, f'the SSH server does not forward ports ({e})', _no_forwarding) from None
 
 async def _reverse(link, port):
     loop = link.loop
@@ -403,7 +407,21 @@ async def _join(loop, chan, wire, port):
     try: await loop.create_connection(lambda: Relay(opening), '127.0.0.1', port)
     except OSError: chan.close()
 
-SSHConnection.forward,SSHConnection.reverse = forward,reverse
+_no_forwarding = 'Tunnelling needs AllowTcpForwarding in its sshd_config'
+
+async def check_forwarding(self:SSHConnection,
+    port:int, # A port on the host's loopback interface on which somebody listens
+):
+    "Raise `HostError` if the SSH server does not lead connections to ports of the host; asks once per connection"
+    link = self.link
+    if self.forwarding is link: return
+    try: (await link.open_channel('direct-tcpip', ('127.0.0.1', port))).close()
+    except paramiko.ChannelException as e: # code 1: prohibited (RFC 4254, 5.1)
+        if e.code == 1: raise HostError(self.host, self.user, f'the SSH server does not forward ports ({e.text})', _no_forwarding) from None
+    except (SSHException, EOFError, OSError): return # a connection that broke is made again
+    self.forwarding = link
+
+SSHConnection.forward,SSHConnection.reverse,SSHConnection.check_forwarding = forward,reverse,check_forwarding
 
 # %% ../nbs/04_ssh.ipynb #9b445dbe
 login_variables = 'HOME USER LOGNAME SHELL PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR XDG_RUNTIME_DIR'.split()

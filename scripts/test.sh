@@ -2,7 +2,8 @@
 # Sets up what the tests need and runs all of them, notebooks first:  bash scripts/test.sh
 # Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS how many notebooks or
 # files of tests run at a time: notebooks as many as there are cores unless it says so, files of tests one more, since they wait more than
-# they compute. With CI=true nothing may be missing; otherwise what cannot be had is said and left out.
+# they compute. With CI=true nothing may be missing; otherwise what cannot be had is said and left out. With GP_MATRIX=all, every application is
+# tried in every place (tests/test_matrix.py), and nbs/explanation/applications.json is written anew; otherwise in those that have every pair.
 # shellcheck disable=SC2317,SC2016
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +20,8 @@ programs() {
     local ok=0
     packages openssh-server/sshd openssh-client/ssh busybox/busybox             || ok=1   # hosts
     packages iproute2/ip nftables/nft procps/ps sudo/sudo faketime/faketime     || ok=1   # links, firewalls, other users, clocks
+    packages chromium/chromium                                                  || ok=1   # JupyterLab and Notebook
+    packages tcsh/csh fish/fish zsh/zsh ksh/ksh dash/dash                       || ok=1   # login shells
     packages r-cran-irkernel                                                    || ok=1   # R kernels
     packages default-jdk-headless/javac maven/mvn                               || ok=1   # Spark, YARN and Scala kernels
     packages nodejs/node npm/npm                                                || ok=1   # JavaScript kernels

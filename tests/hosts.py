@@ -7,7 +7,7 @@ and filtered. `lab.client` is the client's side: a home with `.ssh/config`, `.ss
 Whatever a lab starts ends with it: a small process of its own clears up when the lab is closed or its owner dies, and a new lab first
 clears up what a crash of both left. Addresses, names and processes are unique to a lab, so test runs may share a machine.
 """
-import contextlib, fcntl, heapq, os, pwd, random, re, secrets, select, shutil, signal, socket, struct, subprocess, sys, time
+import contextlib, ctypes, fcntl, heapq, os, pwd, random, re, secrets, select, shutil, signal, socket, struct, subprocess, sys, time
 from collections import namedtuple
 from pathlib import Path
 from shlex import quote
@@ -65,6 +65,10 @@ def wait(cond, timeout=10, what='condition', pause=0.02):
         if time.monotonic() > end: raise TimeoutError(f'{what}: not within {timeout} s')
         time.sleep(pause)
     return r
+
+def interruptible():
+    "As `preexec_fn`: SIGINT has its default effect in the new process, also where this one ignores it, as a shell's background commands do"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # The client's side
 
@@ -235,7 +239,8 @@ class SSHHost:
     def inventory(self):
         "Processes (without those of sessions, and agents), ports and files of now"
         found = self.processes()
-        ours = {o.pid for o in self.shells(found)} | {o.pid for o in found if o.name == 'gpssh-agent'}
+        agents = {o.pid for o in found if o.name == 'gpssh-agent'}
+        ours = {o.pid for o in self.shells(found)} | agents | {o.pid for o in found if o.name == 'sudo' and o.ppid in agents}
         return dict(processes=[o for o in found if o.pid not in ours], ports=self.ports(found), files=self.files())
 
     @contextlib.contextmanager
@@ -277,6 +282,15 @@ class Namespace:
             sh('ip', 'netns', 'add', name)
             self.ip('link', 'set', 'lo', 'up')
     def ip(self, *args): return sh('ip', '-n', self.name, *args)
+    @contextlib.contextmanager
+    def entered(self):
+        "What this thread opens, and the processes that it starts, are in this network namespace until the block ends"
+        def go(f):
+            if ctypes.CDLL(None, use_errno=True).setns(f.fileno(), 0x40000000): raise OSError(ctypes.get_errno(), 'setns')   # CLONE_NEWNET
+        with open('/proc/thread-self/ns/net') as back, open(f'/run/netns/{self.name}') as there:
+            go(there)
+            try: yield
+            finally: go(back)
     def exec(self, argv): return ['ip', 'netns', 'exec', self.name, *map(str, argv)]
     def run(self, *argv, **kw): return sh(*self.exec(argv), **kw)
     def popen(self, *argv, **kw): return subprocess.Popen(self.exec(argv), **kw)
@@ -306,7 +320,8 @@ class NetHost(SSHHost):
         self.addresses = [self.address, self.address6]
         super().__init__(lab, i)
         self.ns = lab.plug(f'h{i}', 10 + i)
-        (self.dir/'homes').mkdir()
+        self.homes = self.dir/'homes'
+        self.homes.mkdir()
         self.tmp.chmod(0o1777)
         for o in 'passwd group shadow'.split(): shutil.copy(f'/etc/{o}', self.dir/o)
         (self.dir/'shadow').chmod(0o600)
@@ -315,10 +330,10 @@ class NetHost(SSHHost):
 
     def listen(self): return {}
     def session_env(self): return {}
-    def dirs(self): return [self.home, self.tmp, self.dir/'homes']
+    def dirs(self): return [self.home, self.tmp, self.homes]
 
     def wrap(self, argv):
-        private = [(self.home, Path(pwd.getpwuid(0).pw_dir)), (self.tmp, Path('/tmp')), (self.dir/'homes', Path('/home'))]
+        private = [(self.home, Path(pwd.getpwuid(0).pw_dir)), (self.tmp, Path('/tmp')), (self.homes, Path('/home'))]
         steps = [f'hostname {self.name}']
         for src, target in private:
             for keep in self.lab.keep:
@@ -343,11 +358,19 @@ class NetHost(SSHHost):
         entries = dict(passwd=f'x:{uid}:{uid}::/home/{name}:{shell}', group=f'x:{uid}:', shadow=f'{hashed}:19000:0:99999:7:::')
         for f, line in entries.items():
             with open(self.dir/f, 'a') as o: o.write(f'{name}:{line}\n')
-        (home := self.dir/'homes'/name).mkdir(mode=0o700)
+        (home := self.homes/name).mkdir(mode=0o700)
         os.chown(home, uid, uid)
         if key: self.accept_keys(name)
         self.users[name] = uid
         return uid
+
+    def share_homes(self, other):
+        "From now on this host has the users and homes of the host `other`, as where homes are on a file server"
+        self.stop()
+        self.home, self.homes, self.users = other.home, other.homes, other.users
+        for o in 'passwd group shadow'.split(): shutil.copyfile(other.dir/o, self.dir/o)
+        for o in self.users: shutil.copy(other.keys/o, self.keys/o)
+        self.start()
 
     def sudoers(self, text):
         "Rules for sudo on this host only"

@@ -37,6 +37,7 @@ class Stage:
             GP_SSH_CONFIG=str(self.hosts.config), GP_KERNEL_LOG_DIR=str(self.dir/'logs'), KERNEL_USERNAME='ada', KERNEL_LAUNCH_TIMEOUT='120',
             PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
         self.call(f'{self.dir}/jupyter', '~/.local/share/jupyter')
+        self.call(Path(sys.executable).parent, '/opt/lab/bin')
         self.call(f'{self.dir}/logs', '/tmp')
         self.call(f'on {os.uname().nodename}:', 'on fire:')
         self.call(f'user {getpass.getuser()})', 'user ada)')

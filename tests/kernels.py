@@ -1,6 +1,6 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
 asked to use it, and a look at what a kernel left behind, here and on its host. Also launchers that a test itself starts, and what clients do."""
-import asyncio, contextlib, json, os, signal, socket, subprocess, sys, time, uuid
+import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, time, uuid
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +38,11 @@ class Remote:
 
     def spec(self, name, argv=None, hosts=None, env={}, **config):
         "A variation of ssh_python: `argv` changes the command (a function of it), `config` what concerns the provisioner"
-        k = json.loads((self.specs_dir/'ssh_python/kernel.json').read_text())
+        shutil.copytree(self.specs_dir/'ssh_python', self.specs_dir/name, dirs_exist_ok=True)
+        k = json.loads((self.specs_dir/'ssh_python/kernel.json').read_text().replace(f'{self.specs_dir}/ssh_python/', f'{self.specs_dir}/{name}/'))
         k['argv'] = argv(k['argv']) if argv else k['argv']
         k['display_name'], k['env'] = name, env
         k['metadata']['kernel_provisioner']['config'] |= config | (dict(remote_hosts=hosts) if hosts else {})
-        (self.specs_dir/name).mkdir(exist_ok=True)
         (self.specs_dir/name/'kernel.json').write_text(json.dumps(k))
         return name
 
@@ -71,9 +71,8 @@ class Remote:
     # What is left
 
     def leftovers(self):
-        "What agents keep for kernels, on hosts and on this machine as a host; connection files here"
-        tmps = {Path(os.environ.get('TMPDIR', '/tmp')), *(h.tmp for h in self.lab)}
-        return [str(o) for tmp in tmps for o in tmp.glob('gpssh-*/k-*')] + [str(o) for o in self.runtime.glob('kernel-*')]
+        "What agents keep for kernels on hosts; connection files here"
+        return [str(o) for h in self.lab for o in h.tmp.glob('gpssh-*/k-*')] + [str(o) for o in self.runtime.glob('kernel-*')]
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=15, ignore=(), logs=()):
@@ -83,11 +82,17 @@ class Remote:
         started = []
         with watch_ids(started), self.lab.nothing_left(timeout, [*HABITS, *ignore]): yield
         def left():
-            mine = [str(o) for o in set(Path('/tmp').glob('kernel-*.log*')) - logs_was if any(i in o.name for i in started) and o.name not in logs]
+            mine = [d for i in started for d in kept_here(i)] + [str(o) for o in set(Path('/tmp').glob('kernel-*.log*')) - logs_was if any(i in o.name for i in started) and o.name not in logs]
             ports = set(listening()) - before - response_ports()
             return [o for o in self.leftovers() if o not in was] + mine + sorted(ports) + list(shared_load().items())
         try: wait(lambda: not left(), timeout, 'nothing left', 0.1)
         except TimeoutError: raise AssertionError(f'left: {left()}') from None
+
+def kept_here(kernel_id):
+    "What the agent of this machine keeps of that kernel, beside those of others"
+    def has(d):
+        with contextlib.suppress(OSError): return kernel_id in (d/'record').read_text()
+    return [str(d) for d in Path(os.environ.get('TMPDIR', '/tmp')).glob('gpssh-*/k-*') if has(d)]
 
 @contextlib.contextmanager
 def watch_ids(seen):

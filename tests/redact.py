@@ -27,16 +27,23 @@ class Secrets(dict):
 def noted():
     "The secrets of passwords, launches and kernels, collected where they come into being"
     all = Secrets()
-    login, ticket, opened, opened_v1 = Login.__init__, Launch.ticket, Launch.open, LegacyKey.open
+    login, ticket, parts, opened, accepted, opened_v1 = Login.__init__, Launch.ticket, Launch.ticket_fields, Launch.open, Launch.accept, LegacyKey.open
     def of_login(self, *args, **kw):
         login(self, *args, **kw)
         if self.password: all.add('password', self.password)
     def of_ticket(self):
         text = ticket(self)
-        fields = json.loads(base64.b64decode(text))
-        all.add('ticket', text); all.add('psk', base64.b64decode(fields['psk']))
-        all.add_fields(fields.get('connection') or {})
+        all.add('ticket', text)
         return text
+    def of_ticket_fields(self, by_network):
+        fields = parts(self, by_network)
+        if 'psk' in fields: all.add('psk', base64.b64decode(fields['psk']))
+        all.add_fields(fields.get('connection') or {})
+        return fields
+    def of_report(self, fields):
+        fields = accepted(self, fields)
+        all.add_fields(fields)
+        return fields
     def of_message(self, message):
         fields = opened(self, message)
         all.add_fields(fields)
@@ -48,6 +55,8 @@ def noted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Login, '__init__', of_login)
         patch.setattr(Launch, 'ticket', of_ticket)
+        patch.setattr(Launch, 'ticket_fields', of_ticket_fields)
+        patch.setattr(Launch, 'accept', of_report)
         patch.setattr(Launch, 'open', of_message)
         patch.setattr(LegacyKey, 'open', of_message_v1)
         yield all

@@ -3,6 +3,7 @@ import asyncio, io, os, pty, re, select, signal, subprocess, sys, threading, tim
 from pathlib import Path
 import pytest
 from gateway_provisioners_ssh import demo as D
+from hosts import interruptible
 
 ARGV = [sys.executable, '-c', 'import sys; from gateway_provisioners_ssh.demo import demo; sys.exit(demo())']
 
@@ -80,7 +81,7 @@ def test_no_reader(places):
 @pytest.mark.parametrize('after', [r'k\d +starting', '3 kernels', r'k\d.* 2/3 cells', r'k\d.* restarting'], ids=['a', 'b', 'c', 'd'])
 def test_broken_off(places, signum, after):
     env, place = places
-    p = subprocess.Popen(ARGV, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place)
+    p = subprocess.Popen(ARGV, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place, preexec_fn=interruptible)
     for line in p.stdout:
         if re.match(after, line): break
     p.send_signal(signum)
@@ -112,10 +113,10 @@ async def test_what_goes_wrong_is_said(monkeypatch):
         async def play(board, kernels, addresses):
             import socket
             m.extra = socket.create_server(('127.0.0.1', 0))
-        async def remains(hosts, kernels, logs, ports, real=D.remains):
+        async def remains(hosts, logs, ports, real=D.remains):
             "What ends by itself has all the time it needs, so that the port alone is left"
-            assert await real(hosts, kernels, logs, ports | {m.extra.getsockname()[1]}) == []
-            return await real(hosts, kernels, logs, ports, patience=.1)
+            assert await real(hosts, logs, ports | {m.extra.getsockname()[1]}) == []
+            return await real(hosts, logs, ports, patience=.1)
         m.setattr(D, 'play', play)
         m.setattr(D, 'remains', remains)
         await fails('left behind: port')

@@ -35,6 +35,7 @@ def remote(net, tmp_path, tmp_path_factory, monkeypatch):
 def uid_of(pid): return psutil.Process(pid).uids().effective
 def at(node, path): return node.dir/'homes'/path.removeprefix('/home/') if path.startswith('/home/') else node.tmp/path.removeprefix('/tmp/')
 def owner(node, path): return (s := at(node, path).stat()).st_uid, s.st_mode & 0o777
+def kept(remote, user, km): return f'/tmp/gpssh-{remote.users[user]}/k-{km.provisioner.process.id}'   # what the user's agent has of a kernel
 def kernel_of(remote, user, name='ssh_python'): return remote.kernel(name, env=dict(os.environ, KERNEL_USERNAME=user))
 
 async def test_the_kernel_is_the_users(remote):
@@ -46,11 +47,11 @@ async def test_the_kernel_is_the_users(remote):
             env = await value(kc, 'dict(__import__("os").environ)')
             assert (env['HOME'], env['USER'], env['KERNEL_USERNAME'], await value(kc, '__import__("os").getcwd()')) == ('/home/ada', 'ada', 'ada', '/home/ada')
             assert env['PATH'].startswith(f'{sys.prefix}/bin:') and 'KERNEL_LAUNCH_SECRET' not in env
-            # log, connection file and listener are the user's, and nobody else's
-            assert uid_of(p.fields['pid']) == uid_of(p.fields['listener_pid']) == ada
+            # log, connection file and agent are the user's, and nobody else's
+            assert uid_of(p.fields['pid']) == uid_of(psutil.Process(p.fields['pid']).ppid()) == ada
             assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
-            assert owner(node, f'/home/ada/.local/share/jupyter/runtime/kernel-{km.kernel_id}.json') == (ada, 0o600)
-            assert owner(node, p.process.dir) == (remote.users['gateway'], 0o700)
+            assert owner(node, kept(remote, 'ada', km)+'/connection.json') == (ada, 0o600)
+            assert owner(node, kept(remote, 'ada', km)) == (ada, 0o700)
             # it is interrupted, in whatever it does
             await within(1, lambda: interrupt(km, kc))
             await within(1, lambda: interrupt(km, kc, 'import subprocess; subprocess.run(["sleep", "1000"])'))
@@ -87,8 +88,8 @@ async def test_users_have_nothing_of_each_other(remote):
     async with AsyncExitStack() as stack:
         (a, _), g = await asyncio.gather(*(stack.enter_async_context(kernel_of(remote, o)) for o in ('ada', 'grace')))
         assert await value(g.client, '__import__("getpass").getuser()') == 'grace' and owner(remote.node, f'/tmp/kernel-{g.km.kernel_id}.log')[0] == remote.users['grace']
-        pid, home = a.provisioner.fields['pid'], '/home/ada/.local/share/jupyter/runtime'
-        for path in (f'/tmp/kernel-{a.kernel_id}.log', f'{home}/kernel-{a.kernel_id}.json', f'/proc/{pid}/environ', f'{a.provisioner.process.dir}/pid'):
+        pid = a.provisioner.fields['pid']
+        for path in (f'/tmp/kernel-{a.kernel_id}.log', f'{kept(remote, "ada", a)}/connection.json', f'/proc/{pid}/environ', f'{kept(remote, "ada", a)}/record'):
             assert (await run(g, f'open({path!r})')).error.startswith('[Errno 13] Permission denied'), path
         assert (await run(g, f'import os; os.kill({pid}, 2)')).error.startswith('[Errno 1] Operation not permitted')
 

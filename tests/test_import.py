@@ -100,7 +100,7 @@ def test_configuration_of_the_stanza(bench):
     d = bench.old('python_distributed', gateway('python_distributed', 'P', 'python', PYTHON['argv'], config=conf))
     k = bench.take(d)
     assert config(k) == dict(remote_hosts=['node1', 'node2'], authorized_users=['ada', 'grace'], unauthorized_users=['eve'], port_range='40000..42000', launch_timeout=45)
-    assert 'config.yarn_endpoint of DistributedProcessProxy was left out' in bench.said and 'node2:' in bench.said
+    assert 'config.yarn_endpoint of DistributedProcessProxy was left out' in bench.said and 'ssh node1 ' in bench.said
     k = bench.take(d, '--replace', '--remote-hosts=gpu1', '--authorized-users=bob', '--launch-timeout=5', '--port-range=0..0')
     assert config(k) == dict(remote_hosts=['gpu1'], authorized_users=['bob'], unauthorized_users=['eve'], port_range='0..0', launch_timeout=5)
 

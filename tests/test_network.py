@@ -1,7 +1,8 @@
 """What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out of a network that lets
 nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
-import asyncio, contextlib, json, os, shutil, socket, subprocess, sys, textwrap, time
+import asyncio, contextlib, json, os, re, shutil, socket, subprocess, sys, textwrap, time
 from pathlib import Path
+from types import SimpleNamespace
 import psutil, pytest
 from gateway_provisioners_ssh.settings import LaunchError
 from conftest import need
@@ -56,7 +57,7 @@ async def test_transport_encryption(remote, net, policy, tunnel):
     assert len(seen) > 50_000, 'there was something to see'
     plain = policy == 'disabled' and not tunnel
     assert [o.encode() in seen for o in (cell, output)] == [plain, plain]
-    secrets = [info['key'], *(info[k] for k in CURVE[1:] if k in info), fields['control_key']]
+    secrets = [info['key'], *(info[k] for k in CURVE[1:] if k in info), *(fields[k] for k in ('control_key',) if k in fields)]   # tunnelled kernels have none
     assert not [o for o in secrets if (o if isinstance(o, bytes) else o.encode()) in seen], 'a key is in no packet'
 
 async def test_encryption_that_a_kernel_does_not_offer(remote):
@@ -360,3 +361,66 @@ async def test_kerberos_without_the_extra(remote, net):
     if int(paramiko.__version__.split('.')[0]) < 5: pytest.skip('this paramiko has GSSAPI')
     with pytest.raises(LaunchError, match=r'no GSSAPI; install gateway_provisioners_ssh\[gssapi\]'):
         async with remote.on('node4', config=dict(gss_auth=True)): pass
+
+# Why a start failed
+
+@pytest.fixture
+def ned(net, remote, tmp_path_factory):
+    "A login of node1 that is nobody special, and can read the kernelspec; a function that gives it another login shell"
+    node, passwd = net['node1'], net['node1'].dir/'passwd'
+    for o in (tmp_path_factory.getbasetemp(), remote.prefix): o.chmod(0o755)
+    if 'ned' not in node.users: node.add_user('ned')
+    need(node.run('sh', '-c', f'test -x {sys.executable} -a -r {remote.scripts} || echo other users cannot read {sys.prefix}', user='ned').strip())
+    def shell(path): passwd.write_text(re.sub(r'(?m)^(ned:.*:)[^:]*$', rf'\1{path}', passwd.read_text()))
+    remote.spec('ned', hosts=['ned@node1'])
+    yield SimpleNamespace(node=node, home=node.dir/'homes/ned', shell=shell)
+    shell('/bin/sh')
+
+async def why(remote, name='ned'):
+    "What the start of that kernel fails with"
+    with pytest.raises(LaunchError) as e: await remote.manager(name).start_kernel()
+    return str(e.value)
+
+@pytest.mark.parametrize('path', ['/bin/false', '/usr/sbin/nologin'])
+async def test_a_login_shell_that_runs_no_commands(remote, ned, path):
+    ned.shell(path)
+    said = await why(remote)
+    assert re.search(r'See what this says: ssh ned@\S+ /bin/sh', said), said
+    assert ('account is currently not available' if 'nologin' in path else 'as /bin/false is') in said
+
+async def test_a_log_that_may_not_be_written(remote, ned):
+    mode = ned.node.tmp.stat().st_mode & 0o7777
+    ned.node.tmp.chmod(0o755)
+    try: said = await why(remote)
+    finally: ned.node.tmp.chmod(mode)
+    assert 'cannot write the log' in said and 'Permission denied' in said and 'GP_KERNEL_LOG_DIR' in said, said
+
+@pytest.mark.parametrize('where', ['home', 'script'])
+async def test_what_need_not_be_written_or_read_on_the_host(remote, ned, where):
+    "A home that is read-only; a kernelspec that only the host application's user may read"
+    path = dict(home=ned.home, script=remote.scripts/'launch_ipykernel.py')[where]
+    mode = path.stat().st_mode & 0o7777
+    path.chmod(dict(home=0o555, script=0o600)[where])
+    try:
+        async with remote.kernel('ned') as (km, kc): assert await value(kc, '6*7') == 42
+    finally: path.chmod(mode)
+
+FLOODED = """
+import os, select, socket, sys
+from server_listener import Arguments, Launch, LaunchError, deliver, fail
+launch = Launch(Arguments('A launcher whose connection is one of too many').parse_known_args()[0])
+first = socket.create_connection(launch.peer)
+flood = [socket.create_connection(launch.peer) for _ in range(600)]
+select.select([first], [], [])
+socket.create_connection = lambda *args: first
+try: deliver(launch.ticket, launch.kernel_id, launch.peer, {})
+except LaunchError as e: fail(e)
+"""
+
+async def test_a_flood_is_not_taken_for_a_firewall(remote, net, monkeypatch):
+    "A launch whose report was dropped for newer connections says so"
+    monkeypatch.setenv('GP_RESPONSE_IP', net.address)   # by the network
+    (remote.scripts/'flooded.py').write_text(FLOODED)
+    remote.spec('flooded', lambda argv: [argv[0], *(o.replace('launch_ipykernel', 'flooded') for o in argv[1:])], hosts=['node1'])
+    said = await why(remote, 'flooded')
+    assert re.search(r'The response port was flooded: \d+ connections were dropped', said) and 'firewall' not in said.splitlines()[1], said

@@ -58,7 +58,7 @@ async def test_no_secret_is_told(net_remote, net, logged, secrets, monkeypatch):
                 await kc.wait_for_ready(timeout=60)
         await start('node1', argv=lambda _: LEGACY, allow_legacy_launchers=True)
         # failures of every kind
-        await fails(start('by-password', argv=lambda a: ['no-such-interpreter', *a[1:]]), LaunchError, 'status 127(?s:.*)no-such-interpreter: not found')
+        await fails(start('by-password', argv=lambda a: ['no-such-interpreter', *a[1:]]), LaunchError, 'no-such-interpreter: not found')
         await fails(start('by-password', argv=lambda a: ['sh', '-c', 'echo giving up; exit 3']), LaunchError, 'status 3(?s:.*)giving up')
         await fails(start('by-password', argv=lambda a: [a[0], '-c', 'raise SystemExit("crashed")']), LaunchError, 'status 1(?s:.*)crashed')
         await fails(start('by-password', kernel_log_dir='/no/such/directory'), LaunchError, 'cannot write the log /no/such/directory')
@@ -67,7 +67,7 @@ async def test_no_secret_is_told(net_remote, net, logged, secrets, monkeypatch):
         monkeypatch.setenv('GP_REMOTE_PWD', PASSWORD+'-wrong')
         await asyncio.to_thread(forget)
         await fails(start('by-password'), LaunchError, 'refused the login')
-        before, starting = len(secrets), asyncio.create_task(start('node3'))
+        before, starting = len(secrets), asyncio.create_task(start('node3', response_ip=net.address))
         await until(lambda: len(secrets) > before, what='a ticket')
         starting.cancel()
         await fails(starting, asyncio.CancelledError)
@@ -76,7 +76,7 @@ async def test_no_secret_is_told(net_remote, net, logged, secrets, monkeypatch):
               'argument vectors': b'\n'.join(vectors.seen), **{f'sshd of {h.name}': h.logfile.read_bytes() for h in net}}
     host.options = {}
     print({k: len(v) for k, v in texts.items() if not k.startswith('log of')}, len(secrets), 'forms of secrets,', vectors.rounds, 'looks at argument vectors')
-    assert {'password', 'ticket', 'psk', 'key', 'version 1 key', 'control_key', 'curve_secretkey'} == set(secrets.values())
+    assert {'password', 'psk', 'key', 'version 1 key', 'control_key', 'curve_secretkey'} == set(secrets.values())
     assert len(texts['logging']) > 20_000 and b'launch_ipykernel.py' in texts['argument vectors'] and any(k.startswith('log of') for k in texts)
     assert {k: found for k, text in texts.items() if (found := secrets.found_in(text))} == {}
 

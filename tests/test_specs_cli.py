@@ -7,6 +7,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh import cli, specs
 from gateway_provisioners_ssh.specs import PACKAGE, Spec, cluster, place
 from gateway_provisioners_ssh.toree import find_spark
+from hosts import interruptible
 
 BIN = Path(sys.executable).parent
 COMMAND = [str(BIN/'jupyter-ssh-spec'), 'install']
@@ -88,7 +89,7 @@ def test_r(bench, lang):
     assert (k['argv'], k['env'], k['display_name'], k['language']) == (['Rscript', f'{d}/scripts/launch_IRkernel.R', *IDS], {}, 'R SSH', 'R')
     assert tree(d) == ['kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_IRkernel.R', 'scripts/server_listener.py']
 
-def test_r_with_spark_and_an_interpreter_for_its_listener(bench):
+def test_r_with_spark_and_an_interpreter_beside_it(bench):
     k = bench.install('--language=R', '--spark', '--spark-master', 'spark://192.168.2.5:7077', '--spark-home=/usr/local/spark', '--python=/usr/bin/python3')
     d = bench.kernels/'ssh_r_spark'
     assert k['argv'] == [f'{d}/bin/run.sh', *SPARK_IDS, '--spark-context-initialization-mode', 'lazy']
@@ -125,26 +126,37 @@ def test_names(bench):
 @pytest.mark.parametrize('argv', [['--remote-hosts', 'gpu1', '--remote-hosts', 'alice@gpu2:2222'], ['--remote-hosts=gpu1,alice@gpu2:2222'], ['--remote_hosts', 'gpu1', '--SshSpecInstaller.remote_hosts=alice@gpu2:2222']])
 def test_remote_hosts(bench, argv):
     assert config(bench.install(*argv)) == {'remote_hosts': ['gpu1', 'alice@gpu2:2222'], 'launch_timeout': 30}
-    for o in ('ssh', 'scp'):
-        (bench.tmp/o).write_text(f'#!/bin/sh\nfor a; do printf "%s\\0" "$a" >> {bench.tmp}/{o}.args; done\n'); (bench.tmp/o).chmod(0o755)
-    lines = [o.strip() for o in bench.out.splitlines() if o.startswith('  ')]
-    assert len(lines)==2
-    for o in lines: subprocess.run(o, shell=True, check=True, env={'PATH': f'{bench.tmp}:/usr/bin:/bin'})
-    ssh, scp = [(bench.tmp/f'{o}.args').read_text().split('\0')[:-1] for o in ('ssh', 'scp')]
-    assert [*ssh[:2], *ssh[3:7]] == ['-n', 'gpu1', '-n', '-p', '2222', 'alice@gpu2'] and shlex.split(ssh[2]) == shlex.split(ssh[7]) == ['mkdir', '-p', str(bench.kernels)]
-    assert scp == ['-rp', str(bench.dir), f'gpu1:{bench.kernels}/', '-P', '2222', '-rp', str(bench.dir), f'alice@gpu2:{bench.kernels}/']
+    assert 'ssh gpu1 ' in bench.out and len(bench.out.splitlines()) == 2
 
-def test_copying_to_many_hosts_is_a_loop_that_fits_the_terminal(bench):
-    hosts = [f'ann@node{i:02}.cluster.example.org' for i in range(50)]
-    bench.install('--kernel-name', 'k', '--remote-hosts', ','.join([*hosts, 'gpu:2222', '2001:db8::7']))
-    script = '\n'.join(o[2:] for o in bench.out.splitlines() if o.startswith('  '))
-    assert max(len(o) for o in bench.out.splitlines() if 'node' in o) < 80 and bench.out.count(str(bench.dir))==3
-    (bench.tmp/'ssh').write_text(f'#!/bin/sh\necho "$2" >> {bench.tmp}/ssh.log\n')
-    (bench.tmp/'scp').write_text(f'#!/bin/sh\nfor a; do :; done\necho "$a" >> {bench.tmp}/scp.log\n')
-    for o in ('ssh', 'scp'): (bench.tmp/o).chmod(0o755)
-    subprocess.run(['sh', '-eu'], input=script, text=True, check=True, env={'PATH': f'{bench.tmp}:/usr/bin:/bin'})
-    assert (bench.tmp/'ssh.log').read_text().split() == [*hosts, '-p', '2001:db8::7']
-    assert (bench.tmp/'scp.log').read_text().splitlines() == [f'{o}:{bench.kernels}/' for o in [*hosts, 'gpu', '[2001:db8::7]']]
+@pytest.mark.parametrize('python,venv', [('~/k/bin/python', 'k'), ('$HOME/a b/bin/python3.9', 'a b'), ('${HOME}/$(id)/bin/python3', '$(id)'), ('python', 'k'), ('~/bin/python', None), ('/opt/k/bin/python', None)])
+def test_the_command_that_brings_ipykernel(bench, python, venv):
+    "Run as it is printed, by a shell here and one on the host: a virtual environment in the home there, else the interpreter itself"
+    assert bench.install('--python', python, '--remote-hosts', 'alice@gpu2:2222')['argv'][0] == python
+    command, _, then = bench.out.splitlines()[0].partition('To install ipykernel: ')[2].partition(', then ')
+    assert ('--python' in then) == (python == 'python')
+    home = bench.tmp/'there'
+    (home/'bin').mkdir(parents=True)
+    (home/'bin/python').symlink_to(bench.tmp/'python3')
+    for o, text in (('ssh', f'shift 3; HOME={home} exec sh -c "$1"'), ('python3', '[ "$2" != venv ] || { mkdir -p "$3/bin" && ln -s "$0" "$3/bin/pip"; }')):
+        (bench.tmp/o).write_text(f'#!/bin/sh\nfor a; do printf "%s\\0" "$a" >> {bench.tmp}/{o}.args; done\n{text}\n'); (bench.tmp/o).chmod(0o755)
+    got = subprocess.run(command, shell=True, env={'PATH': f'{bench.tmp}:/usr/bin:/bin'}, capture_output=True, text=True)
+    args = lambda o: (bench.tmp/f'{o}.args').read_text().split('\0')[:-1]
+    assert args('ssh')[:3] == ['-p', '2222', 'alice@gpu2']
+    if python.startswith('/'): assert args('ssh')[3] == f'{python} -m pip install ipykernel' and python in got.stderr
+    else: assert got.returncode == 0 and args('python3') == (['-m', 'venv', f'{home}/{venv}'] if venv else ['-m', 'pip']) + ['install', 'ipykernel']
+
+@pytest.mark.parametrize('argv', [[], ['--language=R'], ['--from-kernel=python3'], ['--spark']])
+@pytest.mark.parametrize('word', ['--python', '--BaseSpecApp.python'])
+def test_the_home_of_the_hosts(bench, argv, word):
+    "What means their home is not replaced by the one here; where the shell has done that, it is said"
+    text = json.dumps(bench.install(*argv, f'{word}=~/k/bin/python', '--kernel-name=k'))
+    assert '"~/k/bin/python"' in text and str(bench.tmp)+'/k' not in text and 'k/bin/python' not in bench.log
+    bench.install(*argv, f'{word}={bench.tmp}/k/bin/python', '--kernel-name=k', '--replace')
+    assert "--python '~/k/bin/python'" in bench.log
+    (bench.tmp/'k/bin').mkdir(parents=True)
+    (bench.tmp/'k/bin/python').symlink_to(sys.executable)
+    bench.install(*argv, f'{word}={bench.tmp}/k/bin/python', '--kernel-name=k', '--replace')
+    assert "'~/k/bin/python'" not in bench.log
 
 @pytest.mark.parametrize('there,words', [('console lab execute', 'jupyter console --kernel k'), ('lab notebook', "jupyter lab, and choose 'My K'"), ('notebook execute', "jupyter notebook, and choose 'My K'"),
     ('execute', 'jupyter execute --kernel_name=k NOTEBOOK.ipynb'), ('', 'pip install jupyter-console && jupyter console --kernel k')])
@@ -158,22 +170,20 @@ def test_what_to_try_is_installed(tmp_path, monkeypatch, there, words):
     monkeypatch.delenv('JUPYTER_PATH')
     assert f"JUPYTER_PATH='{tmp_path}/a b' jupyter " in cli.try_it('k', 'My K', tmp_path/'a b/kernels')
 
-def test_the_name_service_is_asked_for_many_hosts_at_once_and_waiting_is_told(monkeypatch, tmp_path):
-    def slow(host): time.sleep(.8)
-    monkeypatch.setattr(cli.Host, 'is_local', slow)
-    begun, told = time.monotonic(), []
-    assert cli.next_steps(tmp_path/'k', Spec(), [cli.Host(f'h{i}') for i in range(50)], lambda *o: told.append(o)).count('h49')
-    assert time.monotonic() - begun < 10 and len(told)==1 and told[0][1]==50
-
-def test_localhost_given_is_written_and_needs_no_copy(bench):
+def test_localhost_given_is_written_and_needs_nothing_more(bench):
     assert config(bench.install('--remote-hosts', 'localhost'))['remote_hosts'] == ['localhost']
-    assert 'scp' not in bench.out and len(bench.out.splitlines()) == 1
+    assert len(bench.out.splitlines()) == 1
 
-def test_without_hosts_it_is_said_where_copies_are_needed(bench):
+def test_without_hosts_it_is_said_what_any_host_needs(bench):
     assert 'remote_hosts' not in config(bench.install())
-    assert bench.out.splitlines()[0] == f'Every host that the host application has (GP_REMOTE_HOSTS) needs a copy of {bench.dir}, in the same place'
+    assert bench.out.startswith('Every host needs ipykernel for python. To install ipykernel: ssh HOST ')
     assert config(bench.install('--replace', GP_REMOTE_HOSTS='gpu1')) == dict(launch_timeout=30)
-    assert f'gpu1:{bench.kernels}' in shlex.split(bench.out.splitlines()[1])[-1] and 'Every host' not in bench.out
+    assert 'ssh gpu1 ' in bench.out
+
+@pytest.mark.parametrize('argv,words', [(['--language=R'], 'R with IRkernel'), (['--language=Scala'], 'Spark at /opt/spark, Java'), (['--from-kernel=python3'], 'the kernel itself')])
+def test_what_hosts_need(bench, argv, words):
+    bench.install(*argv)
+    assert bench.out.splitlines()[0] == f'Every host needs {words}'
 
 def test_users(bench):
     k = bench.install('--authorized-users', 'bob', '--authorized-users', 'alice', '--unauthorized-users', 'eve,mallory')
@@ -260,7 +270,7 @@ def test_configuration_file_in_the_usual_place(bench):
 def test_environment_gives_defaults(bench, pre):
     env = {f'{pre}_REMOTE_HOSTS': 'gpu1,gpu2', f'{pre}_PORT_RANGE': '40000..42000', f'{pre}_LAUNCH_TIMEOUT': '99', f'{pre}_AUTHORIZED_USERS': 'ann', f'{pre}_UNAUTHORIZED_USERS': 'eve'}
     assert config(bench.install(**env)) == {'port_range': '40000..42000', 'launch_timeout': 99}
-    assert 'gpu2:' in bench.out
+    assert 'ssh gpu1 ' in bench.out
     assert config(bench.install('--replace', '--launch-timeout=5', '--port-range=0..0', **env)) == {'port_range': '0..0', 'launch_timeout': 5}
     app_env = dict(env, GP_LAUNCH_TIMEOUT='7', EG_LAUNCH_TIMEOUT='8')
     assert config(bench.install('--replace', **app_env))['launch_timeout'] == 7
@@ -342,7 +352,8 @@ def test_output_that_cannot_be_written(bench):
 def test_interrupted(bench):
     python = bench.tmp/'slow'
     python.write_text('#!/bin/sh\necho > "$0.runs"; exec sleep 60\n'); python.chmod(0o755)
-    p = subprocess.Popen([*COMMAND, '--prefix', str(bench.prefix), '--python', str(python)], env=bench.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen([*COMMAND, '--prefix', str(bench.prefix), '--python', str(python)], env=bench.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         preexec_fn=interruptible)
     while not Path(f'{python}.runs').exists(): time.sleep(.05)
     p.send_signal(signal.SIGINT)
     assert p.communicate(timeout=20)[0]=='' and p.returncode==130 and not bench.prefix.exists()
@@ -480,7 +491,7 @@ def test_missing_pieces_name_the_mending_command(bench, monkeypatch):
     bench.install()
     assert "'python' does not run on this machine" in bench.log and '--python' in bench.log
     bench.install('--language', 'R', name='ssh_r')
-    assert 'apt-get install r-base-core r-cran-irkernel' in bench.log and 'pip install pycryptodomex' in bench.log
+    assert 'apt-get install r-base-core r-cran-irkernel' in bench.log
     bench.env.pop('JAVA_HOME', None)
     bench.install('--spark', '--spark-home', '/nowhere', name='ssh_python_spark')
     assert 'pip install "pyspark<4"' in bench.log and '--spark-home DIR' in bench.log and 'default-jre-headless' in bench.log

@@ -533,6 +533,7 @@ Kernel.end,Kernel.discard,Kernel.settle_orphan,Kernel.end_orphan = end,discard,s
 class Agent:
     "All that one login has on this host"
     keep = 7*86400 # Seconds that the record of an ended kernel waits for its host application
+    idle = 3 # Seconds without a kernel and without a request after which an agent ends that only came for one user's kernels
 
     def __init__(self, directory, version):
         self.dir,self.version,self.loop,self.mask = directory,version,Loop(self.failed),os.umask(0o22)
@@ -545,7 +546,7 @@ class Agent:
         for o in ((top if top.startswith('/') else os.path.expanduser('~/.cache')) + '/gateway_provisioners_ssh', self.dir + '/files'):
             try: os.makedirs(o, 0o700, exist_ok=True)
             except OSError: continue # no home, or one that is read-only
-            if os.access(o, os.W_OK|os.X_OK) and os.stat(o).st_uid == os.getuid(): return o
+            if os.access(o, os.W_OK|os.X_OK) and os.stat(o).st_uid == os.getuid(): os.chmod(o, 0o700); return o
         return self.dir # where `put` will say what is wrong
 
     def failed(self):
@@ -654,12 +655,16 @@ class Agent:
             if peer: self.loop.attempt(peer.ended)
 
     def settle(self):
-        "End this agent soon if it has neither kernels nor clients"
-        busy = self.clients or any(not o.ended for o in self.kernels.values())
+        "Close control ports that no kernel needs. End this agent soon if it has neither kernels nor clients; a login's agent that came by sudo is no reason to stay for long"
+        running = [o for o in self.kernels.values() if not o.ended]
+        used = {(o.record['control'] or {}).get('port') for o in running}
+        for at in [k for k,v in self.ports.items() if v.server.getsockname()[1] not in used]: self.ports.pop(at).close()
+        busy = running or any(not o.is_peer for o in self.clients)
         self.loop.cancel(self.leaving)
-        self.leaving = None if busy else self.loop.later(1, self.leave)
+        self.leaving = None if busy else self.loop.later(self.idle if self.clients else 1, self.leave)
 
     def leave(self):
+        if any(time.monotonic() - o.stream.heard < self.idle for o in self.clients): return self.settle()
         self.loop.over = True
         try:
             lock = os.open(self.dir, os.O_RDONLY)
@@ -674,9 +679,9 @@ class Agent:
         try: os.rmdir(self.dir)
         except OSError: pass # records of ended kernels wait there, or another version works there
 
-    def add_client(self, reader, writer, env, stay=None):
+    def add_client(self, reader, writer, env, stay=None, is_peer=False):
         "A connection that speaks frames; `stay` is a descriptor to close at its end, for which the process that brought it waits"
-        try: c = Client(self, reader, writer, env, stay)
+        try: c = Client(self, reader, writer, env, stay, is_peer)
         except OSError: # nothing that can be waited for
             for o in (reader, writer, stay): o is not None and os.close(o)
             return
@@ -694,19 +699,19 @@ class Agent:
         if not isinstance(said, dict): return b''
         if len(visitor.fds) == 3 and isinstance(said.get('env'), dict):
             fds,visitor.fds = visitor.fds,[]
-            self.add_client(*fds[:2], said['env'], fds[2])
+            self.add_client(*fds[:2], said['env'], fds[2], bool(said.get('is_peer')))
             return b''
         k = self.tokens.pop(said.get('token'), None) if isinstance(said.get('token'), str) and len(line) <= 2**16 else None # what is passed on has to fit in a frame
         return json.dumps(k.reported(said)).encode() + b'\n' if k else b''
 
 # %% ../../nbs/03_agent.ipynb #c125c40a
 def reported(self, said): # dict: `comm_port`, `control_key`
-    "The launcher's report: `ip` that the kernel listens on, `pgid` of the kernel, paths to `remove` at its end, `fields` for the host application"
+    "The launcher's report: `ip` that the kernel listens on, `pgid` of the kernel, paths to `remove` at its end, `fields` for the host application; `control` says whether control requests are to be taken, else those for kernels that are reached directly are"
     pgid,remove,ip = said.get('pgid'),said.get('remove'),said.get('ip')
     self.add_group(pgid)
     tops = tuple(o + '/' for o in (self.tmp, os.environ.get('TMPDIR'), '/tmp') if o)
     self.record['remove'] = [o for o in remove if isinstance(o, str) and o.startswith(tops) and os.path.normpath(o) == o][:8] if isinstance(remove, list) else []
-    if isinstance(ip, str) and not ip.startswith('127.'): self.record['control'] = self.agent.control(dict(ip=ip, ports=self.record['ports'], key=os.urandom(32).hex()))
+    if isinstance(ip, str) and said.get('control', not ip.startswith('127.')): self.record['control'] = self.agent.control(dict(ip=ip, ports=self.record['ports'], key=os.urandom(32).hex()))
     self.save()
     c = self.record['control']
     control = dict(comm_port=c['port'], control_key=c['key']) if c else {}
@@ -720,8 +725,8 @@ Kernel.reported = reported
 # %% ../../nbs/03_agent.ipynb #f3dbef51
 class Client:
     "A host application that is connected"
-    def __init__(self, agent, reader, writer, env, stay):
-        self.agent,self.env,self.stay,self.peers,self.parts,self.patience,self.timer = agent,env,stay,{},{},0,None
+    def __init__(self, agent, reader, writer, env, stay, is_peer):
+        self.agent,self.env,self.stay,self.is_peer,self.peers,self.parts,self.patience,self.timer = agent,env,stay,is_peer,{},{},0,None
         self.stream = Stream(agent.loop, reader, writer, self.received, self.left)
         self.send = self.stream.send
 
@@ -887,9 +892,8 @@ def control(self, wanted):
         server = _listening(wanted['ip'], wanted.get('ports'), wanted.get('port'))
         if not server: return None
         greeting = lambda v: json.dumps(dict(version=2, nonce=v.nonce.hex())).encode() + b'\n'
-        Visitors(self.loop, server, self.asked, greeting)
-        self.ports[at] = server.getsockname()[1]
-    return dict(wanted, port=self.ports[at])
+        self.ports[at] = Visitors(self.loop, server, self.asked, greeting)
+    return dict(wanted, port=self.ports[at].server.getsockname()[1])
 
 def _listening(ip, ports, first):
     "A socket that listens on the port `first`, or on a free one of `ports` (lowest, highest), or on any"
@@ -999,7 +1003,7 @@ def bootstrap(
     pythons, # Interpreters to try, before those that every host may have
     source, # This file, compressed by zlib
     version, # What tells agents apart whose files differ
-    token='', # The first line that the agent writes, after whatever the login's own files have written
+    token='', # The first line that the agent writes, after whatever the login's own files have written; none for a login's agent that comes by sudo
 ): # bytes: what goes to standard input of `COMMAND`
     "The lines that become the agent"
     def quoted(o): return "'" + o.replace("'", "'\\''") + "'"
@@ -1016,10 +1020,10 @@ def login_environment(): # dict
     except OSError: env = dict(os.environ)
     return {k: v for k,v in env.items() if k and not k.startswith('GPSSH_') and k not in ('_', 'OLDPWD')}
 
-def hand_over(server, env):
+def hand_over(server, env, is_peer):
     "Give standard input and output to the agent behind `server`, and stay, as the SSH server wants, until it closes the pipe"
     r,w = os.pipe()
-    line = json.dumps(dict(env=env)).encode() + b'\n'
+    line = json.dumps(dict(env=env, is_peer=is_peer)).encode() + b'\n'
     sent = server.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('3i', 0, 1, w))])
     if sent < len(line): server.sendall(line[sent:]) # to send nothing would be an error once the agent has hung up
     null = os.open(os.devnull, os.O_RDWR)
@@ -1044,7 +1048,7 @@ def main(version):
     server = socket.socket(socket.AF_UNIX)
     try: server.connect(directory + '/agent-' + version)
     except OSError: server.close()
-    else: return hand_over(server, env)
+    else: return hand_over(server, env, not token)
     for o in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE): signal.signal(o, signal.SIG_IGN)
     agent = Agent(directory, version)
     ends = os.dup(0),os.dup(1)
@@ -1053,7 +1057,7 @@ def main(version):
     try:
         with open('/proc/self/comm', 'w') as f: f.write('gpssh-agent')
     except OSError: pass
-    agent.add_client(*ends, env)
+    agent.add_client(*ends, env, is_peer=not token)
     agent.serve(lock)
 
 if 'SOURCE' in globals():

@@ -6,7 +6,7 @@
 __all__ = ['AGENT_SOCKET', 'OPTIONS', 'CHANNELS', 'LaunchError', 'log', 'fail', 'Ticket', 'Arguments', 'address', 'port_range',
            'loopback', 'route_ip', 'bind_ip', 'bound', 'again', 'free', 'reserve', 'share', 'runtime_dir',
            'connection_fields', 'write_private', 'tell_agent', 'hpke', 'seal', 'mac', 'same', 'deliver', 'runtime_file',
-           'Launch', 'fork', 'lead', 'exists', 'when_listening', 'report', 'report_later', 'report_now', 'main']
+           'Launch', 'fork', 'lead', 'exists', 'end', 'when_listening', 'report', 'report_later', 'report_now', 'main']
 
 # %% ../../nbs/08_listener.ipynb #c02536d0
 import argparse, base64, errno, json, os, signal, socket, sys, time
@@ -342,6 +342,18 @@ def exists(pid:int) -> bool:
         with open(f'/proc/{pid}/stat') as f: return f.read().rpartition(')')[2].split()[0] != 'Z'
     except OSError: return not os.path.exists('/proc/self/stat') # a system without /proc
 
+def end(
+    pid:int, # The kernel, which leads a process group
+    grace:float=5, # Seconds
+):
+    "End a kernel that nobody wants: SIGTERM now, SIGKILL to what is left of its group after `grace`"
+    try:
+        os.kill(pid, signal.SIGTERM)
+        until = time.monotonic() + grace
+        while exists(pid) and time.monotonic() < until: time.sleep(.05)
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+
 def when_listening(
     fields:dict, # Connection fields
     pid:int, # The kernel
@@ -380,8 +392,10 @@ def report_later(launch, fields, pid, remove=(), listening=False):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os.setsid()
         try:
+            if launch.ticket.network or not launch.ticket.socket: hpke() # while the kernel starts; and what is missing is said at once
             if listening or when_listening(fields, pid): report(launch, fields, pid, remove)
-        except BaseException: os.kill(pid, signal.SIGTERM); raise
+        except LaunchError as e: log(e, 'sender'); end(pid)
+        except BaseException: end(pid); raise
     os.waitpid(fork(lambda: fork(send, 'sender'), 'sender'), 0)
 
 def report_now(launch, fields, pid):
@@ -408,9 +422,10 @@ def main(
         if when_listening(fields, pid): report(launch, fields, pid, args.remove)
     except LaunchError as e:
         if pid:
+            log(e)
             signal.signal(signal.SIGTERM, signal.SIG_IGN) # we may be in its group
-            try: os.kill(pid, signal.SIGTERM)
-            except ProcessLookupError: pass
+            end(pid)
+            sys.exit(e.status)
         fail(e)
 
 # %% ../../nbs/08_listener.ipynb #0b560378

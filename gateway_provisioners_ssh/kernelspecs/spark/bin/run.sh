@@ -67,7 +67,7 @@ elif only 'lib/toree-launcher_*.jar'; then
   front=(--jars "$file" --class launcher.ToreeLauncher)
   SPARK_OPTS=${SPARK_OPTS:-$__TOREE_SPARK_OPTS__}
   split TOREE_OPTS "${TOREE_OPTS:-$__TOREE_OPTS__}"; toree=("${words[@]}")
-else die "no launcher in $here/scripts or $here/lib: repeat jupyter ssh-spec install --replace, and copy the kernelspec to this host"
+else die "no launcher in $here/scripts or $here/lib: repeat jupyter ssh-spec install --replace"
 fi
 split LAUNCH_OPTS "$LAUNCH_OPTS"; launch=("${words[@]}")
 split SPARK_OPTS "$SPARK_OPTS"
