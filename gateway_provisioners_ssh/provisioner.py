@@ -246,6 +246,7 @@ async def _start_on(self:DistributedProvisioner, host, request, deadline):
             raise _as_launch_error(target.conn, request, e) from None
         finally: silence.cancel()
 
+# %% ../nbs/07_provisioner.ipynb #c9a6a603
 @patch
 async def _spawn(self:DistributedProvisioner, target, request, launch):
     user = request.user if self.impersonation_enabled else ''
@@ -270,6 +271,7 @@ async def _reported(self:DistributedProvisioner, target, request, deadline, star
     if not reported(): raise await self._explain_failure(target.conn, process, request, expected.crowded_out if expected else 0)
     return process
 
+# %% ../nbs/07_provisioner.ipynb #d9355081
 @patch
 def _encrypted(self:DistributedProvisioner, conn, launch, fields):
     "`fields`; raises `LaunchError` if the kernel was to be encrypted and is not"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_UNKNOWN', 'AgentClosed', 'NoPython', 'Refusal', 'agent_source', 'AgentSession', 'request', 'greeting', 'ping',
-           'answers', 'local_session', 'Tree', 'tree_of', 'ship', 'RemoteProcess', 'signal', 'tail', 'release', 'spawn']
+           'answers', 'local_session', 'Tree', 'tree_of', 'ship', 'RemoteProcess', 'again', 'heard', 'end', 'lose',
+           'forget', 'signal', 'tail', 'release', 'spawn']
 
 # %% ../nbs/03b_remote.ipynb #f8d31f93
 import asyncio, hashlib, json, os, re, secrets, socket, stat, sys, zlib
@@ -32,6 +33,7 @@ def agent_source() -> tuple: # Compressed file, version
     text = (files('gateway_provisioners_ssh')/'launchers/agent.py').read_bytes()
     return zlib.compress(text, 9),hashlib.sha256(text).hexdigest()[:12]
 
+# %% ../nbs/03b_remote.ipynb #9839b1e9
 class AgentSession:
     "One connection to the agent of a host; feed it what the host writes, and `await start()`"
     max_noise = 2**16 # Bytes that a login may write before the agent
@@ -87,6 +89,7 @@ class AgentSession:
         if not self.over.done(): self.over.set_result(None)
         self._close()
 
+# %% ../nbs/03b_remote.ipynb #f8a3014f
 def _fail(fut, error):
     if not fut.done(): fut.set_exception(error); fut.exception()
 
@@ -119,6 +122,9 @@ def _checked_hello(m):
     if not all(isinstance(o, str) and o.startswith('/') for o in (cache, home)) or not isinstance(trees, list): raise ValueError('not a greeting')
     return dict(cache=cache, home=home, trees={o for o in trees if isinstance(o, str)}, version=m.get('version'), python=m.get('python'), pid=m.get('pid'))
 
+for _f in (_received, _event): setattr(AgentSession, _f.__name__, _f)
+
+# %% ../nbs/03b_remote.ipynb #5b29f9f3
 async def request(self:AgentSession,
     op:str, # See the agent's table of requests
     data:bytes=b'', # Raw bytes that go with it
@@ -168,7 +174,7 @@ async def answers(self:AgentSession,
     except asyncio.TimeoutError: return False
     return True
 
-for _f in (_received, _event, request, _ask, greeting, ping, answers): setattr(AgentSession, _f.__name__, _f)
+for _f in (request, _ask, greeting, ping, answers): setattr(AgentSession, _f.__name__, _f)
 
 # %% ../nbs/03b_remote.ipynb #835c1763
 async def local_session(
@@ -226,6 +232,7 @@ def tree_of(
     _known_trees[directory] = found,tree
     return tree
 
+# %% ../nbs/03b_remote.ipynb #6092fa8e
 async def ship(self:AgentSession,
     tree:Tree,
     user:str='', # See `request`
@@ -290,31 +297,34 @@ class RemoteProcess:
             except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # the host could not even ask
             finally: session.processes.pop((self.user, self.id), None)
 
-    def again(self):
-        "The agent that had it is gone: ask the next one"
-        self._stale.set()
+# %% ../nbs/03b_remote.ipynb #36328fd5
+def again(self):
+    "The agent that had it is gone: ask the next one"
+    self._stale.set()
 
-    def heard(self, event:str, m:dict):
-        "Take what the agent says of it"
-        fields,status = m.get('fields' if event == 'report' else 'report'),m.get('status')
-        if isinstance(fields, dict): _resolve(self.report, fields)
-        if event == 'ended' or event == 'watched' and not m.get('running'):
-            self.end(status) if type(status) is int and -256 < status < 256 else self.lose()
+def heard(self, event:str, m:dict):
+    "Take what the agent says of it"
+    fields,status = m.get('fields' if event == 'report' else 'report'),m.get('status')
+    if isinstance(fields, dict): _resolve(self.report, fields)
+    if event == 'ended' or event == 'watched' and not m.get('running'):
+        self.end(status) if type(status) is int and -256 < status < 256 else self.lose()
 
-    def end(self, code:int):
-        "Take `code` for the process's exit code and stop following"
-        if self.returncode is not None: return
-        self.returncode = code
-        _resolve(self.exited, code)
+def end(self, code:int):
+    "Take `code` for the process's exit code and stop following"
+    if self.returncode is not None: return
+    self.returncode = code
+    _resolve(self.exited, code)
 
-    def lose(self):
-        "Take the process for ended, although nobody knows how"
-        self.lost = self.lost or self.returncode is None
-        self.end(EXIT_UNKNOWN)
+def lose(self):
+    "Take the process for ended, although nobody knows how"
+    self.lost = self.lost or self.returncode is None
+    self.end(EXIT_UNKNOWN)
 
-    def forget(self):
-        "Stop following; the process goes on"
-        if self._follower: self._follower.cancel()
+def forget(self):
+    "Stop following; the process goes on"
+    if self._follower: self._follower.cancel()
+
+RemoteProcess.again,RemoteProcess.heard,RemoteProcess.end,RemoteProcess.lose,RemoteProcess.forget = again,heard,end,lose,forget
 
 # %% ../nbs/03b_remote.ipynb #2744edb7
 async def _insist(self:RemoteProcess, op, **arguments):

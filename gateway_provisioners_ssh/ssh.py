@@ -263,6 +263,7 @@ async def _connect(self:SSHConnection):
     try: return link,await self._new_session(link)
     except Exception as e: raise explain(e, self.host, self.routes[-1], time.monotonic()-begun) from None
 
+# %% ../nbs/04_ssh.ipynb #0e14e864
 async def _new_session(self:SSHConnection, link):
     patience = 2*self.login.connect_timeout
     try: chan = await in_time(in_thread(_exec, link.transport), patience)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_LINE', 'MAX_DATA', 'MAX_UNSENT', 'OPERATIONS', 'FIRST_STAGE', 'COMMAND', 'encode', 'Decoder', 'expand', 'raw',
-           'Refused', 'private_directory', 'remove_tree', 'write_file', 'Log', 'start_time', 'signal_groups', 'spawn',
-           'Loop', 'Stream', 'Visitors', 'Visitor', 'Kernel', 'status_of', 'end', 'discard', 'settle_orphan',
-           'end_orphan', 'Agent', 'reported', 'Client', 'control', 'asked', 'Peer', 'bootstrap', 'login_environment',
-           'hand_over', 'main']
+           'Refused', 'private_directory', 'remove_tree', 'write_file', 'Log', 'write', 'tail', 'remove', 'close',
+           'start_time', 'signal_groups', 'spawn', 'Loop', 'Stream', 'Visitors', 'Visitor', 'Kernel', 'listen', 'look',
+           'written_status', 'status_of', 'end', 'discard', 'settle_orphan', 'end_orphan', 'Agent', 'serve', 'tend',
+           'adopt', 'take_over', 'reap', 'settle', 'leave', 'add_client', 'visited', 'reported', 'Client', 'control',
+           'asked', 'Peer', 'bootstrap', 'login_environment', 'hand_over', 'main']
 
 # %% ../../nbs/03_agent.ipynb #dd636d0d
 import binascii, errno, fcntl, heapq, io, json, os, re, select, selectors, signal, socket, struct, sys, time
@@ -136,53 +137,59 @@ class Log:
         else: os.close(fd)
         return self
 
-    def write(self, data):
-        "Add `data`, oldest output giving way; what cannot be written is lost"
-        while data and self.fd is not None:
-            try:
-                if self.size >= self.half: self._rotate()
-                n = os.write(self.fd, data[:self.half - self.size])
-            except OSError: return
-            self.size += n
-            data = data[n:]
-
-    def _rotate(self):
+# %% ../../nbs/03_agent.ipynb #10d7b3ab
+def write(self, data):
+    "Add `data`, oldest output giving way; what cannot be written is lost"
+    while data and self.fd is not None:
         try:
-            part = b'%s.%s' % (self.path, os.urandom(6).hex().encode())
-            fd = self._new(part)
-            try:
-                os.link(self.path, part + b'o', follow_symlinks=False)
-                try: os.rename(part + b'o', self.path + b'.1')
-                except OSError: os.unlink(part + b'o')
-                os.rename(part, self.path)
-            except OSError: os.close(fd); os.unlink(part); raise
-            os.close(self.fd)
-            self.fd = fd
-        except OSError: os.ftruncate(self.fd, 0)
-        self.size = 0
+            if self.size >= self.half: self._rotate()
+            n = os.write(self.fd, data[:self.half - self.size])
+        except OSError: return
+        self.size += n
+        data = data[n:]
 
-    def tail(self, lines):
-        "The last `lines` lines, at most 64 KiB"
-        out = b''
-        for o in (self.path + b'.1', self.path):
-            try: fd = os.open(o, os.O_RDONLY|os.O_NOFOLLOW|os.O_NONBLOCK)
-            except OSError: continue
-            st = os.fstat(fd)
-            if st.st_uid != os.getuid() or st.st_mode & 0o170000 != 0o100000: os.close(fd); continue # laid there by another user
-            with open(fd, 'rb') as f:
-                f.seek(max(0, st.st_size - 65536))
-                out += f.read(65536)
-        return b''.join(out.splitlines(True)[-lines:])[-65536:].decode('utf-8', 'replace') if lines > 0 else ''
+def _rotate(self):
+    try:
+        part = b'%s.%s' % (self.path, os.urandom(6).hex().encode())
+        fd = self._new(part)
+        try:
+            os.link(self.path, part + b'o', follow_symlinks=False)
+            try: os.rename(part + b'o', self.path + b'.1')
+            except OSError: os.unlink(part + b'o')
+            os.rename(part, self.path)
+        except OSError: os.close(fd); os.unlink(part); raise
+        os.close(self.fd)
+        self.fd = fd
+    except OSError: os.ftruncate(self.fd, 0)
+    self.size = 0
 
-    def remove(self):
-        for o in (self.path, self.path + b'.1'):
-            try: os.unlink(o)
-            except OSError: pass
-        self.close()
+Log.write,Log._rotate = write,_rotate
 
-    def close(self):
-        if self.fd is not None: os.close(self.fd)
-        self.fd = None
+# %% ../../nbs/03_agent.ipynb #a66906cf
+def tail(self, lines):
+    "The last `lines` lines, at most 64 KiB"
+    out = b''
+    for o in (self.path + b'.1', self.path):
+        try: fd = os.open(o, os.O_RDONLY|os.O_NOFOLLOW|os.O_NONBLOCK)
+        except OSError: continue
+        st = os.fstat(fd)
+        if st.st_uid != os.getuid() or st.st_mode & 0o170000 != 0o100000: os.close(fd); continue # laid there by another user
+        with open(fd, 'rb') as f:
+            f.seek(max(0, st.st_size - 65536))
+            out += f.read(65536)
+    return b''.join(out.splitlines(True)[-lines:])[-65536:].decode('utf-8', 'replace') if lines > 0 else ''
+
+def remove(self):
+    for o in (self.path, self.path + b'.1'):
+        try: os.unlink(o)
+        except OSError: pass
+    self.close()
+
+def close(self):
+    if self.fd is not None: os.close(self.fd)
+    self.fd = None
+
+Log.tail,Log.remove,Log.close = tail,remove,close
 
 # %% ../../nbs/03_agent.ipynb #12cce699
 def start_time(pid): # str; '' if there is no such process, or it has ended and waits for its parent
@@ -204,6 +211,7 @@ def signal_groups(groups, signum): # bool
         except OSError as e: raise Refused('signal %d: %s' % (signum, e.strerror))
     return sent
 
+# %% ../../nbs/03_agent.ipynb #4a2bd614
 def spawn(
     argv, # list of str
     env, # dict: the whole environment
@@ -325,6 +333,7 @@ class Stream:
             os.close(o)
         self.closed()
 
+# %% ../../nbs/03_agent.ipynb #57cd9a75
 class Visitors:
     "Connections to a listening socket; each sends one line, gets one answer and is closed"
     def __init__(self, loop, server, answer, greeting=lambda visitor: b'', limit=4096, most=64, seconds=5):
@@ -374,6 +383,7 @@ class Visitors:
         self.loop.on(self.server.fileno())
         self.server.close()
 
+# %% ../../nbs/03_agent.ipynb #f3809e8d
 class Visitor:
     "One connection: what it sent, descriptors it passed, its nonce"
     def __init__(self, sock): self.sock,self.got,self.fds,self.nonce = sock,bytearray(),[],os.urandom(32)
@@ -413,53 +423,6 @@ class Kernel:
         self.record['groups'].append(pgid)
         if self.owned(): self.save()
 
-    def listen(self):
-        "Take what the kernel writes"
-        for o in (self.dir + '/out', '/proc/%d/fd/1' % self.record['pid']): # the other way to a pipe whose name was removed
-            try:
-                self.fd = os.open(o, os.O_RDONLY|os.O_NONBLOCK)
-                return self.agent.loop.on(self.fd, self._output)
-            except OSError: self._deaf()
-
-    def _output(self, most=2**16):
-        try: data = os.read(self.fd, most)
-        except BlockingIOError: return b''
-        except OSError: data = b''
-        self.log.write(data)
-        if not data: self._deaf()
-        return data
-
-    def _deaf(self):
-        if self.fd is None: return
-        self.agent.loop.on(self.fd)
-        os.close(self.fd)
-        self.fd = None
-
-    def look(self):
-        "Whether a process that is not our child has ended"
-        if self.ended: return
-        if start_time(self.record['pid']) != self.record['start'] or not self.record['start']:
-            status = self.written_status()
-            self.looks += 1
-            self._let_go()
-            if status is None and self.looks < 100 and not self.owned() and os.path.exists(self.dir): return self.agent.loop.later(.1, self.look) # its parent is about to say
-            return self.end(status)
-        if self.pidfd is None and hasattr(os, 'pidfd_open'):
-            try: self.pidfd = os.pidfd_open(self.record['pid'])
-            except OSError: pass
-            else: return self.agent.loop.on(self.pidfd, self.look)
-        self.agent.loop.later(.5, self.look)
-
-    def _let_go(self):
-        if self.pidfd is not None: self.agent.loop.on(self.pidfd); os.close(self.pidfd)
-        self.pidfd = None
-
-    def written_status(self):
-        "The status, where the agent that was its parent has put it down; else None"
-        try:
-            with open(self.dir + '/status') as f: return json.loads(f.read())
-        except (OSError, ValueError): return None
-
     def signal(self, signum):
         "To all its process groups; an interrupt only to that of the kernel itself, which under Spark is not the first"
         return signal_groups(self.record['groups'][-1:] if signum == signal.SIGINT else self.record['groups'], signum)
@@ -468,6 +431,59 @@ class Kernel:
         "End it: SIGTERM now, SIGKILL after `grace` seconds"
         self.signal(signal.SIGTERM)
         self.agent.loop.later(grace, lambda: self.ended or self.signal(signal.SIGKILL))
+
+# %% ../../nbs/03_agent.ipynb #e9c293c0
+def listen(self):
+    "Take what the kernel writes"
+    for o in (self.dir + '/out', '/proc/%d/fd/1' % self.record['pid']): # the other way to a pipe whose name was removed
+        try:
+            self.fd = os.open(o, os.O_RDONLY|os.O_NONBLOCK)
+            return self.agent.loop.on(self.fd, self._output)
+        except OSError: self._deaf()
+
+def _output(self, most=2**16):
+    try: data = os.read(self.fd, most)
+    except BlockingIOError: return b''
+    except OSError: data = b''
+    self.log.write(data)
+    if not data: self._deaf()
+    return data
+
+def _deaf(self):
+    if self.fd is None: return
+    self.agent.loop.on(self.fd)
+    os.close(self.fd)
+    self.fd = None
+
+Kernel.listen,Kernel._output,Kernel._deaf = listen,_output,_deaf
+
+# %% ../../nbs/03_agent.ipynb #50cad211
+def look(self):
+    "Whether a process that is not our child has ended"
+    if self.ended: return
+    if start_time(self.record['pid']) != self.record['start'] or not self.record['start']:
+        status = self.written_status()
+        self.looks += 1
+        self._let_go()
+        if status is None and self.looks < 100 and not self.owned() and os.path.exists(self.dir): return self.agent.loop.later(.1, self.look) # its parent is about to say
+        return self.end(status)
+    if self.pidfd is None and hasattr(os, 'pidfd_open'):
+        try: self.pidfd = os.pidfd_open(self.record['pid'])
+        except OSError: pass
+        else: return self.agent.loop.on(self.pidfd, self.look)
+    self.agent.loop.later(.5, self.look)
+
+def _let_go(self):
+    if self.pidfd is not None: self.agent.loop.on(self.pidfd); os.close(self.pidfd)
+    self.pidfd = None
+
+def written_status(self):
+    "The status, where the agent that was its parent has put it down; else None"
+    try:
+        with open(self.dir + '/status') as f: return json.loads(f.read())
+    except (OSError, ValueError): return None
+
+Kernel.look,Kernel._let_go,Kernel.written_status = look,_let_go,written_status
 
 # %% ../../nbs/03_agent.ipynb #bed56ce3
 def status_of(code): # int: as `subprocess` has it, negative for a signal
@@ -506,6 +522,9 @@ def discard(self, keep_log):
     self.agent.kernels.pop(self.id, None)
     self.agent.settle()
 
+Kernel.end,Kernel.discard = end,discard
+
+# %% ../../nbs/03_agent.ipynb #5033e24f
 def settle_orphan(self):
     "Begin or stop to count the time without a watcher; for the kernel of another agent that lives, tell that one"
     wait,mark = self.record['orphan_timeout'],self.dir + '/watched'
@@ -527,7 +546,7 @@ def end_orphan(self):
     self.then.append(lambda: self.discard(True))
     self.terminate()
 
-Kernel.end,Kernel.discard,Kernel.settle_orphan,Kernel.end_orphan = end,discard,settle_orphan,end_orphan
+Kernel.settle_orphan,Kernel.end_orphan = settle_orphan,end_orphan
 
 # %% ../../nbs/03_agent.ipynb #53ad64e6
 class Agent:
@@ -568,141 +587,153 @@ class Agent:
         try: return [o for o in os.listdir(self.cache) if len(o) == 64]
         except OSError: return []
 
-    def serve(self, lock):
-        "Listen on the socket, adopt what an earlier agent left, and work until there is nothing to do; `lock` is held until the socket is there"
-        self.visitors = self.inode = None
-        self.listen()
-        os.close(lock)
-        r,w = os.pipe()
-        os.set_blocking(w, False)
-        signal.set_wakeup_fd(w)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self.loop.on(r, lambda: (os.read(r, 4096), self.reap()))
-        self.adopt()
-        self.settle()
-        self.tend()
-        self.loop.run()
+# %% ../../nbs/03_agent.ipynb #4d99d90d
+def serve(self, lock):
+    "Listen on the socket, adopt what an earlier agent left, and work until there is nothing to do; `lock` is held until the socket is there"
+    self.visitors = self.inode = None
+    self.listen()
+    os.close(lock)
+    r,w = os.pipe()
+    os.set_blocking(w, False)
+    signal.set_wakeup_fd(w)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    self.loop.on(r, lambda: (os.read(r, 4096), self.reap()))
+    self.adopt()
+    self.settle()
+    self.tend()
+    self.loop.run()
 
-    def listen(self):
-        "Make the socket, in place of that of an agent which is gone"
-        if os.path.exists(self.socket): os.unlink(self.socket)
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(self.socket)
-        server.listen(128)
-        if self.visitors: self.visitors.close()
-        self.visitors,self.inode = Visitors(self.loop, server, self.visited, limit=2**22, seconds=10),os.stat(self.socket).st_ino
+def listen(self):
+    "Make the socket, in place of that of an agent which is gone"
+    if os.path.exists(self.socket): os.unlink(self.socket)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(self.socket)
+    server.listen(128)
+    if self.visitors: self.visitors.close()
+    self.visitors,self.inode = Visitors(self.loop, server, self.visited, limit=2**22, seconds=10),os.stat(self.socket).st_ino
 
-    def tend(self):
-        "Now and then: take over kernels of another version's agent that is gone; put back what a cleaner of /tmp has removed, and keep the rest from it"
-        self.loop.later(5, self.tend)
+def tend(self):
+    "Now and then: take over kernels of another version's agent that is gone; put back what a cleaner of /tmp has removed, and keep the rest from it"
+    self.loop.later(5, self.tend)
+    for k in list(self.kernels.values()):
+        if not k.ended: self.take_over(k)
+    try:
+        private_directory([[self.dir]])
         for k in list(self.kernels.values()):
-            if not k.ended: self.take_over(k)
-        try:
-            private_directory([[self.dir]])
-            for k in list(self.kernels.values()):
-                if k.ended or not k.owned(): continue
-                os.makedirs(k.dir, 0o700, exist_ok=True)
-                if os.path.exists(k.dir + '/record'): os.utime(k.dir + '/record')
-                else: k.save()
-            if os.path.exists(self.socket): os.utime(self.socket)
-            else: self.listen()
-        except (OSError, Refused): pass # later, perhaps
+            if k.ended or not k.owned(): continue
+            os.makedirs(k.dir, 0o700, exist_ok=True)
+            if os.path.exists(k.dir + '/record'): os.utime(k.dir + '/record')
+            else: k.save()
+        if os.path.exists(self.socket): os.utime(self.socket)
+        else: self.listen()
+    except (OSError, Refused): pass # later, perhaps
 
-    def adopt(self):
-        "Take over the kernels whose agent is gone, and watch those of an agent of another version"
-        try: found = [o for o in os.scandir(self.dir) if o.name.startswith('k-') and o.name[2:] not in self.kernels]
-        except OSError: return
-        for o in found:
-            try:
-                with open(o.path + '/record') as f: k = Kernel(self, o.name[2:], json.loads(f.read()))
-                ended = os.stat(o.path + '/status').st_mtime if os.path.exists(o.path + '/status') else None
-            except (OSError, ValueError, KeyError): continue
-            self.kernels[k.id] = k
-            if ended is not None:
-                k.ended,k.status = True,k.written_status()
-                if time.time() - ended > self.keep: k.discard(True)
-                continue
-            self.take_over(k)
-            k.look()
-            k.settle_orphan()
+Agent.serve,Agent.listen,Agent.tend = serve,listen,tend
 
-    def take_over(self, k):
-        "Make this the agent of a kernel whose agent is gone, if no other was faster"
-        if k.record['agent'][0] == os.getpid() or not k.owned(): return
-        try: lock = os.open(k.dir, os.O_RDONLY)
-        except OSError: return
+# %% ../../nbs/03_agent.ipynb #56c66382
+def adopt(self):
+    "Take over the kernels whose agent is gone, and watch those of an agent of another version"
+    try: found = [o for o in os.scandir(self.dir) if o.name.startswith('k-') and o.name[2:] not in self.kernels]
+    except OSError: return
+    for o in found:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with open(k.dir + '/record') as f: k.record = json.loads(f.read())
-            if not k.owned(): return
-            k.record['agent'] = [os.getpid(), start_time(os.getpid())]
-            k.save()
-        except (OSError, ValueError): return
-        finally: os.close(lock)
-        k.log.reopen()
-        k.listen()
-        if k.record['control']: self.control(k.record['control'])
+            with open(o.path + '/record') as f: k = Kernel(self, o.name[2:], json.loads(f.read()))
+            ended = os.stat(o.path + '/status').st_mtime if os.path.exists(o.path + '/status') else None
+        except (OSError, ValueError, KeyError): continue
+        self.kernels[k.id] = k
+        if ended is not None:
+            k.ended,k.status = True,k.written_status()
+            if time.time() - ended > self.keep: k.discard(True)
+            continue
+        self.take_over(k)
+        k.look()
         k.settle_orphan()
 
-    def reap(self):
-        "Note which children have ended"
-        while True:
-            try: pid,code = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError: return
-            if not pid: return
-            for k in [o for o in self.kernels.values() if o.child and o.record['pid'] == pid]: self.loop.attempt(lambda: k.end(status_of(code)))
-            peer = self.peers.pop(pid, None)
-            if peer: self.loop.attempt(peer.ended)
+def take_over(self, k):
+    "Make this the agent of a kernel whose agent is gone, if no other was faster"
+    if k.record['agent'][0] == os.getpid() or not k.owned(): return
+    try: lock = os.open(k.dir, os.O_RDONLY)
+    except OSError: return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(k.dir + '/record') as f: k.record = json.loads(f.read())
+        if not k.owned(): return
+        k.record['agent'] = [os.getpid(), start_time(os.getpid())]
+        k.save()
+    except (OSError, ValueError): return
+    finally: os.close(lock)
+    k.log.reopen()
+    k.listen()
+    if k.record['control']: self.control(k.record['control'])
+    k.settle_orphan()
 
-    def settle(self):
-        "Close control ports that no kernel needs. End this agent soon if it has neither kernels nor clients; a login's agent that came by sudo is no reason to stay for long"
-        running = [o for o in self.kernels.values() if not o.ended]
-        used = {(o.record['control'] or {}).get('port') for o in running}
-        for at in [k for k,v in self.ports.items() if v.server.getsockname()[1] not in used]: self.ports.pop(at).close()
-        busy = running or any(not o.is_peer for o in self.clients)
-        self.loop.cancel(self.leaving)
-        self.leaving = None if busy else self.loop.later(self.idle if self.clients else 1, self.leave)
+def reap(self):
+    "Note which children have ended"
+    while True:
+        try: pid,code = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError: return
+        if not pid: return
+        for k in [o for o in self.kernels.values() if o.child and o.record['pid'] == pid]: self.loop.attempt(lambda: k.end(status_of(code)))
+        peer = self.peers.pop(pid, None)
+        if peer: self.loop.attempt(peer.ended)
 
-    def leave(self):
-        if any(time.monotonic() - o.stream.heard < self.idle for o in self.clients): return self.settle()
-        self.loop.over = True
-        try:
-            lock = os.open(self.dir, os.O_RDONLY)
-            try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
-            except OSError: busy = True # somebody comes, and may wait for this agent to read
-            else:
-                self.visitors._accept()
-                busy = bool(self.visitors.open)
-            if busy: os.close(lock); self.loop.over = False; return self.settle()
-            if os.stat(self.socket).st_ino == self.inode: os.unlink(self.socket)
-        except OSError: pass # it was cleared up, perhaps with the directory
-        try: os.rmdir(self.dir)
-        except OSError: pass # records of ended kernels wait there, or another version works there
+Agent.adopt,Agent.take_over,Agent.reap = adopt,take_over,reap
 
-    def add_client(self, reader, writer, env, stay=None, is_peer=False):
-        "A connection that speaks frames; `stay` is a descriptor to close at its end, for which the process that brought it waits"
-        try: c = Client(self, reader, writer, env, stay, is_peer)
-        except OSError: # nothing that can be waited for
-            for o in (reader, writer, stay): o is not None and os.close(o)
-            return
-        self.clients.add(c)
-        self.settle()
-        home = env.get('HOME') if isinstance(env.get('HOME'), str) else ''
-        c.stream.send(dict(event='hello', version=self.version, pid=os.getpid(), python='%d.%d.%d' % sys.version_info[:3], home=home if home.startswith('/') else '/',
-            cache=self.cache, trees=self.trees()))
-        return c
+# %% ../../nbs/03_agent.ipynb #99af48eb
+def settle(self):
+    "Close control ports that no kernel needs. End this agent soon if it has neither kernels nor clients; a login's agent that came by sudo is no reason to stay for long"
+    running = [o for o in self.kernels.values() if not o.ended]
+    used = {(o.record['control'] or {}).get('port') for o in running}
+    for at in [k for k,v in self.ports.items() if v.server.getsockname()[1] not in used]: self.ports.pop(at).close()
+    busy = running or any(not o.is_peer for o in self.clients)
+    self.loop.cancel(self.leaving)
+    self.leaving = None if busy else self.loop.later(self.idle if self.clients else 1, self.leave)
 
-    def visited(self, visitor, line):
-        "What came to the socket: a connection handed over, or the report of a launcher"
-        try: said = json.loads(line.decode('utf-8', 'surrogateescape'))
-        except (ValueError, RecursionError): return b''
-        if not isinstance(said, dict): return b''
-        if len(visitor.fds) == 3 and isinstance(said.get('env'), dict):
-            fds,visitor.fds = visitor.fds,[]
-            self.add_client(*fds[:2], said['env'], fds[2], bool(said.get('is_peer')))
-            return b''
-        k = self.tokens.pop(said.get('token'), None) if isinstance(said.get('token'), str) and len(line) <= 2**16 else None # what is passed on has to fit in a frame
-        return json.dumps(k.reported(said)).encode() + b'\n' if k else b''
+def leave(self):
+    if any(time.monotonic() - o.stream.heard < self.idle for o in self.clients): return self.settle()
+    self.loop.over = True
+    try:
+        lock = os.open(self.dir, os.O_RDONLY)
+        try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except OSError: busy = True # somebody comes, and may wait for this agent to read
+        else:
+            self.visitors._accept()
+            busy = bool(self.visitors.open)
+        if busy: os.close(lock); self.loop.over = False; return self.settle()
+        if os.stat(self.socket).st_ino == self.inode: os.unlink(self.socket)
+    except OSError: pass # it was cleared up, perhaps with the directory
+    try: os.rmdir(self.dir)
+    except OSError: pass # records of ended kernels wait there, or another version works there
+
+Agent.settle,Agent.leave = settle,leave
+
+# %% ../../nbs/03_agent.ipynb #5f3f1b08
+def add_client(self, reader, writer, env, stay=None, is_peer=False):
+    "A connection that speaks frames; `stay` is a descriptor to close at its end, for which the process that brought it waits"
+    try: c = Client(self, reader, writer, env, stay, is_peer)
+    except OSError: # nothing that can be waited for
+        for o in (reader, writer, stay): o is not None and os.close(o)
+        return
+    self.clients.add(c)
+    self.settle()
+    home = env.get('HOME') if isinstance(env.get('HOME'), str) else ''
+    c.stream.send(dict(event='hello', version=self.version, pid=os.getpid(), python='%d.%d.%d' % sys.version_info[:3], home=home if home.startswith('/') else '/',
+        cache=self.cache, trees=self.trees()))
+    return c
+
+def visited(self, visitor, line):
+    "What came to the socket: a connection handed over, or the report of a launcher"
+    try: said = json.loads(line.decode('utf-8', 'surrogateescape'))
+    except (ValueError, RecursionError): return b''
+    if not isinstance(said, dict): return b''
+    if len(visitor.fds) == 3 and isinstance(said.get('env'), dict):
+        fds,visitor.fds = visitor.fds,[]
+        self.add_client(*fds[:2], said['env'], fds[2], bool(said.get('is_peer')))
+        return b''
+    k = self.tokens.pop(said.get('token'), None) if isinstance(said.get('token'), str) and len(line) <= 2**16 else None # what is passed on has to fit in a frame
+    return json.dumps(k.reported(said)).encode() + b'\n' if k else b''
+
+Agent.add_client,Agent.visited = add_client,visited
 
 # %% ../../nbs/03_agent.ipynb #c125c40a
 def reported(self, said): # dict: `comm_port`, `control_key`
@@ -792,6 +823,7 @@ def _put(agent, client, m, data):
     except OSError as e: remove_tree(part); raise Refused('cannot write the files of the kernelspec to %s: %s' % (agent.cache, e.strerror))
     return {}
 
+# %% ../../nbs/03_agent.ipynb #718ff777
 def _start(agent, client, m, data):
     "Start a kernel; what went wrong leaves nothing"
     name = _named(m)
@@ -1012,6 +1044,7 @@ def bootstrap(
         quoted(_find), quoted(_read), quoted(token), ' '.join(map(quoted, names)))
     return raw(line) + (_load % (version, len(source))).encode() + source
 
+# %% ../../nbs/03_agent.ipynb #7e63ed13
 def login_environment(): # dict
     "What the login gave, without what brought this agent here"
     try:
