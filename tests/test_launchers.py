@@ -423,7 +423,7 @@ sys.argv[1:] = [{str(file)!r}]
     assert proc.stdout.readline() == b'interrupted\n'
     proc.kill(); proc.wait()
     until('all gone', lambda: not left_of(host.kernel_id), 10)
-    proc = start(Host(), '--port-range', '5..9')
+    proc = start(Host(), '--port-range', '5..8')
     assert proc.wait(10) == -signal.SIGTERM and b'fewer than 5 ports' in proc.stderr.read()
 
 # Strangers at the control port --------------------------------------------------------------------------------------------

@@ -299,9 +299,8 @@ class Launch:
         connection_file:str='', # Path; default: where the ticket says
     ):
         self.ticket,self.kernel_id,self.peer = Ticket.take(env),args.kernel_id,address(args.response_address)
-        file = connection_file or self.ticket.file
-        if not os.path.isdir(os.path.dirname(file)): file = runtime_file(self.kernel_id, env) # the agent's directory is not on this machine
-        self.file = os.path.abspath(file)
+        there = self.ticket.file if os.path.isdir(os.path.dirname(self.ticket.file)) else '' # the agent's directory may be on another machine
+        self.file = os.path.abspath(connection_file or there or runtime_file(self.kernel_id, env))
         self.ip = bind_ip(self.peer[0], env)
         self.held = reserve(self.ip, port_range(args.port_range), self.ticket.connection)
 
