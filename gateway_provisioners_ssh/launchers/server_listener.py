@@ -9,7 +9,7 @@ __all__ = ['AGENT_SOCKET', 'OPTIONS', 'CHANNELS', 'LaunchError', 'log', 'fail', 
            'Launch', 'fork', 'lead', 'exists', 'end', 'when_listening', 'report', 'report_later', 'report_now', 'main']
 
 # %% ../../nbs/08_listener.ipynb #c02536d0
-import argparse, base64, errno, json, os, signal, socket, sys, time
+import argparse, base64, errno, json, os, select, signal, socket, sys, time
 
 AGENT_SOCKET = True # A host application looks for this line: the launchers beside this file report to the agent's socket
 
@@ -272,16 +272,22 @@ def deliver(
     peer:tuple, # `(ip, port)` of its response server
     fields:dict, # The report
     timeout:float=30, # Seconds to wait for the answer
+    alive=lambda: True, # Function: does the kernel still run? If not, nobody needs the answer
 ):
     "Send the report; `LaunchError` unless the host application confirms that it wants this kernel"
     message,enc = seal(ticket, kernel_id, fields)
     answer = b''
     try:
         with socket.create_connection(peer, 10) as s: # a firewall that drops is told of before the launch times out
-            s.settimeout(timeout)
             s.sendall(message)
             s.shutdown(socket.SHUT_WR)
-            while len(answer) < 1024 and (part := s.recv(1024)): answer += part
+            end = time.monotonic() + timeout
+            while len(answer) < 1024:
+                if select.select([s], [], [], .2)[0]:
+                    if not (part := s.recv(1024)): break
+                    answer += part
+                elif not alive(): return
+                elif time.monotonic() > end: raise OSError('no answer')
     except OSError as e: raise LaunchError(f'the host application cannot be reached at {peer[0]} port {peer[1]} ({e}): '
         'open that port in its direction, or let kernels be tunnelled (GP_ENABLE_TUNNELING=true)') from None
     if not same(answer.decode('ascii', 'replace').strip(), mac(ticket.psk, b'ack', enc)):
@@ -383,7 +389,7 @@ def report(
             if not ticket.psk: raise LaunchError(f'the agent on this host cannot be reached ({e}): set GP_RESPONSE_IP, so that launchers report by the network') from None
         else:
             if not ticket.network: return
-    deliver(ticket, launch.kernel_id, launch.peer, fields)
+    deliver(ticket, launch.kernel_id, launch.peer, fields, alive=lambda: exists(pid))
 
 def report_later(launch, fields, pid, remove=(), listening=False):
     "`report` from a process of its own; first wait for the kernel's ports, if it does not say itself that it is `listening`"
