@@ -440,7 +440,7 @@ async def test_launcher_errors(remote, monkeypatch):
 async def test_ports_exhausted(remote, monkeypatch):
     monkeypatch.setenv('GP_MIN_PORT_RANGE_SIZE', '10')
     with taken_ports(11) as base:
-        await refused(remote, remote.spec('ports', port_range=f'{base}..{base+10}'), f'fewer than 6 ports are free in {base}..{base+10}', 'widen the port range')
+        await refused(remote, remote.spec('ports', port_range=f'{base}..{base+10}'), f'fewer than 5 ports are free in {base}..{base+10}', 'widen the port range')
 
 async def test_no_room_for_the_log(remote, net, monkeypatch):
     node = net[0]
