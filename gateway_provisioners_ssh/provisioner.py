@@ -17,6 +17,7 @@ from .background import at_exit, background, in_thread, in_time, spawn_task
 from .balance import Ledger, load_balancer
 from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
 from .hosts import Host, HostError, Login, this_user
+from .launchers.agent import FILES_REMOVED
 from .launch import at_home, check_request, expand_argv, relocate_path
 from .remote import AgentClosed, Refusal, RemoteProcess, spawn, tree_of
 from .response import ResponseServer
@@ -203,7 +204,7 @@ async def _request(self:DistributedProvisioner, target, request, launch, user):
     if target.conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     if '/' in argv[0]: argv[0] = os.path.join(greeting['home'], argv[0])
     lowest,highest = map(int, self.port_range.split('..'))
-    return dict(argv=argv, env=request.env, spec_env={k: there(v) for k,v in self.kernel_spec.env.items()}, cwds=request.cwds,
+    return dict(argv=argv, tree=place if target.tree else '', env=request.env, spec_env={k: there(v) for k,v in self.kernel_spec.env.items()}, cwds=request.cwds,
         ticket=launch.ticket_fields(target.server is not None) | dict(network=bool(self.response_ip)), ports=[lowest, highest] if lowest < highest else None)
 
 # %% ../nbs/07_provisioner.ipynb #0b2c80c3
@@ -250,9 +251,14 @@ async def _start_on(self:DistributedProvisioner, host, request, deadline):
 @patch
 async def _spawn(self:DistributedProvisioner, target, request, launch):
     user = request.user if self.impersonation_enabled else ''
-    return await spawn(target.agent, target.conn.wait_connected, f'{self.kernel_log_dir}/kernel-{self.kernel_id}.log', user,
+    async def started(): return await spawn(target.agent, target.conn.wait_connected, f'{self.kernel_log_dir}/kernel-{self.kernel_id}.log', user,
         title=f'kernel {self.kernel_id} of {request.user}', max_bytes=self.kernel_log_max_bytes, orphan_timeout=self.orphan_timeout,
         **await self._request(target, request, launch, user))
+    try: return await started()
+    except Refusal as e:
+        if str(e) != FILES_REMOVED: raise
+    (await target.agent.greeting(user))['trees'].clear() # somebody cleared the cache: send them again
+    return await started()
 
 @patch
 async def _reported(self:DistributedProvisioner, target, request, deadline, starting, expected, silence):

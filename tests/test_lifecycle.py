@@ -292,6 +292,13 @@ async def test_this_machine(remote):
             assert again != pid and await asyncio.wait_for(km.provisioner.wait(), 20) == -9
     await refused(remote, remote.spec('nowhere', lambda a: ['/opt/no/python', *a[1:]], hosts=['localhost']), 'host localhost', '/opt/no/python: not found')
 
+async def test_files_that_were_removed_from_a_host_go_there_again(remote):
+    "Somebody cleared the cache while the host application was connected"
+    async with remote.on('host1') as (km, _):
+        shutil.rmtree(remote.host(km).home/'.cache/gateway_provisioners_ssh')
+        await km.restart_kernel(now=True)
+        async with client_of(km) as kc: assert await value(kc, '6*7') == 42
+
 # Interrupts and ends
 
 STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)', child='import subprocess; subprocess.run(["sleep", "1000"])')
