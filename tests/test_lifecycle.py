@@ -294,10 +294,11 @@ async def test_this_machine(remote):
 
 async def test_files_that_were_removed_from_a_host_go_there_again(remote):
     "Somebody cleared the cache while the host application was connected"
-    async with remote.on('host1') as (km, _):
+    async with remote.on('host1') as (km, kc):
         shutil.rmtree(remote.host(km).home/'.cache/gateway_provisioners_ssh')
-        await km.restart_kernel(now=True)
-        async with client_of(km) as kc: assert await value(kc, '6*7') == 42
+        await km.restart_kernel()
+        await kc.wait_for_ready(timeout=30)
+        assert await value(kc, '6*7') == 42
 
 # Interrupts and ends
 
