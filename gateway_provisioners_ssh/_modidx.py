@@ -643,6 +643,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'gateway_provisioners_ssh/launchers/agent.py'),
                                                           'gateway_provisioners_ssh.launchers.agent._become': ( 'agent.html#_become',
                                                                                                                 'gateway_provisioners_ssh/launchers/agent.py'),
+                                                          'gateway_provisioners_ssh.launchers.agent._begin': ( 'agent.html#_begin',
+                                                                                                               'gateway_provisioners_ssh/launchers/agent.py'),
                                                           'gateway_provisioners_ssh.launchers.agent._control': ( 'agent.html#_control',
                                                                                                                  'gateway_provisioners_ssh/launchers/agent.py'),
                                                           'gateway_provisioners_ssh.launchers.agent._deaf': ( 'agent.html#_deaf',

@@ -184,7 +184,7 @@ class Steps:
         def mine(d):
             with contextlib.suppress(OSError, ValueError): return json.loads((d/'record').read_text())['pid'] == pid
         for d in filter(mine, node.tmp.glob('gpssh-*/k-*')):
-            await until(lambda: (d/'status').exists() and not any(p.name == 'gpssh-agent' for p in node.processes()), 60)
+            await until(lambda: (d/'status').exists(), 90, 'that the agent notes the end')
             shutil.rmtree(d, ignore_errors=True)
             with contextlib.suppress(OSError): d.parent.rmdir()
         log.unlink(missing_ok=True)

@@ -1034,7 +1034,7 @@ _find = ('while [ $# -gt 0 ]; do GPSSH_P=$1; shift; case $GPSSH_P in "~/"*) GPSS
     'GPSSH_P=$(command -v "$GPSSH_P" 2>/dev/null) && [ -x "$GPSSH_P" ] && exec "$GPSSH_P" -ESsc "$GPSSH_READ" "$@"; done; echo "no Python 3.6 or newer"; exit 127')
 _read = 'import sys;sys.path.remove("");import os,io;sys.version_info>=(3,6) or os.execv("/bin/sh",["sh","-c",os.environ["GPSSH_FIND"],"sh"]+sys.argv[1:]);exec(io.FileIO(0,closefd=False).readline())'
 _load = ('import zlib;VERSION="%s";n=%d;b=[];exec("while n:\\n c=os.read(0,n)\\n if not c: os._exit(1)\\n b.append(c); n-=len(c)");SOURCE=b"".join(b);'
-    'exec(compile(zlib.decompress(SOURCE),"agent.py","exec"))\n')
+    'exec(compile(zlib.decompress(SOURCE),"agent.py","exec"));main(VERSION)\n')
 
 def bootstrap(
     pythons, # Interpreters to try, before those that every host may have
@@ -1069,7 +1069,11 @@ def hand_over(server, env, is_peer):
     os.execvp('cat', ['cat'])
 
 def main(version):
-    "Become the agent of this login, or bring this connection to it"
+    "Become the agent of this login, or bring this connection to it; what stops that is written, for people"
+    try: _begin(version)
+    except Refused as e: os.write(1, raw('%s\n' % e))
+
+def _begin(version):
     os.environ.pop('GPSSH_FIND'); os.environ.pop('GPSSH_READ')
     env,token = login_environment(),os.environ.pop('GPSSH_TOKEN')
     if token: os.write(1, token.encode() + b'\n')
@@ -1097,7 +1101,3 @@ def main(version):
     except OSError: pass
     agent.add_client(*ends, env, is_peer=not token)
     agent.serve(lock)
-
-if 'SOURCE' in globals():
-    try: main(VERSION)
-    except Refused as e: os.write(1, raw('%s\n' % e))
