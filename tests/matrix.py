@@ -519,6 +519,7 @@ class Browser(Server):
         with step('shutdown'):
             await self.menu(page, 'Shut Down Kernel')
             await step.gone(pid)
+            await page.locator('.jp-Toolbar-kernelName, .jp-KernelName', has_text='No Kernel').first.wait_for()
         await self.menu(page, 'Restart Kernel…')   # which starts one, where there is none
         await self.idle(page)
         self.pids = *self.pids, step.check(await self.enter(page, WHERE))
@@ -574,6 +575,11 @@ class Notebook(Browser):
         await page.locator('.jp-DropdownMenu, .jp-FileBrowser-toolbar', has_text='New').first.locator('text=New').first.click()
         async with page.expect_popup() as other: await page.locator('.lm-Menu-itemLabel', has_text=TITLES[place]).click()
         page = await other.value
+        select = page.locator('.jp-Dialog', has_text='Select Kernel')   # which it asks where its list of sessions is not there yet
+        async def choose():
+            await select.locator('select').select_option(label=TITLES[place])
+            await select.locator('.jp-mod-accept').click()
+        await page.add_locator_handler(select, choose)
         await page.locator('.jp-Toolbar-kernelName, .jp-KernelName', has_text=TITLES[place]).first.wait_for()
         return page
 
