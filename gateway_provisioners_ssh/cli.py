@@ -271,8 +271,10 @@ under the class its description names:
     from_kernel = Unicode('', config=True, help="""A kernelspec of this machine to run on the hosts as it is, by its name in
         jupyter kernelspec list. The hosts need that kernel. --python names the Python there that launches it,
         and that runs it, too, if it is started by a Python.""")
+    preload = Unicode('', config=True, help="""Modules that hosts import before a kernel is wanted, e.g. numpy,pandas, so that they cost a kernel nothing.
+        (Environment: GP_PRELOAD)""")
     flags = BaseSpecSparkApp.flags
-    aliases = {'remote-hosts': 'SshSpecInstaller.remote_hosts', 'spark-master': 'SshSpecInstaller.spark_master',
+    aliases = {'remote-hosts': 'SshSpecInstaller.remote_hosts', 'spark-master': 'SshSpecInstaller.spark_master', 'preload': 'SshSpecInstaller.preload',
         'from-kernel': 'SshSpecInstaller.from_kernel'} | BaseSpecSparkApp.aliases
 
     @default('remote_hosts')
@@ -284,7 +286,7 @@ def config_given(self:SshSpecInstaller) -> dict:
     "The provisioner's options for the kernelspec; SettingError says which is wrong, and where it was given"
     read = lambda option: checked(settings[option].read, getattr(self, option), self.given(option))
     values = dict(remote_hosts=read('remote_hosts'), authorized_users=sorted(names(self.authorized_users)),
-        unauthorized_users=sorted(names(self.unauthorized_users)), port_range=read('port_range'))
+        unauthorized_users=sorted(names(self.unauthorized_users)), port_range=read('port_range'), preload=read('preload'))
     return {k: v for k,v in values.items() if self.given(k) or (k=='port_range' and v!='0..0')}
 
 @patch

@@ -32,7 +32,7 @@ class Shared:
             if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
         except ImportError as e: raise LaunchError(lacking(e)) from None
         self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
-        self.trials = set()
+        self.trials,self.said = set(),set()
 
     def server(self, port, retries, addr_any) -> ResponseServer:
         key = port,retries,addr_any
@@ -194,6 +194,14 @@ async def _launch(self:DistributedProvisioner, conn):
     return Launch(self.kernel_id, {k:self.fields[k] for k in again if k in self.fields} if self.fields else None, self._encrypt(), legacy)
 
 @patch
+def _standby(self:DistributedProvisioner, tree, argv):
+    "What an agent has to know to fork the kernel from a template; None if it is to be started cold"
+    script = next((i for i,o in enumerate(argv) if o.endswith('/launch_ipykernel.py')), 0)
+    if not (self.standby and tree and tree.templates and script) or not re.search(r'(^|/)python[0-9.]*$', argv[0]): return None
+    if not all(o.startswith('-') for o in argv[1:script]) or {'lazy', 'eager'} & set(re.split('[ =]', ' '.join(argv))): return None
+    return dict(script=script, preload=self.preload, timeout=self.standby_timeout)
+
+@patch
 async def _request(self:DistributedProvisioner, target, request, launch, user):
     "What the agent is to start: command and environment in the words of the host, once the kernelspec's files are there"
     greeting,root = await target.agent.greeting(user),self.kernel_spec.resource_dir
@@ -205,7 +213,7 @@ async def _request(self:DistributedProvisioner, target, request, launch, user):
     if '/' in argv[0]: argv[0] = os.path.join(greeting['home'], argv[0])
     lowest,highest = map(int, self.port_range.split('..'))
     return dict(argv=argv, tree=place if target.tree else '', env=request.env, spec_env={k: there(v) for k,v in self.kernel_spec.env.items()}, cwds=request.cwds,
-        ticket=launch.ticket_fields(target.server is not None) | dict(network=bool(self.response_ip)), ports=[lowest, highest] if lowest < highest else None)
+        ticket=launch.ticket_fields(target.server is not None) | dict(network=bool(self.response_ip)), ports=[lowest, highest] if lowest < highest else None, standby=self._standby(target.tree, argv))
 
 # %% ../nbs/07_provisioner.ipynb #0b2c80c3
 @patch
@@ -254,11 +262,15 @@ async def _spawn(self:DistributedProvisioner, target, request, launch):
     async def started(): return await spawn(target.agent, target.conn.wait_connected, f'{self.kernel_log_dir}/kernel-{self.kernel_id}.log', user,
         title=f'kernel {self.kernel_id} of {request.user}', max_bytes=self.kernel_log_max_bytes, orphan_timeout=self.orphan_timeout,
         **await self._request(target, request, launch, user))
-    try: return await started()
+    try: process = await started()
     except Refusal as e:
         if str(e) != FILES_REMOVED: raise
-    (await target.agent.greeting(user))['trees'].clear() # somebody cleared the cache: send them again
-    return await started()
+        (await target.agent.greeting(user))['trees'].clear() # somebody cleared the cache: send them again
+        process = await started()
+    if process.cold and (said := (target.conn.host, process.cold)) not in shared().said:
+        shared().said.add(said)
+        self.log.warning('host %s: kernel %s was started cold, without a template: %s', target.conn.host, self.kernel_id, process.cold)
+    return process
 
 @patch
 async def _reported(self:DistributedProvisioner, target, request, deadline, starting, expected, silence):

@@ -205,6 +205,7 @@ class Tree:
     name:str # 64 hex digits
     files:tuple # `(path below root, mode)`
     agent_socket:bool # Whether its launcher reports to an agent's socket, or knows of the network only
+    templates:bool # Whether its launcher can be forked from a template
 
 _not_sent = re.compile(r'(^|/)(__pycache__|\.[^/]*)(/|$)|^kernel\.json$|^logo-[^/]*$')
 _known_trees = {}
@@ -228,7 +229,7 @@ def tree_of(
         with open(os.path.join(directory, below), 'rb') as f: content = f.read()
         digest.update(json.dumps([below, mode, hashlib.sha256(content).hexdigest()]).encode())
         knows |= below.endswith('server_listener.py') and b'\nAGENT_SOCKET = True' in content
-    tree = Tree(directory, digest.hexdigest(), tuple(o[:2] for o in found), knows)
+    tree = Tree(directory, digest.hexdigest(), tuple(o[:2] for o in found), knows, any(o[0].endswith('/standby.py') for o in found))
     _known_trees[directory] = found,tree
     return tree
 
@@ -272,7 +273,7 @@ class RemoteProcess:
         pgid:int=0, # The kernel's own process group, where that is another one
     ):
         self.sessions,self.id,self.log,self.user,self.pid,self.pgid = sessions,id,log,user,pid,pgid
-        self.returncode,self.lost = None,False
+        self.returncode,self.lost,self.cold = None,False,'' # `cold`: why it was not forked from a template, where one was wanted and cannot be had
         self.exited,self.report = (asyncio.get_running_loop().create_future() for _ in range(2))
         self._stale,self._follower = asyncio.Event(),None
 
@@ -374,5 +375,5 @@ async def spawn(
         session.processes.pop((user, p.id), None)
         spawn_task(p.release(False))
         raise Refusal(f'{session.name} answered {str(said)[:200]!r} where the number of a process was due')
-    p.pid = pid
+    p.pid,p.cold = pid,str(said.get('cold', ''))[:2000]
     return p.follow()

@@ -114,6 +114,12 @@ def _regexes(v):
         except re.error as e: raise ValueError(f'{o!r} is not a regular expression: {e}') from None
     return out
 
+def _modules(v):
+    out = _words(v) if isinstance(v, str) else list(v)
+    for o in out:
+        if not all(p.isidentifier() for p in str(o).split('.')): raise ValueError(f'{o!r} cannot be the name of a Python module')
+    return out
+
 def _algorithm(v): load_balancer(v); return v
 _least = Setting('MIN_PORT_RANGE_SIZE', 1000, _number(int, 0, 65535))
 def read_port_range(v): return parse_port_range(v, from_environment(_least))
@@ -148,6 +154,10 @@ settings = dict(
     unreachable_timeout=Setting('UNREACHABLE_TIMEOUT', 600, seconds),
     orphan_timeout=Setting('ORPHAN_TIMEOUT', 0, _number(float, 0, 365*86400)),
     inherited_envs=Setting('INHERITED_ENVS', 'JPY_SESSION_NAME', _regexes),
+    standby=Setting('STANDBY', True, _flag),
+    standby_timeout=Setting('STANDBY_TIMEOUT', 1800, seconds),
+    preload=Setting('PRELOAD', '', _modules, True),
+    prewarm=Setting('PREWARM', False, _flag),
     ssh_config=Setting('SSH_CONFIG', '', str),
 )
 
@@ -187,6 +197,11 @@ class HostSettings(LoggingConfigurable):
         (GP_ORPHAN_TIMEOUT).""").tag(config=True)
     inherited_envs = List(Unicode(), help="""Regular expressions of variables of this process that kernels get too, besides KERNEL_*
         (GP_INHERITED_ENVS).""").tag(config=True)
+    standby = Bool(help="""Have hosts keep a process that has imported what Python kernels need, so that kernels start faster (GP_STANDBY).""").tag(config=True)
+    standby_timeout = Float(help="""Seconds without a start after which such a process ends (GP_STANDBY_TIMEOUT).""").tag(config=True)
+    preload = List(Unicode(), help="""Modules that such a process imports besides, e.g. numpy, pandas; a kernelspec can set it (GP_PRELOAD,
+        comma-separated).""").tag(config=True)
+    prewarm = Bool(help="""Connect to all hosts, and have them make such processes, when a Jupyter server starts (GP_PREWARM).""").tag(config=True)
     ssh_config = Unicode(help="""OpenSSH client configuration to use; default: ~/.ssh/config and the system's (GP_SSH_CONFIG).""").tag(config=True)
 
 # %% ../nbs/06a_settings.ipynb #0d3fe32b
