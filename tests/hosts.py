@@ -101,7 +101,7 @@ class Client:
     def environ(self):
         "An environment for a host application: this home, and nothing of the caller's own Jupyter, SSH agent or gateway settings"
         drop = re.compile(r'(GP_|EG_|KERNEL_|JUPYTER|IPYTHON|XDG_|SSH_|MPLBACKEND$|PYTHONSTARTUP$)')
-        return {k: v for k, v in os.environ.items() if not drop.match(k)} | dict(HOME=str(self.home))
+        return {k: v for k, v in os.environ.items() if not drop.match(k)} | dict(HOME=str(self.home), GP_STANDBY='off')   # with it, hosts keep processes after the last kernel
 
 # Hosts
 

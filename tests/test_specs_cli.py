@@ -55,7 +55,7 @@ def test_python_is_the_documented_kernelspec_to_the_key(bench):
         'env': {}, 'display_name': 'Python SSH', 'language': 'python', 'interrupt_mode': 'signal',
         'metadata': {'debugger': True, 'supported_encryption': ['curve'], 'kernel_provisioner': {'provisioner_name': 'distributed-provisioner', 'config': {'launch_timeout': 30}}}}
     assert list(k) == ['argv', 'env', 'display_name', 'language', 'interrupt_mode', 'metadata']
-    assert tree(d) == ['kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py']
+    assert tree(d) == ['kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py', 'scripts/standby.py']
     for o in ('launch_ipykernel.py', 'server_listener.py'): assert (d/'scripts'/o).read_bytes() == (PACKAGE/'launchers'/o).read_bytes()
     lines = bench.log.splitlines()
     assert len(lines) == 2
@@ -78,7 +78,7 @@ def test_python_with_spark(bench):
         ('PYTHONPATH', '${HOME}/.local/lib/python%d.%d/site-packages:/usr/spark/python' % sys.version_info[:2]),
         ('SPARK_OPTS', '--master yarn --deploy-mode client --name ${KERNEL_ID:-ERROR__NO__KERNEL_ID} ${KERNEL_EXTRA_SPARK_OPTS}'), ('LAUNCH_OPTS', '')]
     assert (k['display_name'], k['language'], k['metadata']['debugger']) == ('Python SSH (with Spark)', 'python', True)
-    assert tree(d) == ['bin/run.sh', 'kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py']
+    assert tree(d) == ['bin/run.sh', 'kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py', 'scripts/standby.py']
     assert stat.S_IMODE((d/'bin/run.sh').stat().st_mode) == 0o755
     assert 'no Spark at /usr/spark' in bench.log and "'/opt/conda/bin/python' does not run" in bench.log and '--python' not in bench.log
 
@@ -292,7 +292,7 @@ def test_options_without_effect_are_pointed_out(bench, argv, what):
 
 # --- help
 
-SEED = {'remote-hosts': 'SshSpecInstaller', 'spark-master': 'SshSpecInstaller', 'from-kernel': 'SshSpecInstaller', 'log-level': 'Application', 'config': 'JupyterApp'} | dict.fromkeys(
+SEED = {'remote-hosts': 'SshSpecInstaller', 'preload': 'SshSpecInstaller', 'spark-master': 'SshSpecInstaller', 'from-kernel': 'SshSpecInstaller', 'log-level': 'Application', 'config': 'JupyterApp'} | dict.fromkeys(
     ['prefix', 'kernel-name', 'display-name', 'language', 'spark-home', 'spark-init-mode', 'extra-spark-opts', 'authorized-users', 'unauthorized-users', 'port-range', 'launch-timeout', 'ipykernel-subclass-name', 'python'], 'BaseSpecApp')
 DEFAULTS = {'remote-hosts': "['localhost']", 'from-kernel': "''", 'spark-master': "'yarn'", 'prefix': "''", 'kernel-name': "''", 'display-name': "''", 'language': "'Python'", 'spark-home': "'/opt/spark'", 'spark-init-mode': "'lazy'",
     'extra-spark-opts': "''", 'authorized-users': 'set()', 'unauthorized-users': "{'root'}", 'port-range': "'0..0'", 'launch-timeout': '30', 'ipykernel-subclass-name': "'ipykernel.ipkernel.IPythonKernel'", 'log-level': '30', 'config': "''"}
