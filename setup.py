@@ -31,6 +31,7 @@ setup(
     extras_require=extras,
     packages=find_packages(include=[pkg, pkg + '.*']),
     package_data={pkg: ['kernelspecs/**/*', 'launchers/*']},
+    data_files=[('etc/jupyter/jupyter_server_config.d', ['jupyter-config/gateway_provisioners_ssh.json'])],
     entry_points={
         'console_scripts': lines('console_scripts'),
         'jupyter_client.kernel_provisioners': lines('kernel_provisioners'),

@@ -433,6 +433,30 @@ def _close_forwards(self:DistributedProvisioner):
     for f in self.forwards.values(): f.close()
     self.forwards = {}
 
+# %% ../nbs/07_provisioner.ipynb #18caf9d6
+@patch
+async def _prepare(self:DistributedProvisioner, entry):
+    "Connect to a host and have it make a template"
+    request = Request(this_user(), {}, self.kernel_spec.argv, self.launch_timeout)
+    try:
+        target = await self._reach(Host.parse(entry), request, time.monotonic()+request.timeout)
+        if self.impersonation_enabled: return
+        asked = await self._request(target, request, Launch(self.kernel_id), '')
+        if not asked['standby']: return
+        said = await target.agent.request('standby', **{k: asked[k] for k in ('argv', 'env', 'spec_env', 'standby')})
+        if why := said.get('cold'): self.log.warning('host %s: kernels of %r start cold, without a template: %s', entry, self.kernel_spec.display_name, str(why)[:2000])
+    except (HostError, LaunchError, Refusal, AgentClosed) as e:
+        self.log.warning('host %s is not prepared for kernels of %r: %s', entry, self.kernel_spec.display_name, e)
+
+@patch
+def prepare_hosts(self:DistributedProvisioner):
+    "Prepare all hosts of this kernelspec, a few at a time, in the background loop; returns a `concurrent.futures.Future`"
+    few = asyncio.Semaphore(16)
+    async def one(entry):
+        async with few: await self._prepare(entry)
+    async def every(): await asyncio.gather(*map(one, self.remote_hosts))
+    return asyncio.run_coroutine_threadsafe(every(), background().loop)
+
 # %% ../nbs/07_provisioner.ipynb #1057b002
 async def _unreachable_watchdog(conn, process, kernel_id, timeout, log):
     "Report the kernel lost once its host has been out of reach for `timeout` seconds"

@@ -33,7 +33,10 @@ environment() {
     local made
     made=$VENV/installed-$(cat settings.ini setup.py pyproject.toml | cksum | tr ' ' -)
     [ ! -e "$made" ] || return 0
-    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && npm_packages && kerberos && quick_java && touch "$made"
+    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && server_extension && npm_packages && kerberos && quick_java && touch "$made"
+}
+server_extension() {  # what an installation that is not editable brings as a data file
+    mkdir -p "$VENV/etc/jupyter/jupyter_server_config.d" && cp jupyter-config/gateway_provisioners_ssh.json "$VENV/etc/jupyter/jupyter_server_config.d"
 }
 npm_packages() {  # those that settings.ini names, into $VENV/node; without npm there are none, as `programs` has said
     local names
