@@ -219,7 +219,7 @@ async def act(
         logs.mkdir()
         spec, _ = Spec(python=sys.executable, config=dict(remote_hosts=hosts.aliases)).install(tmp/'kernels')
         board.note(f'Kernelspec {spec.name} for them, in {spec.parent}')
-        config = Config(DistributedProvisioner=dict(ssh_config=str(hosts.config), kernel_log_dir=str(logs)))
+        config = Config(DistributedProvisioner=dict(ssh_config=str(hosts.config), kernel_log_dir=str(logs), standby=False))
         specs = KernelSpecManager(kernel_dirs=[str(spec.parent)])
         kernels = [DemoKernel(board, f'k{i+1}', specs, config) for i in range(n)]
         stack.push_async_callback(disconnect)

@@ -311,7 +311,7 @@ def kill_marked(
         bare = {o: bare.get(o, now) for o, env in envs.items() if env == b'' and (not os.path.exists(f'/proc/{o}') or
             (st := stat(o)) and st[1] >= since and os.path.exists(f'/proc/{o}/exe'))}
         if not left and all(t < now - 1 for t in bare.values()): break
-        for pid in left - killed:
+        for pid in sorted(left - killed, key=lambda o: (stat(o) or (0, 0))[1]): # the oldest first: an agent does not live to see its kernels end
             try: os.kill(pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError): pass
         killed |= left

@@ -1149,8 +1149,7 @@ class Template:
     def make(self):
         "Start the process, if it is not there"
         if self.pid or self.why: return
-        launcher = self.command[self.script]
-        argv = self.command[:self.script] + [os.path.dirname(launcher) + '/standby.py', json.dumps(dict(launcher=launcher, preload=self.preload))]
+        argv = self.command[:self.script] + [os.path.dirname(self.command[self.script]) + '/standby.py', *self.preload]
         room = sum(len(raw(o)) + 1 for o in self.command) - sum(len(raw(o)) + 1 for o in argv) - 1
         ours,theirs = socket.socketpair()
         out = self._nameless()

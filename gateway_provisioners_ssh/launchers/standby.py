@@ -150,15 +150,15 @@ def _show(name, command, env):
 def main():
     "Import, tell the agent whether that went well, and become a kernel in each fork"
     os.environ.pop('GPSSH_ROOM')
-    options,before = json.loads(sys.argv[1]),dict(os.environ)
+    before = dict(os.environ)
     agent = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as null: os.dup2(null.fileno(), 0)
     with open('/proc/self/comm') as f: name = f.read().strip()
     with suppress(OSError): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         import_own()
-        kernel_main,begin = _launcher(options['launcher']),_written()
-        import_more(options['preload'])
+        kernel_main,begin = _launcher(),_written()
+        import_more([o for o in sys.argv[1:] if o.strip()])
         check(os.pread(1, _written()-begin, begin).decode('utf-8', 'replace'), (0, 1, 2, agent.fileno()))
     except Cold as e: agent.sendall(json.dumps(dict(cold=str(e))).encode() + b'\n'); return
     with open('/proc/self/comm', 'w') as f: f.write('gpssh-standby')
@@ -176,11 +176,11 @@ def _written():
     for o in (sys.stdout, sys.stderr): o.flush()
     return os.lseek(1, 0, os.SEEK_CUR)
 
-def _launcher(path):
-    "The `main` of the launcher, which is no module that kernels see"
-    sys.path.insert(0, os.path.dirname(path))
-    try: return importlib.import_module(os.path.basename(path)[:-3]).main
-    finally: del sys.path[0],sys.modules[os.path.basename(path)[:-3]]
+def _launcher():
+    "The `main` of the launcher beside this file, which is no module that kernels see"
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    try: return importlib.import_module('launch_ipykernel').main
+    finally: del sys.path[0],sys.modules['launch_ipykernel']
 
 # %% ../../nbs/09c_standby.ipynb #fe7ff0ab
 if __name__ == '__main__': main()
