@@ -53,11 +53,16 @@ class Home:
 
     def install(self, *options): return self.run(BIN/'jupyter-ssh-spec', 'install', '--user', '--kernel-name', 'mine', *options)
 
-    def processes(self):
-        "All processes with this home but this machine's agent, which other tests use too, and its templates, which stay for the next start; in `dirs` what it keeps of their kernels"
+    def all_processes(self):
         def here(p):
             with suppress(psutil.Error): return p.status() != psutil.STATUS_ZOMBIE and p.environ().get('HOME') == str(self.path)
-        found = [p for p in psutil.process_iter() if here(p) and p.name() not in ('gpssh-agent', 'gpssh-standby')]
+        return filter(here, psutil.process_iter())
+
+    def templates(self): return [p for p in self.all_processes() if p.name() == 'gpssh-standby']
+
+    def processes(self):
+        "All processes with this home but this machine's agent, which other tests use too, and its templates, which stay for the next start; in `dirs` what it keeps of their kernels"
+        found = [p for p in self.all_processes() if p.name() not in ('gpssh-agent', 'gpssh-standby')]
         for p in found:
             with suppress(OSError): self.dirs |= {m[0] for f in os.scandir(f'/proc/{p.pid}/fd') if (m := re.match(r'/tmp/gpssh-\w+/k-\w+', os.readlink(f.path)))}
         return found
@@ -79,7 +84,7 @@ def home(tmp_path):
     h = Home(tmp_path/'home')
     h.path.mkdir()
     yield h
-    for p in h.processes():
+    for p in [*h.processes(), *h.templates()]:
         with suppress(psutil.Error): p.kill()
 
 class Application:
@@ -148,6 +153,19 @@ async def test_jupyter_server(home, path):
     async with s.channels(other) as c: assert await c.run('print(1)') == '1\n'
     s.stop()
     home.nothing_left(s.ids)
+
+async def test_prewarm(home):
+    "The host has a template before the first start, which is a fork of it; it is there for the next server, too, until its time is over"
+    home.install('--preload', 'statistics')
+    s = Application(home, KERNEL_USERNAME='me', GP_PREWARM='True', GP_STANDBY_TIMEOUT='20')
+    await s.ready()
+    template = await until(home.templates, 60, 'the template')
+    k = await s.start()
+    async with s.channels(k) as c: assert await c.run('import sys; print("statistics" in sys.modules)') == 'True\n'
+    s.stop()
+    home.nothing_left(s.ids)
+    assert home.templates() == template
+    await until(lambda: not home.templates(), 60, 'the end of the template')
 
 def notebook(path, source):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
