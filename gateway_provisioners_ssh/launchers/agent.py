@@ -617,7 +617,7 @@ def listen(self):
 
 def tend(self):
     "Now and then: take over kernels of another version's agent that is gone; put back what a cleaner of /tmp has removed, and keep the rest from it"
-    self.loop.later(5, self.tend)
+    self.loop.later(30, self.tend)
     for k in list(self.kernels.values()):
         if not k.ended: self.take_over(k)
     try:
