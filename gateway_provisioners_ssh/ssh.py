@@ -8,7 +8,7 @@ __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_lin
            'LocalConnection', 'Pool']
 
 # %% ../nbs/04_ssh.ipynb #08c87487
-import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
+import asyncio, atexit, base64, hashlib, inspect, logging, os, random, re, socket, subprocess, time
 import paramiko
 from contextlib import suppress
 from weakref import WeakSet
@@ -101,7 +101,7 @@ def _is_of(line, name):
     def same(o):
         try: return o == name or o.startswith('|1|') and HostKeys.hash_host(name, o) == o
         except (ValueError, IndexError, AssertionError): return False # no hash
-    return any(map(same, line.split(' ')[0].split(',')))
+    return any(map(same, re.split('[ \t]', line, 1)[0].split(',')))
 
 def _add_host_keys(keys, file, name):
     "Add what `file` says of `name` to `keys`; of two keys of one kind the first counts"
