@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['keepalive_options', 'watch_link', 'Pace', 'watch', 'unwatch']
 
-# %% ../nbs/03d_liveness.ipynb #c4c299ec
-import heapq, random, socket, time
+# %% ../nbs/03d_liveness.ipynb #5c43cc3e
+import asyncio, heapq, random, socket, time
 from dataclasses import dataclass
 
 # %% ../nbs/03d_liveness.ipynb #79bf0bb1
@@ -36,14 +36,16 @@ class _Watched:
     silent:object # Function, called once when it was not
     asked:float|None = None # When the answer that is due was asked for
 
-# %% ../nbs/03d_liveness.ipynb #45e2efdc
+# %% ../nbs/03d_liveness.ipynb #1cc6f285
 class Pace:
     "How often hosts are asked for a sign of life, and those that are down for a new connection; lives in an event loop"
-    shortest,rate,patience,max_rest,retries = 5,10,30,30,10
+    shortest,rate,together,patience,max_rest,retries = 5,10,5,30,30,10
     def __init__(self,
         clock=time.monotonic, # Function: seconds
         later=None, # Function of seconds and a function; default: `call_later` of the running event loop
-    ): self.clock,self.later,self.watched,self.due,self.n,self.timer,self.free,self.down = clock,later,{},[],0,None,0,set()
+    ):
+        self.clock,self.later,self.watched,self.due,self.n,self.timer,self.down = clock,later,{},[],0,None,set()
+        self.free,self.pause = 0,1/self.rate # When the next heartbeat may be sent, and the pause that one costs
 
     @property
     def interval(self):
@@ -62,7 +64,7 @@ class Pace:
         longest = max(self.max_rest, len(self.down)/self.retries)
         return min(2**min(failures-1, 30), longest)*random.uniform(.8, 1)
 
-# %% ../nbs/03d_liveness.ipynb #bb32c4e4
+# %% ../nbs/03d_liveness.ipynb #2d926df4
 def watch(self:Pace,
     session, # See `_Watched`
     timeout:float,
@@ -72,6 +74,7 @@ def watch(self:Pace,
     "Ask the host of `session` for signs of life, until `unwatch`"
     w = self.watched[session] = _Watched(session, timeout, answered, silent)
     self._put(w, self._next(session))
+    self._arm()
 
 def unwatch(self:Pace, session): self.watched.pop(session, None)
 
@@ -80,7 +83,6 @@ def _next(self:Pace, session): return session.heard + min(self.interval, session
 def _put(self:Pace, w, when):
     self.n += 1 # among equals the first comes first
     heapq.heappush(self.due, (when, self.n, w))
-    self._arm()
 
 def _arm(self:Pace):
     "Come back when the first is due, and not before the next heartbeat may be sent"
@@ -88,26 +90,29 @@ def _arm(self:Pace):
     when = max(self.due[0][0], self.free)
     if self.timer and self.timer[0] <= when: return
     if self.timer: self.timer[1].cancel()
-    if self.later is None: import asyncio; self.later = asyncio.get_running_loop().call_later
-    self.timer = when,self.later(max(0, when-self.clock()), self._tick)
+    later = self.later or asyncio.get_running_loop().call_later
+    self.timer = when,later(max(0, when-self.clock()), self._tick)
 
 def _tick(self:Pace):
-    "Look at those that are due, until one had to be asked"
-    self.timer,now = None,self.clock()
-    while self.due and self.due[0][0] <= now and self.free <= now:
+    "Look at those that are due, until enough of them had to be asked"
+    self.timer,now,asked = None,self.clock(),0
+    while self.due and self.due[0][0] <= now and asked < self.together:
         w = heapq.heappop(self.due)[2]
-        if self.watched.get(w.session) is w: self._look(w, now)
+        if self.watched.get(w.session) is w: asked += self._look(w, now)
+    self.free = now + asked*self.pause
     self._arm()
 
 def _look(self:Pace, w, now):
+    "See whether the host answered, and whether it is to be asked again; returns whether it was"
     if w.asked is not None and w.session.heard < w.asked:
-        if now < w.asked+w.timeout: return self._put(w, w.asked+w.timeout)
-        self.unwatch(w.session)
-        return w.silent()
+        if now < w.asked+w.timeout: self._put(w, w.asked+w.timeout)
+        else: self.unwatch(w.session); w.silent()
+        return False
     if w.asked is not None: w.asked = None; w.answered()
-    if (due := self._next(w.session)) > now: return self._put(w, due)
-    w.asked,self.free = now,now+min(1/self.rate, w.session.patience/3/len(self.watched)) # quicker while many were told too little
+    if (due := self._next(w.session)) > now: self._put(w, due); return False
+    w.asked,self.pause = now,min(1/self.rate, w.session.patience/3/len(self.watched)) # shorter while many were told too little
     w.session.beat(self.told)
     if self.watched.get(w.session) is w: self._put(w, now+min(w.timeout, self.interval))
+    return True
 
 for _f in (watch, unwatch, _next, _put, _arm, _tick, _look): setattr(Pace, _f.__name__, _f)

@@ -1,6 +1,6 @@
 """What many hosts cost the host application: 1 to 1,000 hosts, each connected and with one small process.
 
-    python tests/bench_scale.py                                       # all sizes, in about ten minutes
+    python tests/bench_scale.py                                       # all sizes, in about a quarter of an hour
     python tests/bench_scale.py --counts 1 10 --idle 5                # does it all work?
     python tests/bench_scale.py --output nbs/explanation/scale.json   # what the notebook beside it shows
 
@@ -8,14 +8,12 @@ The hosts are addresses of the loopback network (127.0.0.0/8), so Linux is neede
 them; to the host application they are as many hosts as there are addresses. Each has a process of its own to watch, a `sleep`.
 For every number of hosts two processes are measured, one after the other: one that has this package's connections, and one that
 has as many bare connections of paramiko with one session channel each and nothing of this package. What the first has more than
-the second is the package's own. All numbers are medians or totals over a time in which nothing happens.
+the second is the package's own. Memory is what the process has grown by since before the first connection, in KB.
 """
-import argparse, asyncio, json, os, platform, resource, shutil, socket, statistics, subprocess, sys, tempfile, threading, time
+import argparse, asyncio, json, os, platform, resource, shutil, socket, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from hosts import SBIN, sh, wait
-
-port_of_sshd = "port"
 
 
 def address(i): return f"127.7.{i//250}.{i%250+1}"
@@ -89,7 +87,7 @@ def bare(job):
         return client, chan
     before = pss()
     kept = [connect(i) for i in range(job["count"])]
-    res = dict(memory=(pss()-before)/job["count"]) | cost(job["idle"])
+    res = dict(memory=pss()-before) | cost(job["idle"])
     for client, _ in kept: client.close()
     return res
 
@@ -105,7 +103,7 @@ async def connected(job):
         async with few:
             conn = await pool.connection(Host(address(i), port=job["port"]), login)
             conn.pythons = (sys.executable,)
-            return await spawn(await conn.session(), conn.wait_connected, f"{job['dir']}/log-{i}", title="sleep", max_bytes=8192, argv=["sleep", "3600"], env={}, ticket=None)
+            return await spawn(await conn.session(), conn.wait_connected, f"{job['dir']}/log-{i}", title="sleep", max_bytes=8192, argv=["sleep", "3600"], env={}, orphan_timeout=30)
     return pool, await asyncio.gather(*(start(i) for i in range(job["count"])))
 
 
@@ -116,8 +114,7 @@ def ours(job):
     background()
     before = pss()
     pool, processes = do(connected(job))
-    res = dict(memory=(pss()-before)/job["count"])
-    res |= cost(job["idle"])
+    res = dict(memory=pss()-before) | cost(job["idle"])
     async def end():
         await asyncio.gather(*(p.release(False) for p in processes))
         await pool.close()
@@ -160,14 +157,14 @@ def main():
     p.add_argument("--idle", type=float, default=60, help="seconds that each is left idle (default: %(default)s)")
     p.add_argument("--output", type=Path, help="write the results there as JSON")
     args = p.parse_args()
-    results = {}
-    with Sshd(max(args.counts)) as sshd:
-        for n in args.counts:
-            got = {s: run(s, sshd, n, args.idle) for s in ("bare", "ours")}
-            results[n] = got["ours"] | dict(bare=got["bare"], own_memory=got["ours"]["memory"]-got["bare"]["memory"])
-            print(n, json.dumps(results[n]), flush=True)
     machine = dict(cores=os.cpu_count(), python=platform.python_version(), idle=args.idle)
-    if args.output: args.output.write_text(json.dumps(dict(machine=machine, hosts=results), indent=1, sort_keys=True)+"\n")
+    results = dict(machine=machine, ours={}, bare={})
+    with Sshd(max(args.counts)) as sshd:
+        for n in sorted(args.counts):
+            for subject in "bare", "ours":
+                results[subject][n] = got = run(subject, sshd, n, args.idle)
+                print(f"{n:5} hosts, {subject}: " + ", ".join(f"{k} {v:.4g}" for k, v in got.items()), flush=True)
+    if args.output: args.output.write_text(json.dumps(results, indent=1, sort_keys=True)+"\n")
 
 
 if __name__ == "__main__": drive(json.loads(sys.argv[2])) if sys.argv[1:2] == ["drive"] else main()

@@ -1,6 +1,7 @@
 """What keeps the cost of many hosts down, and must not cost anything else: links that die in silence are noticed by the system, hosts are asked at a
 bounded pace, what was read once is read again when it changed. How much it costs is for bench_scale.py to measure. `-s` shows how long things took."""
 import base64, hashlib, heapq, hmac, socket
+from collections import Counter
 from types import SimpleNamespace
 import paramiko, psutil, pytest
 from hypothesis import given, settings, strategies as st
@@ -134,11 +135,11 @@ def test_whatever_happens_heartbeats_are_bounded_and_nobody_is_forgotten(events)
     assert {s for s in sessions if s.lost} == set(died)
     assert all(s.lost-at <= 2*max(pace.told, 4*len(sessions)/pace.rate) + 11 for s, at in died.items())
     calm = [t for t in log if t > end+500]
-    assert len(calm) <= 500*pace.rate + 1
+    assert len(calm) <= 500*pace.rate + pace.together
     assert len(pace.due) <= len(pace.watched) + len(sessions) and len(pace.watched) == sum(s.well for s in sessions)
 
 def test_a_sleep_is_not_followed_by_a_burst():
-    "All are due at once after a laptop's sleep: asked one by one all the same, and not given up for what they could not say"
+    "All are due at once after a laptop's sleep: asked a few at a time all the same, and not given up for what they could not say"
     clock, log = Clock(), []
     pace = Pace(clock, clock.later)
     sessions = [Session(clock, log, 1000) for _ in range(400)]
@@ -148,7 +149,7 @@ def test_a_sleep_is_not_followed_by_a_burst():
     clock.now = 10_000
     log.clear()
     clock.run(10_100)
-    assert min(b-a for a, b in zip(log, log[1:])) > .9/pace.rate
+    assert max(Counter(map(int, log)).values()) <= pace.rate + pace.together
     assert not [s for s in sessions if s.lost]
 
 async def test_attempts_for_hosts_that_are_down_are_bounded(monkeypatch):
