@@ -27,7 +27,7 @@ class Wire:
         self.producers = set()
 
     def settimeout(self, t): pass
-    def calm(self, wake=300):
+    def calm(self, wake=600):
         "Let paramiko look at its flags every `wake` seconds from now on: it has logged in"
         self.sock.settimeout(wake)
     def recv(self, n):

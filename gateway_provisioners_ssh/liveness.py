@@ -36,10 +36,10 @@ class _Watched:
     silent:object # Function, called once when it was not
     asked:float|None = None # When the answer that is due was asked for
 
-# %% ../nbs/03d_liveness.ipynb #1cc6f285
+# %% ../nbs/03d_liveness.ipynb #86953d5c
 class Pace:
     "How often hosts are asked for a sign of life, and those that are down for a new connection; lives in an event loop"
-    shortest,rate,together,patience,max_rest,retries = 5,10,5,30,30,10
+    shortest,rate,together,patience,max_rest,retries = 5,8,8,30,30,10
     def __init__(self,
         clock=time.monotonic, # Function: seconds
         later=None, # Function of seconds and a function; default: `call_later` of the running event loop
