@@ -6,7 +6,7 @@
 __all__ = ['Wire', 'close', 'Transport', 'listen_to', 'ChannelIO', 'write', 'write_eof', 'pause', 'resume', 'Relay']
 
 # %% ../nbs/03a_channels.ipynb #875e898e
-import asyncio, paramiko, socket, struct, threading
+import asyncio, errno, os, paramiko, socket, struct, threading
 from collections import deque
 from contextlib import suppress
 from paramiko import SSHException
@@ -20,19 +20,25 @@ class Wire:
         wake:float=5, # Seconds between paramiko's looks at its flags
     ):
         self.loop,self.sock = asyncio.get_running_loop(),sock
-        sock.settimeout(wake)
-        self.out = sock.dup()
-        self.out.setblocking(False)
-        sock.settimeout(wake)
+        sock.settimeout(wake) # so it never blocks in the system, and `_flush` can write it beside paramiko's reader
+        self.fd,self.thread = sock.fileno(),threading.get_ident()
         self.parts,self.size,self.lock,self.closed = deque(),0,threading.Lock(),False
+        self.silent = False # Whether the system gave it up
         self.producers = set()
 
     def settimeout(self, t): pass
+    def calm(self, wake=600):
+        "Let paramiko look at its flags every `wake` seconds from now on: it has logged in"
+        self.sock.settimeout(wake)
     def recv(self, n):
         try: return self.sock.recv(n)
-        except OSError:
-            if self.closed: return b''
+        except OSError as e:
+            if self.closed or self._is_silence(e): return b''
             raise
+    def _is_silence(self, e):
+        "Whether the system gave the connection up, for the other end was silent; paramiko would take that for the end of a pause"
+        self.silent |= e.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+        return self.silent
     def getpeername(self): return self.sock.getpeername()
     def getsockname(self): return self.sock.getsockname()
     @property
@@ -50,6 +56,7 @@ class Wire:
         return len(data)
 
     def _in_loop(self, f):
+        if threading.get_ident() == self.thread and not self.loop.is_closed(): return self.loop.call_soon(f) # without waking a loop that is awake
         with suppress(RuntimeError): self.loop.call_soon_threadsafe(f) # the loop may have ended
 
 # %% ../nbs/03a_channels.ipynb #b2452746
@@ -59,14 +66,14 @@ def _flush(self:Wire):
     was_full = self.full
     try:
         while self.parts:
-            n = self.out.send(part := self.parts[0])
+            n = os.write(self.fd, part := self.parts[0])
             with self.lock:
                 self.size -= n
                 self.parts.popleft()
                 if n < len(part): self.parts.appendleft(part[n:])
-    except BlockingIOError: self.loop.add_writer(self.out.fileno(), self._flush)
-    except OSError: return self.close()
-    else: self.loop.remove_writer(self.out.fileno())
+    except BlockingIOError: self.loop.add_writer(self.fd, self._flush)
+    except OSError as e: self._is_silence(e); return self.close()
+    else: self.loop.remove_writer(self.fd)
     if was_full and not self.full:
         for f in list(self.producers): f()
 
@@ -78,8 +85,7 @@ def close(self:Wire, abort=False):
         if abort: self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.sock.shutdown(socket.SHUT_RD if abort else socket.SHUT_RDWR)
     def _close():
-        self.loop.remove_writer(self.out.fileno())
-        self.out.close()
+        self.loop.remove_writer(self.fd)
         self.sock.close()
     self._in_loop(_close)
 

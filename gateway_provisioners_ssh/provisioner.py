@@ -16,7 +16,7 @@ from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread, in_time, spawn_task
 from .balance import Ledger, load_balancer
 from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
-from .hosts import Host, HostError, Login, this_user
+from .hosts import Host, HostError, Login, host_names, parse_hosts, this_user
 from .launchers.agent import FILES_REMOVED
 from .launch import at_home, check_request, expand_argv, relocate_path
 from .remote import AgentClosed, Refusal, RemoteProcess, spawn, tree_of
@@ -109,7 +109,7 @@ def _authorize(self:DistributedProvisioner, user):
 def _pin(self:DistributedProvisioner, wanted):
     "The entry that a start request pins the kernel to"
     if not wanted: return None
-    found = [h for h in self.remote_hosts if wanted in (h, Host.parse(h).name)]
+    found = [str(h) for h in parse_hosts(self.remote_hosts) if wanted == h.name or wanted == str(h)]
     if found: return found[0]
     raise LaunchError(f'KERNEL_REMOTE_HOST={wanted!r} is not among the hosts of kernel {self.kernel_spec.display_name!r}: '
         + ', '.join(self.remote_hosts), 400)
@@ -363,7 +363,7 @@ async def _explain_failure(self:DistributedProvisioner, conn, process, request, 
 @patch
 def _place(self:DistributedProvisioner, request):
     "A claim in the ledger, with the hosts to try in order"
-    ledger,hosts = shared().ledger,[str(Host.parse(h)) for h in self.remote_hosts]
+    ledger,hosts = shared().ledger,host_names(self.remote_hosts)
     was = str(self.conn.host) if self.conn else None
     if request.pinned: return ledger.claim(str(Host.parse(request.pinned)))
     if was in hosts and not self.avoid: return ledger.claim(was, dict.fromkeys([was, *hosts]))
@@ -373,12 +373,21 @@ def _place(self:DistributedProvisioner, request):
     return claim
 
 @patch
+def _candidates(self:DistributedProvisioner, claim):
+    "Yields the hosts of a claim in order, but those that were tried in vain just now last; looks at each when its turn comes"
+    login,late = self.login,[]
+    for host in map(Host.parse, claim.order):
+        if shared().pool.resting(host, login): late.append(host)
+        else: yield host
+    yield from late
+
+@patch
 async def _start(self:DistributedProvisioner, request):
     "Start the kernel on the first host that will have it"
     request.task = asyncio.current_task()
     deadline,claim,errors = time.monotonic()+request.timeout,self._place(request),[]
     try:
-        for host in sorted(map(Host.parse, claim.order), key=lambda o: shared().pool.resting(o, self.login)):
+        for host in self._candidates(claim):
             claim.move(str(host))
             try: conn,*started = await self._start_on(host, request, deadline)
             except HostError as e:
@@ -388,6 +397,7 @@ async def _start(self:DistributedProvisioner, request):
             else:
                 info = await self._adopt(conn, claim, *started)
                 self.trial = Trial(self)
+                claim.order = [] # one for each kernel would be a list of all hosts for each
                 return info
         raise LaunchError(errors[0] if len(errors) == 1 else 'no host could start the kernel:\n' + '\n'.join(f'- {o}' for o in errors))
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXIT_UNKNOWN', 'AgentClosed', 'NoPython', 'Refusal', 'agent_source', 'AgentSession', 'request', 'greeting', 'ping',
-           'answers', 'local_session', 'Tree', 'tree_of', 'ship', 'RemoteProcess', 'again', 'heard', 'end', 'lose',
-           'forget', 'signal', 'tail', 'release', 'spawn']
+           'answers', 'beat', 'local_session', 'Tree', 'tree_of', 'ship', 'RemoteProcess', 'again', 'heard', 'end',
+           'lose', 'forget', 'signal', 'tail', 'release', 'spawn']
 
 # %% ../nbs/03b_remote.ipynb #f8d31f93
-import asyncio, hashlib, json, os, re, secrets, socket, stat, sys, zlib
+import asyncio, hashlib, json, os, re, secrets, socket, stat, sys, time, zlib
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,11 +41,12 @@ class AgentSession:
         write, # Function of bytes: to the standard input of `COMMAND`; never blocks
         close, # Function: end the connection
         name:str, # The host, for messages
-        patience:float=0, # Seconds without a word from here after which the agent gives this session up; 0: never
+        patience:float=0, # Seconds without a word from here after which the agent gives this session up; 0: never. `beat` changes it
     ):
         self._write,self._close,self.name,self.patience = write,close,name,patience
         self.token,self.n,self.asked,self.users,self.processes,self.shipping = 'gp'+secrets.token_hex(8),0,{},{},{},{}
         self.decoder,self.noise,self.closed,self.hello = None,b'',False,None
+        self.heard = time.monotonic() # When something came last
         self.greeted,self.over = (asyncio.get_running_loop().create_future() for _ in range(2))
 
     def __repr__(self): return f'AgentSession({self.name!r}, {"closed" if self.closed else "open"})'
@@ -65,6 +66,7 @@ class AgentSession:
     def feed(self, data:bytes):
         "Take what the host wrote"
         if self.closed: return
+        self.heard = time.monotonic()
         if self.decoder is None:
             self.noise += data
             before,found,data = self.noise.partition(self.token.encode()+b'\n')
@@ -174,7 +176,16 @@ async def answers(self:AgentSession,
     except asyncio.TimeoutError: return False
     return True
 
-for _f in (request, _ask, greeting, ping, answers): setattr(AgentSession, _f.__name__, _f)
+def beat(self:AgentSession,
+    patience:float, # What the agent is told, as in `AgentSession`
+):
+    "Ask for an answer that nobody awaits; when it has come, `heard` says so"
+    if self.closed: return
+    self.n += 1
+    self.patience = patience
+    self._write(encode(dict(n=self.n, op='ping', patience=patience)))
+
+for _f in (request, _ask, greeting, ping, answers, beat): setattr(AgentSession, _f.__name__, _f)
 
 # %% ../nbs/03b_remote.ipynb #835c1763
 async def local_session(

@@ -15,7 +15,7 @@ from tornado.web import HTTPError
 from traitlets import Bool, Float, Integer, List, Set, TraitError, Unicode
 from traitlets.config import LoggingConfigurable
 from .balance import load_balancer
-from .hosts import parse_hosts
+from .hosts import host_names
 
 # %% ../nbs/06a_settings.ipynb #45fa2ab7
 class LaunchError(HTTPError):
@@ -105,7 +105,6 @@ def from_environment(s:Setting):
     var,text = found(*filter(None, (s.var, s.older)))
     return checked(s.read, text if var else s.default, var)
 
-def _hosts(v): return [str(h) for h in parse_hosts(v)]
 def _users(v): return set(_words(v) if isinstance(v, str) else v)
 def _regexes(v):
     out = _words(v) if isinstance(v, str) else list(v)
@@ -130,7 +129,7 @@ def _log_dir(v):
 seconds,whole_seconds,_port = _number(float, 0.001, 7*86400),_number(int, 1, 7*86400),_number(int, 1, 65535)
 
 settings = dict(
-    remote_hosts=Setting('REMOTE_HOSTS', 'localhost', _hosts, True),
+    remote_hosts=Setting('REMOTE_HOSTS', 'localhost', host_names, True),
     load_balancing_algorithm=Setting('LOAD_BALANCING_ALGORITHM', 'round-robin', _algorithm),
     authorized_users=Setting('AUTHORIZED_USERS', '', _users, True),
     unauthorized_users=Setting('UNAUTHORIZED_USERS', 'root', _users, True),

@@ -8,14 +8,16 @@ __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_lin
            'LocalConnection', 'Pool']
 
 # %% ../nbs/04_ssh.ipynb #08c87487
-import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
+import asyncio, atexit, base64, hashlib, inspect, logging, os, random, re, socket, subprocess, time
 import paramiko
 from contextlib import suppress
 from weakref import WeakSet
+from paramiko.hostkeys import HostKeyEntry, HostKeys
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
 from .background import in_thread, in_time, spawn_task
 from .channels import ChannelIO, Relay, Transport, Wire
 from .hosts import Host, HostError, Login, Route, hops, this_user
+from .liveness import Pace, watch_link
 from .remote import COMMAND, AgentClosed, AgentSession, NoPython, Refusal, local_session
 
 # %% ../nbs/04_ssh.ipynb #9a73a7e9
@@ -94,12 +96,26 @@ class _Agent(paramiko.Agent):
         self._keys = tuple(k for k in self._keys if k.asbytes() in named)
 
 # %% ../nbs/04_ssh.ipynb #07d8db25
+def _is_of(line, name):
+    "Whether a line of a file with host keys is about `name`; names may be hashed"
+    def same(o):
+        try: return o == name or o.startswith('|1|') and HostKeys.hash_host(name, o) == o
+        except (ValueError, IndexError, AssertionError): return False # no hash
+    return any(map(same, re.split('[ \t]', line, 1)[0].split(',')))
+
+def _add_host_keys(keys, file, name):
+    "Add what `file` says of `name` to `keys`; of two keys of one kind the first counts"
+    with suppress(FileNotFoundError, PermissionError), open(file, errors='replace') as f:
+        for line in f:
+            entry = HostKeyEntry.from_line(line.strip()) if _is_of(line.strip(), name) else None
+            if entry and entry.key.get_name() not in (keys.lookup(name) or ()): keys.add(name, entry.key.get_name(), entry.key)
+
 def _authenticate(wire, route, login):
     "A logged-in `SSHClient` over `wire`; blocks"
     client = paramiko.SSHClient()
     client.set_log_channel(_paramiko_log.name)
-    for f in route.known_hosts:
-        with suppress(FileNotFoundError, PermissionError): client.load_system_host_keys(f)
+    name,port = route.host_key_alias or route.hostname, 22 if route.host_key_alias else route.port
+    for f in route.known_hosts: _add_host_keys(client.get_host_keys(), f, name if port == 22 else f'[{name}]:{port}')
     client.set_missing_host_key_policy(paramiko.RejectPolicy())
     gss = {}
     if login.gss_auth:
@@ -108,10 +124,11 @@ def _authenticate(wire, route, login):
         gss = dict(gss_auth=True, gss_kex=False, gss_host=route.hostname)
     keys = [f for f in route.identity_files if os.path.exists(f) and not _public(f)]
     client._agent = _Agent(route)
-    client.connect(route.host_key_alias or route.hostname, 22 if route.host_key_alias else route.port, sock=wire, transport_factory=Transport, username=route.user,
+    client.connect(name, port, sock=wire, transport_factory=Transport, username=route.user,
         password=login.password, key_filename=keys or None, allow_agent=True,
         look_for_keys=not route.identities_only and not keys, compress=route.compression, timeout=login.connect_timeout,
         banner_timeout=login.connect_timeout, auth_timeout=2*login.connect_timeout, channel_timeout=login.connect_timeout, **gss)
+    wire.calm()
     return client
 
 # %% ../nbs/04_ssh.ipynb #e442c574
@@ -125,6 +142,7 @@ def _dial(route, timeout):
             if route.bind_address: sock.bind((route.bind_address, 0))
             sock.connect(addr)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            watch_link(sock, 2*timeout)
             return sock
         except OSError as e: sock.close(); err = e
     raise err
@@ -196,13 +214,14 @@ def _shut_out(e): return isinstance(e, (EOFError, ConnectionResetError)) or 'ban
 # %% ../nbs/04_ssh.ipynb #ebe71409
 class SSHConnection:
     "The connection to one host; every method runs in the loop that made it"
-    beat,patience,max_rest,local,closed = 5,30,30,False,False
+    local,closed = False,False
     def __init__(self,
         host:Host, # The entry
         login:Login, # How to log in
         links:dict, # Live links by hops and login, shared with the other connections
+        pace:Pace, # How often to ask for signs of life and for new connections, shared as well
     ):
-        self.host,self.login,self.links = host,login,links
+        self.host,self.login,self.links,self.pace = host,login,links,pace
         self.routes = () # The hops of the last attempt, the host itself last
         self.agent = self.link = self.error = self.opening = self.reviving = None
         self.pythons = () # Interpreters that may run the agent, before those that every host may have
@@ -243,7 +262,7 @@ async def responsive_session(self:SSHConnection) -> AgentSession:
 
 def _rest(self:SSHConnection):
     self.failures += 1
-    self.rest_until = time.monotonic() + min(2**(self.failures-1), self.max_rest)
+    self.rest_until = time.monotonic() + self.pace.rest(self.failures)
 
 async def _open(self:SSHConnection):
     try: self.link,self.agent = await self._connect()
@@ -253,7 +272,7 @@ async def _open(self:SSHConnection):
         if self.down_since is None: self.down_since = time.monotonic()
         raise
     self.error,self.failures,self.rest_until,self.down_since,self.reverses = None,0,0,None,{}
-    self.beating = asyncio.create_task(self._beat(self.agent))
+    self.pace.watch(self.agent, 2*self.login.connect_timeout, self._answered, self._silent)
     return self.agent
 
 async def _connect(self:SSHConnection):
@@ -268,7 +287,7 @@ async def _new_session(self:SSHConnection, link):
     patience = 2*self.login.connect_timeout
     try: chan = await in_time(in_thread(_exec, link.transport), patience)
     except asyncio.TimeoutError: link.close(abort=True); raise
-    agent = AgentSession(lambda data: io.write(data), lambda: self._down(io, link), str(self.host), self.patience)
+    agent = AgentSession(lambda data: io.write(data), lambda: self._down(agent, io, link), str(self.host), self.pace.told)
     io = ChannelIO(chan, link.wire, agent.feed, agent.eof)
     try: return await in_time(agent.start(self.pythons), patience)
     except asyncio.CancelledError: agent.close(); raise # it may have started just now
@@ -302,24 +321,25 @@ async def _new_link(self:SSHConnection, routes):
     return await open_link(self.host, routes[-1], self.login, via)
 
 # %% ../nbs/04_ssh.ipynb #dc52afe0
-def _down(self:SSHConnection, io, link):
+def _down(self:SSHConnection, agent, io, link):
     "The session ended, for whatever reason: its connection is of no use any more"
+    if link.wire.silent: self._warn()
+    self.pace.unwatch(agent)
     io.close()
     self.links.pop((self.routes, self.login), None)
     link.close()
     if self.down_since is None: self.down_since = time.monotonic()
 
-async def _beat(self:SSHConnection, agent):
-    "Close the connection when the host no longer answers"
-    while not agent.closed:
-        await asyncio.sleep(self.beat)
-        try: alive = await agent.answers(2*self.login.connect_timeout)
-        except AgentClosed: return
-        if not alive:
-            log.warning('host %s does not answer; its kernels are left alone until it does', self.host)
-            self.link.close(abort=True)
-            agent.close()
-        elif not self.resting: self.failures = 0
+def _warn(self:SSHConnection): log.warning('host %s does not answer; its kernels are left alone until it does', self.host)
+
+def _answered(self:SSHConnection):
+    if not self.resting: self.failures = 0
+
+def _silent(self:SSHConnection):
+    "Close the connection to a host that no longer answers"
+    self._warn()
+    self.link.close(abort=True)
+    self.agent.close()
 
 async def wait_connected(self:SSHConnection) -> AgentSession:
     "The live session with the agent, once there is one; keeps trying, with growing pauses"
@@ -329,21 +349,23 @@ async def wait_connected(self:SSHConnection) -> AgentSession:
     return self.agent
 
 async def _revive(self:SSHConnection):
-    while not self.is_up:
-        await asyncio.sleep(max(0, self.rest_until-time.monotonic()))
-        with suppress(HostError): await self.session()
-    
+    self.pace.down.add(self)
+    try:
+        while not self.is_up:
+            await asyncio.sleep(max(0, self.rest_until-time.monotonic()))
+            with suppress(HostError): await self.session()
+    finally: self.pace.down.discard(self)
+
 async def close(self:SSHConnection):
     "Close the connection for good; processes on the host go on"
     self.closed = True
     for t in (self.opening, self.reviving):
         if t: t.cancel()
     if self.is_up:
-        self.beating.cancel()
         self.agent.close()
         await in_thread(self.link.client.close)
 
-for _f in (session, responsive_session, _rest, _open, _connect, _find, _new_session, _link, _new_link, _down, _beat, wait_connected, _revive, close): setattr(SSHConnection, _f.__name__, _f)
+for _f in (session, responsive_session, _rest, _open, _connect, _find, _new_session, _link, _new_link, _down, _warn, _answered, _silent, wait_connected, _revive, close): setattr(SSHConnection, _f.__name__, _f)
 
 # %% ../nbs/04_ssh.ipynb #1a03fadb
 class Forward:
@@ -455,7 +477,7 @@ class LocalConnection:
 # %% ../nbs/04_ssh.ipynb #f4fa2319
 class Pool:
     "The connections of this process; every method runs in the loop that made it"
-    def __init__(self): self.conns,self.links = {},{}
+    def __init__(self): self.conns,self.links,self.pace = {},{},Pace()
 
     async def connection(self,
         host:Host, # An entry of `remote_hosts`
@@ -470,7 +492,7 @@ class Pool:
     async def _make(self, host, login):
         try: local = await in_thread(host.is_local, login.config)
         except ValueError as e: raise HostError(host, login.user_of(host), str(e), _mend) from None
-        return LocalConnection(host) if local else SSHConnection(host, login, self.links)
+        return LocalConnection(host) if local else SSHConnection(host, login, self.links, self.pace)
 
     def resting(self, host:Host, login:Login=Login()) -> bool:
         "Whether `host` was tried in vain just now"

@@ -11,7 +11,7 @@ from kernels import until
 ME, OTHER = 1001, 1002   # users whom nobody else is
 PYTHON = os.path.realpath(sys.executable)
 SOURCE = Path(agent.__file__).read_text()
-QUICK = ('self.idle if self.clients else 1, self.leave', '.1, self.leave'), ('self.loop.later(5, self.tend)', 'self.loop.later(.3, self.tend)')   # what it does now and then, sooner
+QUICK = ('self.idle if self.clients else 1, self.leave', '.1, self.leave'), ('self.loop.later(30, self.tend)', 'self.loop.later(.3, self.tend)')   # what it does now and then, sooner
 
 def changed(*changes):
     "What `agent_source` gives for an agent in whose source each `(old, new)` was replaced"

@@ -259,9 +259,9 @@ APP = '''
 import asyncio, json, os, sys
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
-from gateway_provisioners_ssh.ssh import SSHConnection
+from gateway_provisioners_ssh.liveness import Pace
 patience, beat, kernels = json.loads(sys.argv[1])
-SSHConnection.patience, SSHConnection.beat = patience, beat
+Pace.patience, Pace.shortest = patience, beat
 async def one(name, config):
     km = AsyncKernelManager(kernel_name=name, config=Config(DistributedProvisioner=config))
     await km.start_kernel()

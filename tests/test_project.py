@@ -114,7 +114,9 @@ def wheel(copy, tmp_path_factory):
 
 def test_wheel_is_complete(wheel, copy):
     names = {o for o in wheel.namelist() if '.dist-info/' not in o}
-    assert names == {str(p.relative_to(copy)) for p in (copy/PKG).rglob('*') if p.is_file() and p.suffix != '.pyc'}
+    data = {o for o in names if '.data/' in o}
+    assert names - data == {str(p.relative_to(copy)) for p in (copy/PKG).rglob('*') if p.is_file() and p.suffix != '.pyc'}
+    assert [o.partition('.data/')[2] for o in data] == ['data/etc/jupyter/jupyter_server_config.d/gateway_provisioners_ssh.json']
 
 def test_wheel_metadata(wheel):
     read = lambda what: wheel.read(next(o for o in wheel.namelist() if o.endswith('.dist-info/' + what))).decode()

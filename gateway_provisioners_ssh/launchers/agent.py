@@ -613,7 +613,7 @@ def listen(self):
 
 def tend(self):
     "Now and then: take over kernels of another version's agent that is gone; put back what a cleaner of /tmp has removed, and keep the rest from it"
-    self.loop.later(5, self.tend)
+    self.loop.later(30, self.tend)
     for k in list(self.kernels.values()):
         if not k.ended: self.take_over(k)
     try:
@@ -1053,8 +1053,33 @@ COMMAND = "exec /bin/sh -c '%s'" % FIRST_STAGE # What the SSH channel executes
 _find = ('while [ $# -gt 0 ]; do GPSSH_P=$1; shift; case $GPSSH_P in "~/"*) GPSSH_P=$HOME/${GPSSH_P#??};; esac; '
     'GPSSH_P=$(command -v "$GPSSH_P" 2>/dev/null) && [ -x "$GPSSH_P" ] && exec "$GPSSH_P" -ESsc "$GPSSH_READ" "$@"; done; echo "no Python 3.6 or newer"; exit 127')
 _read = 'import sys;sys.path.remove("");import os,io;sys.version_info>=(3,6) or os.execv("/bin/sh",["sh","-c",os.environ["GPSSH_FIND"],"sh"]+sys.argv[1:]);exec(io.FileIO(0,closefd=False).readline())'
-_load = ('import zlib;VERSION="%s";n=%d;b=[];exec("while n:\\n c=os.read(0,n)\\n if not c: os._exit(1)\\n b.append(c); n-=len(c)");SOURCE=b"".join(b);'
-    'exec(compile(zlib.decompress(SOURCE),"agent.py","exec"));main(VERSION)\n')
+_load = """
+import marshal, zlib
+VERSION,todo,parts = "%s",%d,[]
+while todo:
+    parts.append(os.read(0, todo))
+    todo -= len(parts[-1]) or os._exit(1)
+SOURCE = b"".join(parts)
+del parts
+def compiled(): return compile(zlib.decompress(SOURCE), "agent.py", "exec")
+def from_child():
+    r,w = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            with os.fdopen(w, "wb") as f: f.write(marshal.dumps(compiled()))
+        finally: os._exit(0)
+    os.close(w)
+    with os.fdopen(r, "rb") as f: said = f.read()
+    try: os.waitpid(pid, 0)
+    except OSError: pass # this login ignores the end of children
+    return marshal.loads(said)
+try: CODE = from_child()
+except (OSError, EOFError, ValueError, TypeError): CODE = compiled()
+exec(CODE)
+del CODE
+main(VERSION)
+"""
 
 def bootstrap(
     pythons, # Interpreters to try, before those that every host may have
@@ -1067,7 +1092,7 @@ def bootstrap(
     names = [*pythons, 'python3', 'python', '/usr/libexec/platform-python']
     line = 'GPSSH_FIND=%s GPSSH_READ=%s GPSSH_TOKEN=%s; export GPSSH_FIND GPSSH_READ GPSSH_TOKEN; set -- %s; eval "$GPSSH_FIND"\n' % (
         quoted(_find), quoted(_read), quoted(token), ' '.join(map(quoted, names)))
-    return raw(line) + (_load % (version, len(source))).encode() + source
+    return raw(line) + ('exec(%r)\n' % (_load % (version, len(source)))).encode() + source
 
 # %% ../../nbs/03_agent.ipynb #7e63ed13
 def login_environment(): # dict
