@@ -10,7 +10,7 @@ import nbformat, pexpect
 from playwright.async_api import TimeoutError as LateError, async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
-from hosts import NetLab, REPO, sh, wait
+from hosts import NetLab, REPO, interruptible, sh, wait
 from kernels import BIN, Timer, gone, until
 from test_server import Channels
 
@@ -105,14 +105,6 @@ class Machines:
                 sh(*self.argv(user, 'jupyter', 'ssh-spec', 'install', '--user', '--kernel-name', place, '--display-name', TITLES[place],
                               '--python', sys.executable, *hosts), env=self.environ(user))
             sh('cp', '-a', home/'.local', saved)
-        self.carry('foreign', user)
-
-    def carry(self, spec, user):
-        "Give node3 the kernelspec in the same place, readable by grace"
-        to = self.foreign.home if user == 'root' else self.foreign.homes/user
-        shutil.rmtree(to, ignore_errors=True) if user != 'root' else shutil.rmtree(to/'.local', ignore_errors=True)
-        shutil.copytree(self.home(user)/'.local/share/jupyter/kernels'/spec, to/'.local/share/jupyter/kernels'/spec)
-        sh('chmod', '-R', 'a+rX', to)
 
     def inventory(self):
         "What is on the machines, but for the browser"
@@ -210,7 +202,8 @@ class Application:
         "A process of the application"
         self.logs.append(self.machines.lab.base/f'app-{time.monotonic_ns()}.log')
         with open(self.logs[-1], 'wb') as f:
-            p = subprocess.Popen(self.machines.argv(self.user, *argv), env=self.env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+            p = subprocess.Popen(self.machines.argv(self.user, *argv), env=self.env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True,
+                                 preexec_fn=interruptible)
         self.procs.append(p)
         p.log = self.logs[-1]
         return p
