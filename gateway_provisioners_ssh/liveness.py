@@ -64,7 +64,7 @@ class Pace:
         longest = max(self.max_rest, len(self.down)/self.retries)
         return min(2**min(failures-1, 30), longest)*random.uniform(.8, 1)
 
-# %% ../nbs/03d_liveness.ipynb #2d926df4
+# %% ../nbs/03d_liveness.ipynb #51696147
 def watch(self:Pace,
     session, # See `_Watched`
     timeout:float,
@@ -96,11 +96,13 @@ def _arm(self:Pace):
 def _tick(self:Pace):
     "Look at those that are due, until enough of them had to be asked"
     self.timer,now,asked = None,self.clock(),0
-    while self.due and self.due[0][0] <= now and asked < self.together:
-        w = heapq.heappop(self.due)[2]
-        if self.watched.get(w.session) is w: asked += self._look(w, now)
-    self.free = now + asked*self.pause
-    self._arm()
+    try:
+        while self.due and self.due[0][0] <= now and asked < self.together:
+            w = heapq.heappop(self.due)[2]
+            if self.watched.get(w.session) is w: asked += self._look(w, now)
+    finally: # a defect in one place must not end it for all
+        self.free = now + asked*self.pause
+        self._arm()
 
 def _look(self:Pace, w, now):
     "See whether the host answered, and whether it is to be asked again; returns whether it was"
@@ -111,8 +113,8 @@ def _look(self:Pace, w, now):
     if w.asked is not None: w.asked = None; w.answered()
     if (due := self._next(w.session)) > now: self._put(w, due); return False
     w.asked,self.pause = now,min(1/self.rate, w.session.patience/3/len(self.watched)) # shorter while many were told too little
+    self._put(w, now+min(w.timeout, self.interval))
     w.session.beat(self.told)
-    if self.watched.get(w.session) is w: self._put(w, now+min(w.timeout, self.interval))
     return True
 
 for _f in (watch, unwatch, _next, _put, _arm, _tick, _look): setattr(Pace, _f.__name__, _f)

@@ -101,7 +101,7 @@ def _is_of(line, name):
     def same(o):
         try: return o == name or o.startswith('|1|') and HostKeys.hash_host(name, o) == o
         except (ValueError, IndexError, AssertionError): return False # no hash
-    return any(map(same, re.split('[ \t]', line, 1)[0].split(',')))
+    return any(map(same, re.split('[ \t]', line, maxsplit=1)[0].split(',')))
 
 def _add_host_keys(keys, file, name):
     "Add what `file` says of `name` to `keys`; of two keys of one kind the first counts"
@@ -272,8 +272,9 @@ async def _open(self:SSHConnection):
         if self.down_since is None: self.down_since = time.monotonic()
         raise
     self.error,self.failures,self.rest_until,self.down_since,self.reverses = None,0,0,None,{}
-    self.pace.watch(self.agent, 2*self.login.connect_timeout, self._answered, self._silent)
-    return self.agent
+    agent,link = self.agent,self.link
+    if not agent.closed: self.pace.watch(agent, 2*self.login.connect_timeout, self._answered, lambda: self._silent(agent, link))
+    return agent
 
 async def _connect(self:SSHConnection):
     "A link, and a session with the agent at its end; raises `HostError`"
@@ -335,11 +336,11 @@ def _warn(self:SSHConnection): log.warning('host %s does not answer; its kernels
 def _answered(self:SSHConnection):
     if not self.resting: self.failures = 0
 
-def _silent(self:SSHConnection):
+def _silent(self:SSHConnection, agent, link):
     "Close the connection to a host that no longer answers"
     self._warn()
-    self.link.close(abort=True)
-    self.agent.close()
+    link.close(abort=True)
+    agent.close()
 
 async def wait_connected(self:SSHConnection) -> AgentSession:
     "The live session with the agent, once there is one; keeps trying, with growing pauses"
