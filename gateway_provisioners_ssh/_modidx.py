@@ -1011,6 +1011,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                         'gateway_provisioners_ssh/launchers/standby.py'),
                                                             'gateway_provisioners_ssh.launchers.standby.import_own': ( 'standby.html#import_own',
                                                                                                                        'gateway_provisioners_ssh/launchers/standby.py'),
+                                                            'gateway_provisioners_ssh.launchers.standby.installed': ( 'standby.html#installed',
+                                                                                                                      'gateway_provisioners_ssh/launchers/standby.py'),
                                                             'gateway_provisioners_ssh.launchers.standby.look': ( 'standby.html#look',
                                                                                                                  'gateway_provisioners_ssh/launchers/standby.py'),
                                                             'gateway_provisioners_ssh.launchers.standby.main': ( 'standby.html#main',
