@@ -216,7 +216,9 @@ def test_what_a_kernel_gets(place, cases):
 OPS = [*agent.OPERATIONS, 'none']
 anything = jsons | odd | hostile | st.integers() | st.floats() | st.lists(hostile, max_size=2) | st.dictionaries(hostile, hostile, max_size=2)
 IDS = st.sampled_from(['ab'*8, 'cd'*32, '../..', 'ab'*8 + '\n', ''])
-ARGUMENTS = st.fixed_dictionaries({}, optional=dict(id=IDS | anything, tree=IDS | anything, path=hostile | anything, mode=anything, done=anything, argv=st.just(['true']) | st.lists(hostile, max_size=3) | anything,
+STANDBY = st.fixed_dictionaries({}, optional=dict(script=st.sampled_from([0, 1, 1, 2, -1, 10**9, True]) | anything, preload=st.just([]) | st.lists(hostile, max_size=2) | anything, timeout=st.sampled_from([1, 0, -1, 1e308, float('nan')]) | anything)) | anything
+ARGUMENTS = st.fixed_dictionaries({}, optional=dict(id=IDS | anything, tree=IDS | anything, path=hostile | anything, mode=anything, done=anything, argv=st.sampled_from([['true'], ['true', 'x'], ['true', '/no/x', 'y']]) | st.lists(hostile, max_size=3) | anything,
+    standby=st.just(dict(script=1, preload=[], timeout=5)) | STANDBY,
     env=st.just({}) | anything, spec_env=st.just({}) | anything, cwds=anything, max_bytes=st.just(65536) | anything, title=anything, orphan_timeout=anything, ticket=st.just({}) | anything, ports=anything,
     lines=st.just(5) | anything, pgid=st.sampled_from([10**19, 2**31, 0, -1, 1, True, 1.5]), signum=st.sampled_from([0, 65, 10**9, -1, 1.5, '9']), patience=st.just(None) | anything, keep_log=anything,
     user=st.sampled_from(['-u', '']) | odd, x=anything))
@@ -242,6 +244,45 @@ def test_requests_of_any_kind(place, requests):
         finally: s.close()
     place.run(several(), 120)
     place.no_more(was)
+
+# Templates, which are processes of the user: they may say anything
+
+TEMPLATE = """
+import base64, json, os, socket, sys
+greeting, said, stays = json.loads(sys.argv[1])['preload']
+agent, kept = socket.socket(fileno=os.dup(0)), []
+agent.sendall(base64.b64decode(greeting))
+while True:
+    got, fds, _, _ = socket.recv_fds(agent, 1, 2)
+    if not got: os._exit(0)
+    os.close(fds[0])
+    s = socket.socket(fileno=fds[1])
+    try: s.sendall(base64.b64decode(said).replace(b'{agent}', b'%d' % os.getppid()).replace(b'{self}', b'%d' % os.getpid()).replace(b'{group}', b'-%d' % os.getpid()))
+    except OSError: pass
+    kept.append(s)
+    if not stays: kept.pop().close()
+"""
+GREETINGS = st.just(b'{"cold": ""}\n') | st.binary(max_size=60) | st.fixed_dictionaries({}, optional=dict(cold=st.just('') | anything, passes=anything.filter(lambda o: o is not True))).map(lambda o: json.dumps(o).encode()) | st.sampled_from([b'['*60_000, b'1'*5000])
+BIRTHS = st.lists(st.sampled_from([b'{agent}', b'{self}', b'{group}', b'-1', b'0', b'1', b'9'*30, b'\n', b'\nok\n', b'\nnot here: x\n', b'ok\n', b'x'*9000, b'\xff']) | st.binary(max_size=9), max_size=6).map(b''.join)
+
+@settings(budget(500), phases=[Phase.generate])
+@given(GREETINGS, BIRTHS, st.booleans())
+def test_what_a_template_says(place, greeting, said, stays):
+    "Whatever it is, one process is started, cold; it is no other one that the agent takes for the kernel, and signals"
+    case()
+    (place.dir/'standby.py').write_text(TEMPLATE)
+    (place.dir/'launch.py').write_text('import time; time.sleep(1000)')
+    was, argv = place.fds(), [shutil.which('python3'), '-SE', str(place.dir/'launch.py'), os.urandom(4).hex()]
+    standby = dict(script=2, preload=[base64.b64encode(greeting).decode(), base64.b64encode(said).decode(), 'yes'*stays], timeout=1)
+    async def one():
+        await place.session.request('standby', argv=argv, env={}, standby=standby)
+        p = await spawn(place.session, place.sessions, str(place.dir/'a.log'), argv=argv, env={}, max_bytes=65536, standby=standby)
+        assert Path(f'/proc/{p.pid}/cmdline').read_bytes().split(b'\0')[:-1] == [o.encode() for o in argv]
+        await p.release(keep_log=False)
+        while agent.start_time(p.pid): await asyncio.sleep(.01)
+        while [o for o in Path(os.path.dirname(place.socket)).iterdir() if o.name.startswith('k-')]: await asyncio.sleep(.01)
+    place.run(one())
+    place.no_more(was + 1)   # a template that is ready is waited for
 
 @budget(5_000)
 @given(st.lists(st.binary(max_size=60) | jsons.map(lambda o: json.dumps(o).encode() + b'\n') | st.fixed_dictionaries({}, optional=dict(n=anything, op=st.sampled_from(OPS) | anything, size=anything, **{'as': anything})).map(

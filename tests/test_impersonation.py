@@ -93,6 +93,24 @@ async def test_users_have_nothing_of_each_other(remote):
             assert (await run(g, f'open({path!r})')).error.startswith('[Errno 13] Permission denied'), path
         assert (await run(g, f'import os; os.kill({pid}, 2)')).error.startswith('[Errno 1] Operation not permitted')
 
+async def test_users_have_templates_of_their_own(remote, monkeypatch):
+    "A kernel is forked from a process of its user, which nobody else's is forked from"
+    monkeypatch.setenv('GP_STANDBY', 'True')
+    parents, forked = {}, '__import__("gc").get_freeze_count() > 0'
+    def ready(agent): return [o for o in psutil.Process(agent).children() if o.name() == 'gpssh-standby']
+    for user in 'ada', 'grace':
+        async with kernel_of(remote, user) as (km, kc):
+            assert not await value(kc, forked)
+            parents[user] = psutil.Process(km.provisioner.fields['pid']).ppid()
+            template, = await until(lambda: ready(parents[user]), 60, 'a template')
+            assert uid_of(template.pid) == remote.users[user]
+            async with kernel_of(remote, user) as (second, kc):
+                assert await value(kc, forked) and await value(kc, '__import__("os").getuid()') == remote.users[user]
+                assert psutil.Process(second.provisioner.fields['pid']).ppid() == parents[user]
+    assert parents['ada'] != parents['grace']
+    for pid in parents.values():
+        for o in ready(pid): o.kill()
+
 async def test_r_kernel(remote):
     need(None if shutil.which('Rscript') else 'Rscript is not installed')
     remote.install('--language', 'R', hosts=['gateway@node1'], name='ssh_r')

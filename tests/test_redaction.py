@@ -2,7 +2,7 @@
 argument vectors are watched; then everything that was written anywhere is searched for every secret there was."""
 import asyncio, contextlib, io, os, re, subprocess, sys, traceback
 from pathlib import Path
-import pytest
+import psutil, pytest
 from gateway_provisioners_ssh.provisioner import shared
 from gateway_provisioners_ssh.settings import LaunchError
 from kernels import LEGACY, forget, printed, running, until, value
@@ -56,6 +56,14 @@ async def test_no_secret_is_told(net_remote, net, logged, secrets, monkeypatch):
                 await km.interrupt_kernel()
                 await km.restart_kernel()
                 await kc.wait_for_ready(timeout=60)
+        for _ in range(2):   # cold, and forked
+            async with heard('node2', standby=True) as (km, kc):
+                texts[f'a kernel of a template {len(texts)}'] = (await printed(kc, 'import gc, os; print(gc.get_freeze_count(), dict(os.environ), open("/proc/self/environ").read() if gc.get_freeze_count() else "")'))[0].encode()
+                agent = psutil.Process(psutil.Process(km.provisioner.fields['pid']).ppid())
+                template, = await until(lambda: [o for o in agent.children() if o.name() == 'gpssh-standby'], 60, 'a template')
+        assert [k for k, text in texts.items() if k.startswith('a kernel of') and not text.startswith(b'0')]
+        texts['a template'] = b''.join(Path(f'/proc/{template.pid}/{o}').read_bytes() for o in ('cmdline', 'environ'))
+        template.kill()
         await start('node1', argv=lambda _: LEGACY, allow_legacy_launchers=True)
         # failures of every kind
         await fails(start('by-password', argv=lambda a: ['no-such-interpreter', *a[1:]]), LaunchError, 'no-such-interpreter: not found')
