@@ -1173,8 +1173,8 @@ def wanted(m): # tuple: command up to the launcher, modules to preload, timeout
 class Template:
     "A process that forks kernels"
     patience,slow = .5,120 # Seconds that a start may lose by it, and that its imports may take
-    def __init__(self, agent, key, command, preload, env):
-        self.agent,self.key,self.command,self.preload,self.env = agent,key,command,preload,env
+    def __init__(self, agent, key, command, preload, env, length):
+        self.agent,self.key,self.command,self.preload,self.env,self.length = agent,key,command,preload,env,length # `length`: of a kernel's whole command line, in bytes
         self.pid,self.ready,self.why,self.size,self.forks,self.told,self.tries = 0,False,'',0,[],[],0
         self.sock = self.expiry = self.timer = None
 
@@ -1182,7 +1182,7 @@ class Template:
         "Start the process, if it is wanted still and not there"
         if self.pid or self.why or self.agent.templates.get(self.key) is not self: return
         argv = self.command[:-1] + [os.path.dirname(self.command[-1]) + '/standby.py', self.command[0], *self.preload]
-        room = sum(len(raw(o)) + 1 for o in self.command) - sum(len(raw(o)) + 1 for o in argv) - 1
+        room = self.length - sum(len(raw(o)) + 1 for o in argv) - 1
         try:
             self.sock,theirs = socket.socketpair()
             with theirs, self._nameless() as out:
@@ -1371,7 +1371,7 @@ def template(self, m, env): # Template
     "The template for a request, ready or not"
     command,preload,timeout = wanted(m)
     key = json.dumps([command, preload, sorted(lasting(env).items())])
-    self.templates[key] = t = self.templates.pop(key, None) or Template(self, key, command, preload, lasting(env)) # the one used last is the last
+    self.templates[key] = t = self.templates.pop(key, None) or Template(self, key, command, preload, lasting(env), sum(len(raw(o)) + 1 for o in m['argv'])) # the one used last is the last
     if not t.why and not adopt_descendants(): t.end('this system has no subreapers')
     t.used(timeout)
     while len(self.templates) > self.most_templates: next(iter(self.templates.values())).end()
