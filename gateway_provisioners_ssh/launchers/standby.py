@@ -211,6 +211,7 @@ def main():
     with open('/proc/self/comm') as f: name = f.read().strip()
     with suppress(OSError): os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
+        if sys.version_info < (3, 9): raise Cold('Python is older than 3.9')
         import_own()
         kernel_main,begin = _launcher(options['launcher']),_written()
         set_variables()
