@@ -1144,10 +1144,10 @@ def wanted(m): # tuple: command up to the launcher, modules to preload, timeout
     if texts(argv) and type(script) is int and 0 < script < len(argv) and texts(preload) and type(timeout) in (int, float): return argv[:script+1],preload,timeout
     raise Refused('that is no request for a template')
 
-# %% ../../nbs/03c_templates.ipynb #e18ec64f
 def line_size(argv): # int: bytes of a command line
     return sum(len(raw(o)) + 1 for o in argv)
 
+# %% ../../nbs/03c_templates.ipynb #e18ec64f
 class Template:
     "A process that forks kernels"
     patience,slow = .5,120 # Seconds that a start may lose by it, and that its imports may take
@@ -1170,13 +1170,13 @@ class Template:
         self.agent.loop.on(self.sock.fileno(), self._greeted)
         self.timer = self.agent.loop.later(self.slow, lambda: self.end('its imports take more than %d s' % self.slow))
 
-    def _nameless(self):
-        path = '%s/standby.%s' % (self.agent.dir, os.urandom(6).hex())
-        f = open(os.open(path, os.O_RDWR|os.O_CREAT|os.O_EXCL, 0o600), 'wb', 0)
-        os.unlink(path)
-        return f
-
 # %% ../../nbs/03c_templates.ipynb #4c7a945b
+def _nameless(self):
+    path = '%s/standby.%s' % (self.agent.dir, os.urandom(6).hex())
+    f = open(os.open(path, os.O_RDWR|os.O_CREAT|os.O_EXCL, 0o600), 'wb', 0)
+    os.unlink(path)
+    return f
+
 def _greeted(self):
     try:
         m = json.loads(self.sock.recv(2**16).decode())
@@ -1204,7 +1204,7 @@ def _memory(self): # int: pages
         with open('/proc/%d/statm' % self.pid) as f: return int(f.read().split()[1])
     except (OSError, ValueError, IndexError): return 0
 
-Template._greeted,Template._again,Template._tell,Template._memory = _greeted,_again,_tell,_memory
+Template._nameless,Template._greeted,Template._again,Template._tell,Template._memory = _nameless,_greeted,_again,_tell,_memory
 
 # %% ../../nbs/03c_templates.ipynb #b7915d4a
 def end(self, why='', passes=False):
@@ -1279,12 +1279,6 @@ class Fork:
         self.loop.on(self.sock.fileno(), self._heard, self._send)
         self._next()
 
-    def _send(self):
-        try: self.request = self.request[self.sock.send(self.request):]
-        except BlockingIOError: pass
-        except OSError: return self.fail('the fork ended')
-        if not self.request: self.loop.on(self.sock.fileno(), self._heard)
-
 # %% ../../nbs/03c_templates.ipynb #7676e61f
 def parent_of(pid): # int; 0 if that is not known
     try:
@@ -1309,6 +1303,12 @@ def _descends(self, pid):
 Fork._credible,Fork._descends = _credible,_descends
 
 # %% ../../nbs/03c_templates.ipynb #9824b617
+def _send(self):
+    try: self.request = self.request[self.sock.send(self.request):]
+    except BlockingIOError: pass
+    except OSError: return self.fail('the fork ended')
+    if not self.request: self.loop.on(self.sock.fileno(), self._heard)
+
 def _next(self):
     "Let the template fork for the next start"
     forks = self.template.forks
@@ -1347,7 +1347,7 @@ def _go_on(self):
     code = self.k.agent.early.pop(self.pid, None)
     if code is not None: self.k.end(status_of(code))
 
-Fork._next,Fork._over,Fork._go_on,Fork.give_up,Fork.fail,Fork._late = _next,_over,_go_on,give_up,fail,_late
+Fork._send,Fork._next,Fork._over,Fork._go_on,Fork.give_up,Fork.fail,Fork._late = _send,_next,_over,_go_on,give_up,fail,_late
 Agent.late = '' # Of which template the last fork was late
 
 # %% ../../nbs/03c_templates.ipynb #df0068bf
