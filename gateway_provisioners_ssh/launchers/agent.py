@@ -1209,11 +1209,12 @@ Template._nameless,Template._greeted,Template._again,Template._tell,Template._me
 # %% ../../nbs/03c_templates.ipynb #b7915d4a
 def end(self, why='', passes=False):
     "End the process and what it started, not the kernels that came from it; `why` no further one is made for now, if that does not pass"
-    if self.agent.templates.get(self.key) is self: del self.agent.templates[self.key]
+    current = self.agent.templates.get(self.key) is self # else there is another one already
+    if current: del self.agent.templates[self.key]
     for o in (self.timer, self.expiry): self.agent.loop.cancel(o)
     self.stop()
     self.ready,self.why = False,'' if passes else why
-    if self.why:
+    if self.why and current:
         self.agent.templates[self.key] = self
         self.expiry = self.agent.loop.later(600, self.end)
     self._tell(why or 'it has ended')
