@@ -57,7 +57,7 @@ async def test_no_secret_is_told(net_remote, net, logged, secrets, monkeypatch):
                 await km.restart_kernel()
                 await kc.wait_for_ready(timeout=60)
         for _ in range(2):   # cold, and forked
-            async with heard('node2', standby=True) as (km, kc):
+            async with heard('node1', standby=True) as (km, kc):
                 texts[f'a kernel of a template {len(texts)}'] = (await printed(kc, 'import gc, os; print(gc.get_freeze_count(), dict(os.environ), open("/proc/self/environ").read() if gc.get_freeze_count() else "")'))[0].encode()
                 agent = psutil.Process(psutil.Process(km.provisioner.fields['pid']).ppid())
                 template, = await until(lambda: [o for o in agent.children() if o.name() == 'gpssh-standby'], 60, 'a template')

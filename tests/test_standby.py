@@ -1,6 +1,6 @@
 """Standby: a kernel that a template forked cannot be told from one that started cold, is never of another state of the host than that, and whatever
 goes wrong with a template costs a start half a second at most. Kernels run on this machine, without SSH, with an agent of the tests' own."""
-import asyncio, base64, contextlib, json, logging, os, re, shutil, signal, subprocess, sys, sysconfig, tempfile, time
+import asyncio, base64, contextlib, json, logging, os, re, shutil, subprocess, sys, sysconfig, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 import psutil, pytest
@@ -8,8 +8,7 @@ import test_lifecycle
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.launchers import agent
-from gateway_provisioners_ssh.provisioner import shared
-from kernels import Remote, busy, client_of, forget, gone, interrupt, left_of, printed, reply_to, running, until, value
+from kernels import Remote, Timer, busy, forget, gone, interrupt, left_of, printed, reply_to, running, until, value, within
 
 class Place:
     "Kernels of this machine, with an agent, a home and temporary files of the tests' own"
@@ -29,7 +28,8 @@ class Place:
 
     def close(self):
         forget()
-        for p in self.processes(): p.kill()
+        for p, *_ in self.processes():
+            with contextlib.suppress(psutil.Error): p.kill()
         shutil.rmtree(self.tmp, ignore_errors=True)
 
     def spec(self, python=sys.executable, more=(), **kw):
@@ -42,17 +42,19 @@ class Place:
     # What is on the host
 
     def processes(self):
+        "Each with its name and its parent's number"
         found = []
         for p in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if p.environ().get('TMPDIR') == str(self.tmp): found.append(p)
+                if p.environ().get('TMPDIR') == str(self.tmp): found.append((p, p.name(), p.ppid()))
         return found
 
-    def agent(self): return next(p for p in self.processes() if p.name() == 'gpssh-agent')
+    def agent(self): return next((p for p, name, _ in self.processes() if name == 'gpssh-agent'), None)
 
     def templates(self):
         "The processes from which kernels can be forked"
-        return [p for p in self.processes() if p.name() == 'gpssh-standby' and p.ppid() == self.agent().pid]
+        agents = {p.pid for p, name, _ in (all := self.processes()) if name == 'gpssh-agent'}
+        return [p for p, name, parent in all if name == 'gpssh-standby' and parent in agents]
 
     def mishaps(self):
         f = self.tmp/f'gpssh-{os.getuid()}/errors'
@@ -195,13 +197,17 @@ async def test_what_users_do(place, plain, kind):
     async with place.kernel(plain, dict(standby=kind != 'forked')) as (_, kc):   # history is common to kernels of both kinds
         assert mark in {o[2] for o in (await kc.history(hist_access_type='search', pattern='"*"', n=100, reply=True, timeout=30))['content']['history']}
 
-@kinds
-async def test_pictures(place, kind):
-    name = place.spec(preload=['matplotlib.pyplot'])
-    async with kernel_of_kind(place, name, kind) as (_, kc):
-        seen = []
-        await kc.execute_interactive('%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);', timeout=90, allow_stdin=False, output_hook=lambda m: seen.append(m['content'].get('data', {})))
-        assert [o for o in seen if base64.b64decode(o.get('image/png', '')).startswith(b'\x89PNG')]
+async def test_pictures(place):
+    "With the library imported by the template, or by the kernel; ipykernel sets variables first that it reads"
+    states = []
+    for kind, name in ('cold', place.spec()), ('forked', place.spec(preload=['matplotlib.pyplot'])), ('forked', place.spec(preload=['matplotlib'])):
+        async with kernel_of_kind(place, name, kind) as (_, kc):
+            for first in '', '%matplotlib inline\n':
+                seen = []
+                await kc.execute_interactive(f'{first}import matplotlib.pyplot as plt\nplt.plot([1, 2]);', timeout=90, allow_stdin=False, output_hook=lambda m: seen.append(m['content'].get('data', {})))
+                assert [o for o in seen if base64.b64decode(o.get('image/png', '')).startswith(b'\x89PNG')], (kind, first)
+                states.append(await value(kc, '(plt.get_backend(), plt.rcParams["backend"], plt.isinteractive(), __import__("os").environ["MPLBACKEND"])'))
+    assert states[::2] == states[:1]*3 and states[1::2] == states[1:2]*3
 
 async def control(kc, kind, content, **more):
     msg = kc.session.msg(kind, content)
@@ -405,6 +411,18 @@ async def test_a_template_that_fails(place, tmp_path, how):
         assert await is_forked(kc)
         await one_kernel(place, km)
 
+async def test_a_template_that_is_always_late(place, tmp_path):
+    "After two times it is not tried again for a while, or it would make each start slower"
+    (tmp_path/'gpt_late.py').write_text('import os, time\nos.register_at_fork(after_in_child=lambda: time.sleep(1.5))')
+    name = place.spec(preload=['gpt_late'], env=dict(PYTHONPATH=str(tmp_path)))
+    for _ in range(2):
+        assert await place.warm(name) == ''
+        async with place.kernel(name) as (km, kc):
+            assert not await is_forked(kc) and 'did not fork within' in km.provisioner.process.cold
+            await one_kernel(place, km)
+    assert 'did not fork within' in await place.warm(name)
+    async with place.kernel(name) as (_, kc): assert not await is_forked(kc)
+
 NO_TEMPLATES = dict(
     fails=('1/0', 'preload of gpt_bad fails: ZeroDivisionError: division by zero'),
     exits=('raise SystemExit(3)', 'preload of gpt_bad fails: SystemExit: 3'),
@@ -458,7 +476,7 @@ async def test_the_agent_is_killed_while_a_forked_kernel_computes(place, plain):
         computing = await busy(kc, 'print("on it", flush=True)\nwhile True: pass')
         (old := place.agent()).kill()
         await until(lambda: gone(old.pid))
-        await until(lambda: not [p for p in place.processes() if p.name() == 'gpssh-standby'], what='no template')
+        await until(lambda: 'gpssh-standby' not in [name for _, name, _ in place.processes()], what='no template')
         await asyncio.wait_for(km.interrupt_kernel(), 60)
         assert (await reply_to(kc, computing))['ename'] == 'KeyboardInterrupt' and place.agent().pid != old.pid
         assert await km.is_alive() and await value(kc, '6*7') == 42
@@ -470,8 +488,9 @@ async def test_a_start_given_up_at_any_moment_leaves_nothing(place, plain):
     "Also one whose template is about to fork"
     assert await place.warm(plain) == ''
     ids, given_up = [], 0
-    for after in (0, .001, .002, .004, .006, .008, .01, .013, .016, .02, .025, .03, .04, .06, .08):
+    for after in (0, .001, .002, .004, .006, .008, .01, .013, .016, .02, .025, .03, .04, .06, .08, .1):
         km = place.remote.manager(plain)
+        if after == .1: (await template_of(place, plain)).suspend()
         task = asyncio.ensure_future(km.start_kernel())
         await asyncio.sleep(after)
         task.cancel()
@@ -480,7 +499,7 @@ async def test_a_start_given_up_at_any_moment_leaves_nothing(place, plain):
         else: await km.shutdown_kernel(now=True)
         ids.append(km.kernel_id)
     assert given_up > 3
-    def left(): return [p for p in place.processes() if p.name() not in ('gpssh-agent', 'gpssh-standby', 'cat')] + [o for o in place.tmp.rglob('*') if 'k-' in str(o) or 'kernel-' in o.name]
+    def left(): return [p for p, name, _ in place.processes() if name not in ('gpssh-agent', 'gpssh-standby', 'cat')] + [o for o in place.tmp.rglob('*') if 'k-' in str(o) or 'kernel-' in o.name]
     await until(lambda: not left(), 30, 'nothing left')
     async with kernel_of_kind(place, plain, 'forked'): pass
 
@@ -505,10 +524,14 @@ async def test_a_template_that_nobody_uses_ends_and_then_the_agent(place, plain)
 
 async def test_off(place, plain):
     "Nothing is left soon after the last kernel"
-    await asyncio.to_thread(place.move)
-    async with place.kernel(plain, dict(standby=False)) as (_, kc): assert not await is_forked(kc)
-    await asyncio.to_thread(forget)
-    await until(lambda: not place.processes(), 2, 'nothing left')
+    async def left():
+        await asyncio.to_thread(place.move)
+        async with place.kernel(plain, dict(standby=False)) as (_, kc): assert not await is_forked(kc)
+        await asyncio.to_thread(forget)
+        t = Timer()
+        await until(lambda: not place.processes(), 30, 'nothing left')
+        return float(t)
+    await within(2, left)
 
 async def test_no_more_templates_than_that(place):
     names = [place.spec(env=dict(GPT=str(i))) for i in range(agent.Agent.most_templates + 2)]
