@@ -160,7 +160,7 @@ subjects = {"local": ("local", "local kernel", local), "ours": ("ours", "this pr
             "ours-tunnel": ("ours", "this provisioner, tunnel", ours_tunnel), "ours-cold": ("ours", "this provisioner, no standby", ours_cold),
             "gp": ("gp", "Gateway Provisioners 0.5.0", gp), "sshpyk": ("sshpyk", "sshpyk 1.25", sshpyk),
             "gp-tuned": ("gp", "Gateway Provisioners, tuned", gp_tuned), "gp-tunnel": ("gp", "Gateway Provisioners, tunnel", gp_tunnel)}
-default, in_bursts = ["local", "ours", "ours-tunnel", "gp", "sshpyk"], ("local", "ours", "ours-tunnel", "ours-cold")
+default, in_bursts = ["local", "ours", "ours-tunnel", "gp", "sshpyk"], ("local", "ours", "ours-cold")
 per_kernel = "cpu", "mem", "processes", "threads", "files"
 
 
@@ -238,8 +238,9 @@ Host *
         for p in (p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if marker.encode() in read(f"/proc/{p}/environ").split(b"\0")):
             self.kill(p)
         side, name, end = Sides(**self.sides(marker)), lambda p: read(f"/proc/{p}/comm").strip(), time.time()+2
-        while (there := side.sort()[1] - side.sshds) and time.time() < end: time.sleep(.1)
-        left = [p for p in there if not name(p).startswith((b"sshd", b"gpssh-")) and name(p)]  # an agent with its templates is there to stay a while
+        def left_of(there): return [p for p in there if name(p) and not name(p).startswith((b"sshd", b"gpssh-"))]  # an agent with its templates is there to stay a while
+        while left_of(there := side.sort()[1] - side.sshds) and time.time() < end: time.sleep(.1)
+        left = left_of(there)
         with open(self.dir/"log", "a") as f:
             for p in left: f.write(f"left: {read(f'/proc/{p}/stat')[:60]} {read(f'/proc/{p}/cmdline')!r}\n")
         for p in there: self.kill(p)
@@ -328,11 +329,10 @@ def main():
     dir = Path(tempfile.mkdtemp(prefix="bench-"))
     dir.chmod(0o755)
     try:
-        with lab(args.hosts, [args.cache, dir], args.loopback) as hosts: results = measure(Run(args, dir, hosts))
+        with lab(args.hosts, [args.cache, dir], args.loopback) as hosts: measure(Run(args, dir, hosts))
     finally:
         if args.keep: print(dir, file=sys.stderr)
         else: shutil.rmtree(dir, ignore_errors=True)
-    if args.output: args.output.write_text(json.dumps(results, indent=1, sort_keys=True)+"\n")
     return 0
 
 
@@ -348,11 +348,18 @@ def measure(run):
             trouble = {k: v for k, v in got[name].items() if k.startswith(("failed", "errors")) and v}
             print(f"round {len(run.rounds)+1} {name}: {time.time()-t:.0f} s", *[f"\n  {k}: {v}" for k, v in trouble.items()], file=sys.stderr)
         run.rounds.append(got)
+        if args.output: args.output.write_text(json.dumps(results(run), indent=1, sort_keys=True)+"\n")  # after each round, so that a run can be ended early
     sums = summary(run.rounds, names)
     print(table(sums, rows(n, args.burst)), f"\n{len(run.rounds)} rounds; in brackets: ratio to the local kernel", sep="\n")
     for words, s, v, ok in goals(sums, n): print(f"{'reached' if ok else 'MISSED '} {words}: {s} {v if v is None else round(v, 4)}")
-    return dict(rounds=run.rounds, summary=sums, versions=run.versions, counts=n, rows=rows(n, args.burst), burst=args.burst, titles={s: subjects[s][1] for s in names},
-                machine=dict(cores=os.cpu_count(), python=platform.python_version(), hosts=f"{len(run.lab)}, " + ("network namespaces" if isinstance(run.lab, NetLab) else "loopback addresses")))
+
+
+def results(run):
+    "What is written as JSON."
+    args, names = run.args, run.args.subjects
+    return dict(rounds=run.rounds, summary=summary(run.rounds, names), versions=run.versions, counts=args.counts, burst=args.burst, rows=rows(args.counts, args.burst),
+                titles={s: subjects[s][1] for s in names}, machine=dict(cores=os.cpu_count(), python=platform.python_version(),
+                hosts=f"{len(run.lab)}, " + ("network namespaces" if isinstance(run.lab, NetLab) else "loopback addresses")))
 
 
 if __name__ == "__main__": sys.exit(main())
