@@ -157,7 +157,7 @@ class Kernel:
 
     async def reply(self, msg_id):
         while True:
-            msg = await self.kc.get_shell_msg(timeout=40)
+            msg = await self.kc.get_shell_msg(timeout=120)
             if msg["parent_header"].get("msg_id") == msg_id: return msg
 
     async def idle(self, msg_id):
