@@ -134,7 +134,6 @@ def become(
     os.environ.clear()
     os.environ.update(request['env'] | added)
     if request['cwd']: os.environ['PWD'] = request['cwd']
-    with suppress(OSError): os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     sys.argv[:] = request['argv']
     sys.orig_argv[:] = request['command']
     _show(name, request['command'], request['env'])
@@ -175,6 +174,7 @@ def main():
     seen = look(paths)
     gc.collect()
     gc.freeze() # a collection in a fork would copy every page that has objects
+    with suppress(OSError): os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     agent.sendall(b'{"cold": ""}\n')
     request,out = serve(agent, paths, seen)
     become(request, out, added, name)
