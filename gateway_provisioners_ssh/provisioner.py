@@ -650,8 +650,9 @@ async def terminate(self:DistributedProvisioner, restart=False):
 
 @patch
 async def shutdown_requested(self:DistributedProvisioner, restart=False):
-    "Note that the end, when it comes, was asked for"
+    "Note that the end, when it comes, was asked for. Waits a moment for it, as the manager looks only every 0.1 s"
     self.requested = True
+    if self.process is not None: await background().run(asyncio.wait({self.process.exited}, timeout=.1))
 
 # %% ../nbs/07_provisioner.ipynb #b83b4a08
 @patch

@@ -2,8 +2,9 @@
 
 Runs in the environment of the provisioner under test, so it imports nothing but the standard library and jupyter_client.
 The manager is the one that Jupyter Server uses (its restarter asks each kernel every three seconds whether it lives).
-JOB: kernels: kernelspec names, used in turn. phase: "one" (a kernel: start, round trip, output) or "many" (`count` at once).
-sides: how to tell the processes of this side from those of the hosts, see `Sides`.
+JOB: kernels: kernelspec names, used in turn. phase: "one" (a kernel: start, restart, round trip, output), "first" (a fresh application's
+first start, where hosts stand by for it if they can), "imports" (start until `job["module"]` is imported) or "many" (`count` at once).
+standby: have hosts make their templates before what is measured. sides: how to tell the processes of this side from those of the hosts, see `Sides`.
 """
 import asyncio, json, os, statistics, sys, time
 
@@ -122,17 +123,28 @@ def _steps(late):
 class Kernel:
     def __init__(self, name, env): self.km, self.env = Manager(kernel_name=name), env
 
-    async def start(self, after=0):
+    async def start(self, after=0, code=""):
         "Seconds from the request, made `after` seconds from now, to the reply of a first cell; also leaves `pid`."
         await asyncio.sleep(after)
         t = clock()
         await self.km.start_kernel(env={**os.environ, **self.env})
-        self.started = clock()-t
+        return await self.first_cell(code)-t
+
+    async def restart(self):
+        "Seconds from the request to the reply of a first cell in the new process."
+        self.kc.stop_channels()
+        t = clock()
+        await self.km.restart_kernel()
+        return await self.first_cell()-t
+
+    async def first_cell(self, code=""):
+        "When a new client has the reply of its first cell."
         self.kc = self.km.client()
         self.kc.start_channels(hb=False, stdin=False)
-        reply = await self.reply(self.kc.execute("", user_expressions={"pid": "__import__('os').getpid()"}, **quiet))
-        t = clock()-t
-        self.pid = int(reply["content"]["user_expressions"]["pid"]["data"]["text/plain"])
+        reply = await self.reply(self.kc.execute(code, user_expressions={"pid": "__import__('os').getpid()"}, **quiet))
+        t, content = clock(), reply["content"]
+        if content["status"] != "ok": raise RuntimeError(f"{code}: {content.get('evalue')}")
+        self.pid = int(content["user_expressions"]["pid"]["data"]["text/plain"])
         return t
 
     async def ready(self):
@@ -145,7 +157,7 @@ class Kernel:
 
     async def reply(self, msg_id):
         while True:
-            msg = await self.kc.get_shell_msg(timeout=40)
+            msg = await self.kc.get_shell_msg(timeout=120)
             if msg["parent_header"].get("msg_id") == msg_id: return msg
 
     async def idle(self, msg_id):
@@ -169,14 +181,57 @@ class Kernel:
         if self.km.has_kernel: await asyncio.wait_for(self.km.shutdown_kernel(), 90)
 
 
+async def stand_by(job):
+    "Have the hosts of all kernelspecs make their templates, and wait until they have; nothing where the job does not say so."
+    for name in job["kernels"] if job.get("standby") else ():
+        from gateway_provisioners_ssh.background import background
+        from gateway_provisioners_ssh.hosts import Host
+        km = Manager(kernel_name=name)
+        p = _provisioner(km)
+        request = p._check({**os.environ, **job["env"]}, km.kernel_spec.argv, None)
+        async def make(host):
+            target = await p._reach(Host.parse(host), request, time.monotonic()+30)
+            said = await p._request(target, request, await p._launch(target.conn), "")
+            return await target.agent.request("standby", **{k: said[k] for k in ("argv", "env", "spec_env", "standby")})
+        for host in p.remote_hosts:
+            if why := (await background().run(make(host)))["cold"]: raise RuntimeError(f"{host} cannot stand by: {why}")
+
+
+def _provisioner(km):
+    from jupyter_client.provisioning import KernelProvisionerFactory
+    return KernelProvisionerFactory.instance(parent=km.parent).create_provisioner_instance("standby", km.kernel_spec, parent=km)
+
+
+async def first(job, side):
+    "A fresh host application's first kernel."
+    await stand_by(job)
+    k = Kernel(job["kernels"][0], job["env"])
+    res = dict(first_reply_ready=await k.start())
+    await k.stop()
+    return res
+
+
+async def imports(job, side):
+    "Start until a module is imported; its files were read before, as on a host that is in use."
+    await stand_by(job)
+    res = []
+    for i in range(job["more"]+1):
+        k = Kernel(job["kernels"][0], job["env"])
+        res.append(await k.start(code=f"import {job['module']}"))
+        await k.stop()
+    return dict(imported=statistics.median(res[1:]))
+
+
 async def one(job, side):
-    "A fresh host application: a first kernel, further ones on the same host, then round trips and output of the last."
-    res, k = dict(first_reply=[]), Kernel(job["kernels"][0], job["env"])
+    "A fresh host application: a first kernel, further ones on the same host, a restart, then round trips and output of the last."
+    res, k = dict(first_reply=[], restart=[]), Kernel(job["kernels"][0], job["env"])
     res["first_reply_cold"] = await k.start()
+    await stand_by(job)
     for _ in range(job["more"]):
         await k.stop()
         k = Kernel(job["kernels"][0], job["env"])
         res["first_reply"].append(await k.start())
+    for _ in range(job["more"]): res["restart"].append(await k.restart())
     await k.ready()
     for _ in range(5): await k.cell("1+1")
     trips, end = [], clock()+4
@@ -187,7 +242,7 @@ async def one(job, side):
     secs, n = await k.cell(f"for _ in range({job['megabytes']}): print(block, end='', flush=True)")
     if n != job["megabytes"]*1_000_000: raise RuntimeError(f"{n} of {job['megabytes']} MB arrived")
     res["output"] = job["megabytes"]/secs
-    res["first_reply"] = statistics.median(res["first_reply"])
+    res |= {k: statistics.median(res[k]) for k in ("first_reply", "restart")}
     await k.stop()
     return res
 
@@ -196,9 +251,10 @@ async def many(job, side):
     """`count` starts at once in a host application that has had one kernel so far, then all of them idle. The requests come 10 ms apart,
     as requests do: in one turn of the loop, even jupyter_client's own work for each would add up to one long hold."""
     names = job["kernels"]
-    first = Kernel(names[0], job["env"])
-    await first.start()
-    await first.stop()
+    before = Kernel(names[0], job["env"])
+    await before.start()
+    await before.stop()
+    await stand_by(job)
     ks = [Kernel(names[i % len(names)], job["env"]) for i in range(job["count"])]
     await asyncio.sleep(.5)
     async with Bystander() as other, Ticker() as ticker:
@@ -220,7 +276,7 @@ async def many(job, side):
 
 
 async def idle(job, side, kernels):
-    "CPU over some seconds, in percent of one core, and memory per kernel, of idle `kernels`."
+    "CPU over some seconds, in percent of one core, and memory per kernel, of idle `kernels`; `mem_all` is that of all on the hosts."
     await asyncio.sleep(3)
     here, there = side.sort(kernels)
     groups, t = dict(here=here, there=there, kernels=kernels), clock()
@@ -228,7 +284,7 @@ async def idle(job, side, kernels):
     await asyncio.sleep(job["idle"])
     res = {f"cpu_{g}": (cpu(p)-before[g])/(clock()-t)*100 for g, p in groups.items()}
     beside, n = there-side.sshds, len(kernels)
-    return res | dict(cpu=sum(res.values()), mem_beside=pss(beside)/n, mem_kernel=pss(kernels)/n, mem_here=pss(here),
+    return res | dict(cpu=sum(res.values()), mem_all=pss(beside | set(kernels)), mem_beside=pss(beside)/n, mem_kernel=pss(kernels)/n, mem_here=pss(here),
                       mem_there=pss(beside | set(kernels))/n, processes_there=len(beside)/n, processes_here=len(here)/n,
                       threads_here=len(os.listdir("/proc/self/task")), files_here=len(os.listdir("/proc/self/fd")))
 
@@ -239,6 +295,6 @@ if __name__ == "__main__":
     os.makedirs(jupyter_runtime_dir(), 0o700, exist_ok=True)  # as every Jupyter application does
     if sys.argv[1] == "bystander": sys.exit(asyncio.run(bystander()))
     job = json.loads(sys.argv[1])
-    result = asyncio.run(dict(one=one, many=many)[job["phase"]](job, Sides(**job["sides"])))
+    result = asyncio.run(dict(one=one, first=first, imports=imports, many=many)[job["phase"]](job, Sides(**job["sides"])))
     print(json.dumps(result), flush=True)
     os._exit(0)  # how long a provisioner's threads take to end is not the matter here
