@@ -264,7 +264,8 @@ under the class its description names:
 """
     remote_hosts = List(Unicode(), ['localhost'], config=True, help="""The hosts this kernel may run on: [user@]host[:port], or aliases of your
         OpenSSH configuration. Repeat the option for each, or separate them by commas. Without it no host is written into the kernelspec: the
-        kernel runs on those that the host application has. (Environment: GP_REMOTE_HOSTS)""")
+        kernel runs on those that the host application has. fire*4 gives a host four times the kernels; @FILE is a file with an entry a line,
+        read again when it changes. (Environment: GP_REMOTE_HOSTS)""")
     spark_master = Unicode('yarn', config=True, help='The Spark master: yarn, spark://HOST:PORT, or local[*] for Spark within the kernel\'s host.')
     from_kernel = Unicode('', config=True, help="""A kernelspec of this machine to run on the hosts as it is, by its name in
         jupyter kernelspec list. The hosts need that kernel. --python names the Python there that launches it,
@@ -281,9 +282,14 @@ under the class its description names:
 def config_given(self:SshSpecInstaller) -> dict:
     "The provisioner's options for the kernelspec; SettingError says which is wrong, and where it was given"
     read = lambda option: checked(settings[option].read, getattr(self, option), self.given(option))
-    values = dict(remote_hosts=read('remote_hosts'), authorized_users=sorted(names(self.authorized_users)),
+    values = dict(remote_hosts=_as_given(self.remote_hosts, read('remote_hosts')), authorized_users=sorted(names(self.authorized_users)),
         unauthorized_users=sorted(names(self.unauthorized_users)), port_range=read('port_range'))
     return {k: v for k,v in values.items() if self.given(k) or (k=='port_range' and v!='0..0')}
+
+def _as_given(entries, hosts):
+    "The hosts, but lists in files and weights as they were written"
+    words = [f'@{os.path.abspath(os.path.expanduser(o[1:]))}' if o.startswith('@') else o for o in names(entries)]
+    return words if any(o.startswith('@') or '*' in o for o in words) else hosts
 
 @patch
 def spec(self:SshSpecInstaller) -> Spec:
