@@ -7,6 +7,7 @@ __all__ = ['Refused', 'nearest', 'tidy', 'StrictApp', 'names', 'RemoteProvisione
 
 # %% ../nbs/11_cli.ipynb #691b9d39
 import asyncio, difflib, json, os, re, shlex, shutil, sys, time
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from fastcore.basics import patch
@@ -267,10 +268,12 @@ under the class its description names:
         kernel runs on those that the host application has. fire*4 gives a host four times the kernels; @FILE is a file with an entry a line,
         read again when it changes. (Environment: GP_REMOTE_HOSTS)""")
     spark_master = Unicode('yarn', config=True, help='The Spark master: yarn, spark://HOST:PORT, or local[*] for Spark within the kernel\'s host.')
+    tile_per_host = Bool(False, config=True, help="""Besides the kernelspec that balances, write one for each host, pinned to it: a tile for each in
+        JupyterLab's launcher.""")
     from_kernel = Unicode('', config=True, help="""A kernelspec of this machine to run on the hosts as it is, by its name in
         jupyter kernelspec list. The hosts need that kernel. --python names the Python there that launches it,
         and that runs it, too, if it is started by a Python.""")
-    flags = BaseSpecSparkApp.flags
+    flags = BaseSpecSparkApp.flags | {'tile-per-host': ({'SshSpecInstaller': {'tile_per_host': True}}, 'Besides, write a kernelspec for each host, pinned to it')}
     aliases = {'remote-hosts': 'SshSpecInstaller.remote_hosts', 'spark-master': 'SshSpecInstaller.spark_master',
         'from-kernel': 'SshSpecInstaller.from_kernel'} | BaseSpecSparkApp.aliases
 
@@ -328,6 +331,13 @@ def idle(self:SshSpecInstaller) -> list: # of pairs: an option that was given; w
     return [(o, why) for o,why in idle if self.given(o)]
 
 @patch
+def tiles(self:SshSpecInstaller, spec) -> list: # of `Spec`
+    "With --tile-per-host, a kernelspec for each host, pinned to it"
+    hosts = dict.fromkeys(parse_hosts(spec.config.get('remote_hosts') or self.remote_hosts)) if self.tile_per_host else ()
+    return [replace(spec, kernel_name=f'{spec.kernel_name}_{re.sub("[^a-z0-9._-]+", "-", str(o).lower()).strip("-")}', display_name=f'{spec.display_name} on {o}',
+        config=spec.config | dict(remote_hosts=[str(o)])) for o in hosts]
+
+@patch
 def report(self:SshSpecInstaller, spec):
     "Point out what may be a mistake"
     for option,why in self.idle(): self.log.warning('--%s has no effect: %s', option.replace('_', '-'), why)
@@ -338,7 +348,10 @@ def start(self:SshSpecInstaller):
     super(SshSpecInstaller, self).start()
     try: spec, _ = self.spec(), self.kernels()
     except (ValueError, OSError, TraitError) as e: self.fail(e)
+    tiles = self.tiles(spec)
+    if there := [o.kernel_name for o in tiles if (self.kernels()/o.kernel_name).exists() and not self.replace]: self.fail(f'there is a kernelspec {there[0]} already; --replace puts the new ones in the place of old ones')
     target = self.write(spec)
+    for o in tiles: self.write(o)
     self.report(spec)
     print(next_steps(target, spec, parse_hosts(spec.config.get('remote_hosts', self.remote_hosts))))
 

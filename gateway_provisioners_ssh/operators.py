@@ -113,7 +113,7 @@ async def ask(
     "An agent's answer; raises `Refusal`, `AgentClosed` or `asyncio.TimeoutError`"
     return await in_time((await conn.session()).request(op, **arguments), timeout or 30 + 4*site.settings.connect_timeout)
 
-# %% ../nbs/10b_operators.ipynb #5a5d058b
+# %% ../nbs/10b_operators.ipynb #269dc9ee
 @dataclass
 class Finding:
     "The answer to one question about a host"
@@ -134,7 +134,7 @@ class Checked:
     def add(self, what, text, state='ok', remedy=''): self.findings.append(Finding(what, state, text, remedy if state != 'ok' else ''))
     def problems(self): return [o for o in self.findings if o.state != 'ok']
 
-_stages = [('name', r'the name \S+ is not known|OpenSSH configuration|^\S+: '), ('reachable', r'no answer from|nothing listens|closed the connection before'),
+_stages = [('name', r'the name \S+ is not known|OpenSSH configuration'), ('reachable', r'no answer from|nothing listens|closed the connection before'),
     ('host key', r'host key'), ('login', r'refused the login|did not answer the login|no key, agent or password|private key is protected'), ('Python', '')]
 
 def _connected(report, e=None):
@@ -204,13 +204,15 @@ def _capacity(report, found):
     if names: report.add('GPUs', ', '.join(f'{names.count(o)} x {o}' for o in dict.fromkeys(names)))
     if found.get('drained'): report.add('drained', f'no new kernels{" (by " + str(found["drained"]["by"]) + ")" if found["drained"].get("by") else ""}', 'warning', f'jupyter ssh-spec undrain {report.host}')
 
-# %% ../nbs/10b_operators.ipynb #27b5910c
+# %% ../nbs/10b_operators.ipynb #84b49092
 async def _way_back(site, conn, server): # (ip, port) that the host must be able to reach; None where nothing goes that way
     s = site.settings
     if conn.local or s.tunneling_enabled or conn.proxied or not (s.response_ip or s.allow_legacy_launchers): return None
     address = await server.address(s.response_ip or conn.local_address)
     ip,_,port = address.rpartition(':')
     return ip.strip('[]'),int(port)
+
+def _command_on(conn, command): return sys.executable if conn.local and re.fullmatch(r'python(3(\.\d+)?)?', command) else command # as a start does
 
 async def _latency(session, tries=3):
     took = []
@@ -220,6 +222,7 @@ async def _latency(session, tries=3):
         took.append(time.monotonic() - begun)
     return min(took)
 
+# %% ../nbs/10b_operators.ipynb #7c2cbb24
 async def check_host(
     site:Site,
     conn, # A connection that is up
@@ -233,7 +236,7 @@ async def check_host(
     except (OSError, ValueError) as e: way = None; report.add('way back', str(e), 'failed', 'Set GP_RESPONSE_IP to an address of this machine, and GP_RESPONSE_PORT to a port that is free')
     begun = time.time()
     found = report.figures = await ask(site, conn, 'stats', log_dir=site.settings.kernel_log_dir, ports=site.ports, gpus=True, connect=way,
-        **(dict(command=site.command, is_python=site.is_python) if site.command else {}))
+        **(dict(command=_command_on(conn, site.command), is_python=site.is_python) if site.command else {}))
     off = float(found['clock']) - time.time() + latency/2
     found['latency'],found['clock_off'] = latency,off
     if 'command' in found: _interpreter(report, site, found['command'])

@@ -85,11 +85,12 @@ def private_directory(
         for make,name in [(make, name) for make in (False, True) for name in group]:
             try:
                 if make: os.mkdir(name, 0o700)
-                st = os.lstat(name)
-            except OSError as e:
-                if make: why = why or (name + ': belongs to another user' if isinstance(e, FileExistsError) else '%s: %s' % (name, e.strerror))
-                continue
+            except FileExistsError: pass # another user's, or another connection of this one has made it just now
+            except OSError as e: why = why or '%s: %s' % (name, e.strerror); continue
+            try: st = os.lstat(name)
+            except OSError: continue
             if st.st_uid == os.getuid() and st.st_mode & 0o170077 == 0o040000: return name
+            if make: why = why or name + ': belongs to another user'
     raise Refused('no directory for sockets and records can be made (%s)' % why)
 
 def remove_tree(path):
@@ -1442,7 +1443,7 @@ def _drain(agent, client, m, data):
 
 OPERATIONS['drain'] = _drain
 
-# %% ../../nbs/03e_load.ipynb #c50b2ffe
+# %% ../../nbs/03e_load.ipynb #918c108f
 def report(agent, client): # dict
     "The event `load`"
     running = [o for o in agent.kernels.values() if not o.ended]
@@ -1452,7 +1453,7 @@ def report(agent, client): # dict
 
 def _observe(agent, client, m, data):
     agent.observers[client] = time.monotonic() + min(float(m['seconds']), 3600)
-    if agent.gpus is None: agent.look_at_gpus(agent.news)
+    if agent.gpus is None: agent.look_at_gpus(client.env, agent.news)
     agent.news()
     return {}
 
@@ -1465,7 +1466,7 @@ def tell(self):
     now,self.telling = time.monotonic(),None
     self.observers = {k: v for k,v in self.observers.items() if v > now and k in self.clients}
     for o in list(self.observers): o.send(report(self, o))
-    if self.observers and self.gpus and now - self.looked > 30: self.look_at_gpus()
+    if self.observers and self.gpus and now - self.looked > 30: self.look_at_gpus(next(iter(self.observers)).env)
     self.news(self.interval)
 
 def settle_and_tell(self, settle=Agent.settle):
@@ -1475,7 +1476,7 @@ def settle_and_tell(self, settle=Agent.settle):
 Agent.interval,Agent.news,Agent.tell,Agent.settle = 5,news,tell,settle_and_tell # seconds between reports
 OPERATIONS['observe'] = _observe
 
-# %% ../../nbs/03e_load.ipynb #3d8457f4
+# %% ../../nbs/03e_load.ipynb #38b35cb5
 def free_gpus(found, taken): # list of dict
     "Those neither reserved nor in use"
     return [o for o in found if o['uuid'] not in taken and not (o['total'] and o['used'] and o['used'] > o['total']/10)]
@@ -1484,9 +1485,8 @@ def reserved(self): # set of str
     "The GPUs that running kernels have"
     return {u for k in self.kernels.values() if not k.ended for u in (k.record.get('about') or {}).get('gpus', [])}
 
-def look_at_gpus(self, then=lambda: None):
-    "Learn which GPUs there are, in a child, and call `then`"
-    env = dict(os.environ)
+def look_at_gpus(self, env, then=lambda: None):
+    "Learn which GPUs there are, in a child with that environment, and call `then`"
     def found(o):
         self.gpus,self.looked = o or [],time.monotonic()
         then()
@@ -1498,7 +1498,7 @@ def with_observers(self, *args, init=Agent.__init__):
 
 Agent.__init__,Agent.reserved,Agent.look_at_gpus = with_observers,reserved,look_at_gpus
 
-# %% ../../nbs/03e_load.ipynb #d60485ee
+# %% ../../nbs/03e_load.ipynb #769c78df
 def _start_in_room(agent, client, m, data, start=OPERATIONS['start']):
     "Start a kernel if there is room for it"
     room = m['room'] if isinstance(m.get('room'), dict) else {}
@@ -1512,7 +1512,7 @@ def _start_in_room(agent, client, m, data, start=OPERATIONS['start']):
     if type(room.get('memory')) is int: _demand_memory(room['memory'])
     if not room.get('gpus'): return start(agent, client, m, data)
     agent.waiting[m['id']] = client
-    agent.look_at_gpus(lambda: _start_with_gpus(agent, client, m, data, start))
+    agent.look_at_gpus(client.env, lambda: _start_with_gpus(agent, client, m, data, start))
 
 def _demand_memory(wanted):
     available = memory(control_groups())['available']
