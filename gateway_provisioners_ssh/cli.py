@@ -560,7 +560,7 @@ class Progress:
     def __exit__(self, *_):
         if self.bar: self.bar.stop()
 
-# %% ../nbs/11a_operator_commands.ipynb #6d7d4e78
+# %% ../nbs/11a_operator_commands.ipynb #28aac847
 class OperatorApp(StrictApp):
     "A command that asks hosts."
     words, short = 10_000, {}
@@ -568,6 +568,7 @@ class OperatorApp(StrictApp):
         by commas. Empty: those of the kernelspec, of c.DistributedProvisioner.remote_hosts, or of GP_REMOTE_HOSTS.""")
     kernel = Unicode('', config=True, help='A kernelspec of this machine, by its name in jupyter kernelspec list: its hosts and its interpreter are meant.')
     python = HostPath('', config=True, help="The interpreter on the hosts. ~ is the home on the hosts; quote it. Empty: that of the kernelspec, else python.")
+    users = List(Unicode(), config=True, help="""With impersonation: also the kernels that run as this user. Repeat the option for each.""")
     json = Bool(False, config=True, help='Write JSON to standard output, and nothing else.')
     flags = {'json': ({'OperatorApp': {'json': True}}, 'Write JSON to standard output'), 'debug': base_flags['debug']}
     aliases = {'remote-hosts': 'OperatorApp.remote_hosts', 'kernel': 'OperatorApp.kernel'} | {k: base_aliases[k] for k in ('log-level', 'config')}
@@ -587,7 +588,9 @@ class OperatorApp(StrictApp):
     def site(self, operators, hosts=()):
         "The hosts that are meant, from the command line or elsewhere"
         spec = installed(self.kernel)[1] if self.kernel else None
-        return operators.site(names(hosts) or names(self.remote_hosts), self.config, spec, self.python, self.kernel)
+        found = operators.site(names(hosts) or names(self.remote_hosts), self.config, spec, self.python, self.kernel)
+        found.users = tuple(dict.fromkeys(names(self.users)))
+        return found
 
 # %% ../nbs/11a_operator_commands.ipynb #a1c1f00c
 @patch
@@ -714,7 +717,7 @@ async def make(self:SshSetup, operators, site):
             else: p.done()
         return await operators.setup(site, self.venv, self.packages, self.offline, told)
 
-# %% ../nbs/11a_operator_commands.ipynb #4554d1db
+# %% ../nbs/11a_operator_commands.ipynb #6553c75a
 def _state(k, now) -> str:
     if not k.running: return f'ended with {"unknown status" if k.status is None else k.status}'
     if k.orphan: return 'orphan' + (f' for {duration(max(0, now-k.since))}' if k.since else '')
@@ -744,6 +747,7 @@ jupyter ssh-spec ps
 jupyter ssh-spec ps --json | jq '.kernels[] | select(.orphan)'
 """
     all = Bool(False, config=True, help='Also those that have ended, and for which no host application has come back yet.')
+    aliases = OperatorApp.aliases | {'as': 'OperatorApp.users'}
     flags = OperatorApp.flags | {'all': ({'SshPs': {'all': True}}, 'Also kernels that have ended')}
 
     async def work(self, operators):
@@ -754,7 +758,7 @@ jupyter ssh-spec ps --json | jq '.kernels[] | select(.orphan)'
         for k,v in lost.items(): self.json or self.complain(k, v)
         return int(bool(lost))
 
-# %% ../nbs/11a_operator_commands.ipynb #d996e41c
+# %% ../nbs/11a_operator_commands.ipynb #44f1b6a9
 class SshLogs(OperatorApp):
     "Shows the log of a kernel."
     name = 'jupyter-ssh-spec-logs'
@@ -771,7 +775,7 @@ jupyter ssh-spec logs 3f2a -f -n 100
     follow = Bool(False, config=True, help='Go on with what is added, until the kernel has ended.')
     short = {'-f': '--follow', '-n': '--lines'}
     flags = OperatorApp.flags | {'follow': ({'SshLogs': {'follow': True}}, 'Go on with what is added (-f)')}
-    aliases = OperatorApp.aliases | {'lines': 'SshLogs.lines'}
+    aliases = OperatorApp.aliases | {'as': 'OperatorApp.users', 'lines': 'SshLogs.lines'}
 
     async def work(self, operators):
         wanted = self.need_words('kernel')
@@ -785,7 +789,7 @@ jupyter ssh-spec logs 3f2a -f -n 100
                 async for o in operators.follow_log(site, log): print(printable(o), end='', flush=True)
         return 0
 
-# %% ../nbs/11a_operator_commands.ipynb #645fe2de
+# %% ../nbs/11a_operator_commands.ipynb #89755f9c
 class SshStop(OperatorApp):
     "Ends kernels."
     name = 'jupyter-ssh-spec-stop'
@@ -803,6 +807,7 @@ jupyter ssh-spec stop --orphans --remote-hosts fire --yes
     orphans = Bool(False, config=True, help='All kernels that no host application watches.')
     yes = Bool(False, config=True, help='Do not ask.')
     short = {'-y': '--yes'}
+    aliases = OperatorApp.aliases | {'as': 'OperatorApp.users'}
     flags = OperatorApp.flags | {'orphans': ({'SshStop': {'orphans': True}}, 'All kernels that no host application watches'), 'yes': ({'SshStop': {'yes': True}}, 'Do not ask (-y)')}
 
     async def work(self, operators):

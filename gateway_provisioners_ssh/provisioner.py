@@ -16,7 +16,7 @@ from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread, in_time, spawn_task
 from .balance import Board, Ledger, Need, load_balancer, takes_reports
 from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
-from .hosts import Host, HostError, Login, this_user
+from .hosts import Host, HostError, Login, host_names, parse_hosts, this_user
 from .launchers.agent import CROWDED, FILES_REMOVED, NO_ROOM
 from .launch import at_home, check_request, expand_argv, relocate_path
 from .remote import AgentClosed, Refusal, RemoteProcess, spawn, tree_of
@@ -112,10 +112,10 @@ def _authorize(self:DistributedProvisioner, user):
 def _pin(self:DistributedProvisioner, wanted):
     "The entry that a start request pins the kernel to"
     if not wanted: return None
-    found = [h for h in self.remote_hosts if wanted in (h, Host.parse(h).name)]
+    found = [str(h) for h in parse_hosts(self.remote_hosts) if wanted == h.name or wanted == str(h)]
     if found: return found[0]
     raise LaunchError(f'KERNEL_REMOTE_HOST={wanted!r} is not among the hosts of kernel {self.kernel_spec.display_name!r}: '
-        + ', '.join(self.remote_hosts), 400)
+        + ', '.join(dict.fromkeys(self.remote_hosts)), 400)
 
 # %% ../nbs/07_provisioner.ipynb #08112e49
 @patch
@@ -414,7 +414,7 @@ async def _observe(self:DistributedProvisioner, host, request):
 @patch
 def _place(self:DistributedProvisioner, request):
     "A claim in the ledger, with the hosts to try in order; raises `LaunchError` if none has room"
-    ledger,hosts,request.exact = shared().ledger,[str(Host.parse(h)) for h in self.remote_hosts],False
+    ledger,hosts,request.exact = shared().ledger,host_names(self.remote_hosts),False
     if request.pinned: return ledger.claim(str(Host.parse(request.pinned)))
     reports,was = self._reports(request, hosts),str(self.conn.host) if self.conn else None
     lacking = {h: why for h in hosts if (why := request.need.lacking(reports.get(h)))}
@@ -428,9 +428,13 @@ def _place(self:DistributedProvisioner, request):
     return claim
 
 @patch
-def _in_turn(self:DistributedProvisioner, claim):
-    "The hosts of a claim as they are to be tried: those that were tried in vain just now come last"
-    return sorted(map(Host.parse, claim.order), key=lambda o: shared().pool.resting(o, self.login))
+def _candidates(self:DistributedProvisioner, claim):
+    "Yields the hosts of a claim in order, but those that were tried in vain just now last; looks at each when its turn comes"
+    login,late = self.login,[]
+    for host in map(Host.parse, claim.order):
+        if shared().pool.resting(host, login): late.append(host)
+        else: yield host
+    yield from late
 
 # %% ../nbs/07_provisioner.ipynb #cf9168d8
 @patch
@@ -439,9 +443,9 @@ async def _start(self:DistributedProvisioner, request, again=8):
     request.task = asyncio.current_task()
     deadline,claim,errors = time.monotonic()+request.timeout,self._place(request),[]
     try:
-        todo = self._in_turn(claim)
-        while todo:
-            claim.move(str(host := todo.pop(0)))
+        todo = self._candidates(claim)
+        while host := next(todo, None):
+            claim.move(str(host))
             request.most = self._most(str(host)) if request.exact else None
             try: conn,*started = await self._start_on(host, request, deadline)
             except HostError as e:
@@ -449,7 +453,7 @@ async def _start(self:DistributedProvisioner, request, again=8):
                     claim.release()
                     claim,again = self._place(request),again-1
                     request.exact &= again > 0
-                    todo = self._in_turn(claim)
+                    todo = self._candidates(claim)
                     continue
                 errors.append(str(e))
                 if len(claim.order) > 1: self.log.warning('%s', e)
@@ -463,6 +467,7 @@ async def _start(self:DistributedProvisioner, request, again=8):
 async def _started(self:DistributedProvisioner, conn, claim, *started):
     info = await self._adopt(conn, claim, *started)
     self.trial = Trial(self)
+    claim.order = [] # one for each kernel would be a list of all hosts for each
     return info
 
 # %% ../nbs/07_provisioner.ipynb #e6736e7c

@@ -8,7 +8,7 @@ from gateway_provisioners_ssh.hosts import parse_hosts
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import Refusal, RemoteProcess, spawn
 from kernels import until
-from test_agent import OTHER_VERSION, PYTHON, group_ended, host, host_of, logged, sources
+from test_agent import OTHER_VERSION, VERSIONS, group_ended, host, host_of, interpreter, logged, sources
 
 async def listed(session, **kw): return (await session.request('list', **kw))['kernels']
 async def orphans(session): return [o['id'] for o in await listed(session) if o['orphan']]
@@ -63,6 +63,31 @@ async def test_the_agent_goes_on_while_a_look_hangs(host):
         await until(lambda: len(os.listdir(f'/proc/{s.hello["pid"]}/fd')) == fds, what='descriptors closed')
         mine = Path(f'/proc/{s.hello["pid"]}/task/{s.hello["pid"]}/children')
         await until(lambda: not mine.read_text().split(), what='no child left')
+
+@pytest.mark.parametrize('version', VERSIONS)
+async def test_every_python(host, version):
+    "All that operators ask, on each Python that a host may have"
+    python = interpreter(version)
+    if not python: pytest.fail(f'pyenv has no Python {version}')
+    host.pythons = (python,)
+    with nvidia_smi(host):
+        s = await host.open()
+        heard, out = Reports(s), Output(s, 'follow-1')
+        assert s.hello['python'].startswith(version + '.')
+        said = await s.request('stats', log_dir=str(host.tmp), ports=[40000, 50000], command=python, is_python=True, gpus=True, connect=['127.0.0.1', 1])
+        assert said['command']['python'].startswith(version + '.') and len(said['gpus']) == 3 and said['memory']['total'] and 'refused' in said['connect'].lower()
+        p = await host.start('echo "<$CUDA_VISIBLE_DEVICES>"; sleep 1000', s, room=dict(most=1, memory=1, gpus=2))
+        await s.request('follow', id=p.id, name='follow-1')
+        await logged(p, '<0,1>')
+        k, = await listed(s, measure=True)
+        assert k['gpus'] == ['GPU-a', 'GPU-b'] and k['rss'] and k['started']
+        await s.request('observe', seconds=100)
+        await until(lambda: heard.all and HostReport.of(heard.all[-1]) and heard.all[-1]['gpus'] == dict(total=3, free=0))
+        await s.request('drain', on=True)
+        await s.request('drain', on=False)
+        await s.request('stop', id=p.id)
+        await asyncio.wait_for(out.over.wait(), 60)
+        await p.release(False)
 
 # Kernels
 

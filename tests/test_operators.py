@@ -11,6 +11,7 @@ from gateway_provisioners_ssh.operators import Trouble, check, download, drain, 
 from gateway_provisioners_ssh.provisioner import shared
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.settings import LaunchError
+from test_impersonation import kernel_of, remote as impersonated
 from kernels import BIN, Remote, client_of, forget, running, taken_ports, until, value
 
 @pytest.fixture(scope='module')
@@ -320,6 +321,21 @@ def test_stop_asks_first_on_a_terminal(remote, monkeypatch):
     assert 'has ended' in out and status == 0
     with pytest.raises(ProcessLookupError): os.kill(pid, 0)
 
+async def test_kernels_that_run_as_their_users(impersonated, monkeypatch):
+    monkeypatch.setenv('GP_REMOTE_HOSTS', 'gateway@node1')
+    async with kernel_of(impersonated, 'ada') as (km, kc):
+        assert (await as_json('ps'))['kernels'] == []
+        k, = (await as_json('ps', '--as', 'ada'))['kernels']
+        assert (k['id'], k['user'], k['runs_as'], k['watched']) == (km.kernel_id, 'ada', 'ada', True)
+        assert f'kernel {km.kernel_id} of ada' in await command('logs', km.kernel_id, '--as', 'ada', '-n', '100')
+        await command('drain', 'gateway@node1')
+        try:
+            with pytest.raises(LaunchError, match='drained'):
+                async with kernel_of(impersonated, 'grace'): pass
+        finally: await command('undrain', 'gateway@node1')
+        assert 'has ended' in await command('stop', km.kernel_id, '--as', 'ada')
+        assert not await km.is_alive()
+
 # drain
 
 async def test_drained_hosts_get_no_kernels(remote):
@@ -447,3 +463,22 @@ def test_progress_and_colours_on_a_terminal(remote):
         while part := os.read(fd, 4096): out += part
     os.waitpid(child, 0)
     assert b'checking 2 hosts' in out and b'\x1b[32m' in out
+
+def test_a_tile_for_each_host(tmp_path):
+    env = dict(GP_REMOTE_HOSTS='fire, ada@Water:2222, fire')
+    sh('install', '--prefix', tmp_path, '--tile-per-host', **env)
+    kernels = tmp_path/'share/jupyter/kernels'
+    of = {o.parent.name: json.loads(o.read_text()) for o in kernels.glob('*/kernel.json')}
+    pinned = {k: (o['display_name'], o['metadata']['kernel_provisioner']['config'].get('remote_hosts')) for k, o in of.items()}
+    assert pinned == {'ssh_python': ('Python SSH', None), 'ssh_python_fire': ('Python SSH on fire', ['fire']), 'ssh_python_ada-water-2222': ('Python SSH on ada@Water:2222', ['ada@Water:2222'])}
+    shutil.rmtree(kernels/'ssh_python')
+    sh('install', '--prefix', tmp_path, '--tile-per-host', status=1, **env)
+    assert 'ssh_python_fire already; --replace' in sh.err and not (kernels/'ssh_python').exists()
+
+def test_lists_and_weights_stay_in_a_kernelspec_as_they_were_given(tmp_path):
+    (tmp_path/'hosts').write_text('fire\n')
+    sh('install', '--prefix', tmp_path, '--remote-hosts', f'@{tmp_path}/hosts', '--remote-hosts', 'water*4')
+    k = json.loads((tmp_path/'share/jupyter/kernels/ssh_python/kernel.json').read_text())
+    assert k['metadata']['kernel_provisioner']['config']['remote_hosts'] == [f'@{tmp_path}/hosts', 'water*4']
+    sh('install', '--prefix', tmp_path/'other', '--remote-hosts', f'@{tmp_path}/none', status=1)
+    assert 'cannot be read: No such file' in sh.err

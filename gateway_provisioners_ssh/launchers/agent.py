@@ -1498,7 +1498,7 @@ def with_observers(self, *args, init=Agent.__init__):
 
 Agent.__init__,Agent.reserved,Agent.look_at_gpus = with_observers,reserved,look_at_gpus
 
-# %% ../../nbs/03e_load.ipynb #769c78df
+# %% ../../nbs/03e_load.ipynb #fe2f0818
 def _start_in_room(agent, client, m, data, start=OPERATIONS['start']):
     "Start a kernel if there is room for it"
     room = m['room'] if isinstance(m.get('room'), dict) else {}
@@ -1525,7 +1525,8 @@ def _start_with_gpus(agent, client, m, data, start):
         if len(free) < wanted: raise Refused(NO_ROOM + '%d of %d GPUs are free, %d wanted' % (len(free), len(agent.gpus), wanted))
         mine = sorted(free, key=lambda o: o['index'])[:wanted]
         env = dict(m['env'], CUDA_DEVICE_ORDER='PCI_BUS_ID', CUDA_VISIBLE_DEVICES=','.join(str(o['index']) for o in mine))
-        client.answer(m, ok=start(agent, client, dict(m, env=env, about=dict(m.get('about') or {}, gpus=[o['uuid'] for o in mine])), data))
+        answer = start(agent, client, dict(m, env=env, about=dict(m.get('about') or {}, gpus=[o['uuid'] for o in mine])), data)
+        if answer is not None: client.answer(m, ok=answer) # else it answers by itself
     except Refused as e: client.answer(m, error=str(e))
     except Exception as e: client.answer(m, error='%s: %s' % (type(e).__name__, e))
 
