@@ -624,12 +624,12 @@ def complain(self:OperatorApp, who, trouble):
     "One host's trouble, and its remedy, on standard error"
     print(printable(f'{who}: {trouble.what}' + (f'\n    {trouble.remedy}' if trouble.remedy else '')), file=sys.stderr)
 
-# %% ../nbs/11a_operator_commands.ipynb #dc3e69d5
+# %% ../nbs/11a_operator_commands.ipynb #3c43378c
 def _summary(report) -> str:
     "One line for a host that can run the kernel"
-    wanted = ('interpreter', 'ipykernel', 'cores', 'memory', 'GPUs', 'latency')
-    label = dict(ipykernel='ipykernel ', cores='cores ', memory='memory ')
-    return ', '.join(label.get(o.what, '') + o.text for o in report.findings if o.what in wanted and o.state != 'failed')
+    label = dict(interpreter='', ipykernel='ipykernel ', cores='cores ', memory='memory ', GPUs='', latency='')
+    found = {o.what: o.text for o in report.findings if o.state != 'failed'}
+    return ', '.join(label[o] + found[o] for o in label if o in found)
 
 def show_checked(reports, verbose=False):
     "What `check` found"

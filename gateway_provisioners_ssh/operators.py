@@ -249,7 +249,7 @@ async def check_host(
     _capacity(report, found)
     return report
 
-# %% ../nbs/10b_operators.ipynb #d421e680
+# %% ../nbs/10b_operators.ipynb #d4b65af6
 async def check(
     site:Site,
     told=lambda host, report: None, # Called as each host is done
@@ -259,7 +259,8 @@ async def check(
     s = site.settings
     server = ResponseServer(s.response_port, s.response_port_retries, s.response_addr_any)
     async def one(host, conn):
-        _connected(reports[host])
+        if conn.local: reports[host].add('reachable', 'this machine, without SSH')
+        else: _connected(reports[host])
         await _forwarding(site, conn, reports[host])
         return await check_host(site, conn, reports[host], server)
     def done(host, result):

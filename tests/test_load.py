@@ -3,7 +3,7 @@ import asyncio, contextlib, json, os, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 import pytest
-from gateway_provisioners_ssh.balance import Board, HostReport, LeastLoad, Ledger, Need
+from gateway_provisioners_ssh.balance import Board, HostReport, LeastLoad, Ledger, LoadBalancer, Need
 from gateway_provisioners_ssh.hosts import parse_hosts
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import Refusal, RemoteProcess, spawn
@@ -340,6 +340,14 @@ def test_lists_in_files(tmp_path):
         f.write_text(text)
         with pytest.raises(ValueError, match=why): parse_hosts(f'@{f}')
     with pytest.raises(ValueError, match='cannot be read: No such file'): parse_hosts(f'@{tmp_path}/none')
+
+def test_balancers_of_others_get_reports_if_they_want_them():
+    class Most(LoadBalancer):
+        def order(self, hosts, load, reports): return sorted(hosts, key=lambda o: -reports[o].available)
+    class Old(LoadBalancer):
+        def order(self, hosts, load): return list(hosts)
+    reports = dict(a=HostReport(available=5), b=HostReport(available=7))
+    assert [Ledger().pick(o(), ['a', 'b'], reports).host for o in (Most, Old)] == ['b', 'a']
 
 def test_whatever_a_host_says_is_a_report():
     for o in ({}, dict(load=1), dict(load=[None]), dict(load=[1e999], cores=0), dict(memory=5, gpus=[], kernels=-5, mine=10**9), dict(kernels=[], gpus=dict(free='x'))):
