@@ -68,11 +68,34 @@ class Host:
         name = f'[{self.name}]' if ':' in self.name and not bare else self.name
         return (f'{self.user}@' if self.user else '') + name + (f':{self.port}' if self.port else '')
 
+# %% ../nbs/00_hosts.ipynb #d1309cb4
+_files_read = {}
+
+def _listed(word):
+    "The entries in the file that `@FILE` names"
+    path = os.path.expanduser(word[1:])
+    try:
+        st = os.stat(path)
+        if (was := _files_read.get(path)) and was[0] == (at := (st.st_mtime_ns, st.st_size, st.st_ino)): return was[1]
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except (OSError, UnicodeDecodeError, ValueError) as e: raise ValueError(f'the list of hosts {word} cannot be read: {getattr(e, "strerror", None) or e}') from None
+    found = [o.strip() for line in lines for o in re.sub(r'(^|\s)#.*', '', line).split(',') if o.strip()]
+    if not found: raise ValueError(f'the list of hosts {word} is empty')
+    if bad := next((o for o in found if o.startswith('@')), ''): raise ValueError(f'the list of hosts {word} names another list, {bad}')
+    _files_read[path] = (st.st_mtime_ns, st.st_size, st.st_ino),found
+    return found
+
+def _weighted(word):
+    "An entry as often as its weight says"
+    entry, star, weight = word.partition('*')
+    if star and not (weight.strip().isascii() and weight.strip().isdecimal() and len(weight) < 4 and 0 < int(weight) <= 100): _refuse(word, f'the weight {weight.strip()!r} is not a number from 1 to 100')
+    return [Host.parse(entry)]*(int(weight) if star else 1)
+
 # %% ../nbs/00_hosts.ipynb #a3f5495c
 @lru_cache(maxsize=256)
 def _parsed(entries):
-    "The hosts of a tuple of strings, and their names"
-    found = tuple(Host.parse(o) for entry in entries for o in entry.split(',') if o.strip())
+    "The hosts of a tuple of entries, and their names"
+    found = tuple(h for o in entries for h in _weighted(o))
     if not found: raise ValueError('the list of remote hosts is empty; give at least one [user@]host[:port]')
     return found,tuple(map(str, found))
 
@@ -80,7 +103,8 @@ def _known(entries):
     entries = (entries,) if isinstance(entries, str) else tuple(entries)
     for o in entries:
         if not isinstance(o, str): raise ValueError(f'host {o!r} is not text; an entry is [user@]host[:port]')
-    return _parsed(entries)
+    words = [o.strip() for entry in entries for o in entry.split(',') if o.strip()]
+    return _parsed(tuple(o for word in words for o in (_listed(word) if word.startswith('@') else [word])))
 
 def parse_hosts(
     entries: str|Iterable[str] # entries as a list, or separated by commas, or both

@@ -122,7 +122,8 @@ def _event(self:AgentSession, event, m):
 def _checked_hello(m):
     cache,home,trees = m['cache'],m['home'],m['trees']
     if not all(isinstance(o, str) and o.startswith('/') for o in (cache, home)) or not isinstance(trees, list): raise ValueError('not a greeting')
-    return dict(cache=cache, home=home, trees={o for o in trees if isinstance(o, str)}, version=m.get('version'), python=m.get('python'), pid=m.get('pid'))
+    return dict(cache=cache, home=home, trees={o for o in trees if isinstance(o, str)}, version=m.get('version'), python=m.get('python'), pid=m.get('pid'),
+        drained=m.get('drained') is not None)
 
 for _f in (_received, _event): setattr(AgentSession, _f.__name__, _f)
 
@@ -284,7 +285,8 @@ class RemoteProcess:
         pgid:int=0, # The kernel's own process group, where that is another one
     ):
         self.sessions,self.id,self.log,self.user,self.pid,self.pgid = sessions,id,log,user,pid,pgid
-        self.returncode,self.lost,self.cold = None,False,'' # `cold`: why it was not forked from a template, where one was wanted and cannot be had
+        self.returncode,self.lost,self.stopped = None,False,False # `stopped`: by an operator, so that it is not to be started again
+        self.cold = '' # why it was not forked from a template, where one was wanted and cannot be had
         self.exited,self.report = (asyncio.get_running_loop().create_future() for _ in range(2))
         self._stale,self._follower = asyncio.Event(),None
 
@@ -318,6 +320,7 @@ def heard(self, event:str, m:dict):
     "Take what the agent says of it"
     fields,status = m.get('fields' if event == 'report' else 'report'),m.get('status')
     if isinstance(fields, dict): _resolve(self.report, fields)
+    if event == 'stopped': self.stopped = True
     if event == 'ended' or event == 'watched' and not m.get('running'):
         self.end(status) if type(status) is int and -256 < status < 256 else self.lose()
 

@@ -163,10 +163,10 @@ settings = dict(
 # %% ../nbs/06a_settings.ipynb #bbab3c2a
 class HostSettings(LoggingConfigurable):
     "The options of `DistributedProvisioner`"
-    remote_hosts = List(help="""Hosts to run kernels on: `[user@]host[:port]`, or aliases of the OpenSSH client configuration
-        (GP_REMOTE_HOSTS, comma-separated).""").tag(config=True)
-    load_balancing_algorithm = Unicode(help="""How to choose among them: `round-robin`, `least-connection`, or one that another package
-        brings (GP_LOAD_BALANCING_ALGORITHM).""").tag(config=True)
+    remote_hosts = List(help="""Hosts to run kernels on: `[user@]host[:port]`, or aliases of the OpenSSH client configuration,
+        with a weight as in `fire*4`, or `@FILE` with one of these a line (GP_REMOTE_HOSTS, comma-separated).""").tag(config=True)
+    load_balancing_algorithm = Unicode(help="""How to choose among them: `round-robin`, `least-connection`, `least-load`, or one that another
+        package brings (GP_LOAD_BALANCING_ALGORITHM).""").tag(config=True)
     authorized_users = Set(help="""If not empty: only these names, compared with KERNEL_USERNAME, may start kernels (GP_AUTHORIZED_USERS).""").tag(config=True)
     unauthorized_users = Set(help="""Names that may not start kernels; takes precedence. A kernelspec adds to it (GP_UNAUTHORIZED_USERS).""").tag(config=True)
     port_range = Unicode(help="""Ports that kernels listen on, `low..high`; `0..0` for any (GP_PORT_RANGE).""").tag(config=True)

@@ -301,10 +301,10 @@ def test_help_names_every_option_its_default_and_its_home(bench):
     r = bench.run('--help')
     assert not r.returncode
     blocks = {m[1]: m[0] for m in re.finditer(r'^--([a-z-]+).*\n(?:    .*\n)+', r.stdout, re.M)}
-    assert set(blocks) == set(SEED) | {'user', 'sys-prefix', 'spark', 'debug', 'replace'}
+    assert set(blocks) == set(SEED) | {'user', 'sys-prefix', 'spark', 'debug', 'replace', 'tile-per-host'}
     for o,cls in SEED.items(): assert f'Equivalent to: [--{cls}.{dict(config="config_file").get(o, o.replace("-", "_"))}]' in blocks[o]
     for o,value in DEFAULTS.items(): assert f'Default: {value}\n' in blocks[o]
-    for o,text in {'user': 'BaseSpecApp.user=True', 'sys-prefix': f'BaseSpecApp.prefix={sys.prefix}', 'spark': 'BaseSpecApp.spark=True', 'debug': 'Application.log_level=10', 'replace': 'BaseSpecApp.replace=True'}.items():
+    for o,text in {'user': 'BaseSpecApp.user=True', 'sys-prefix': f'BaseSpecApp.prefix={sys.prefix}', 'spark': 'BaseSpecApp.spark=True', 'debug': 'Application.log_level=10', 'replace': 'BaseSpecApp.replace=True', 'tile-per-host': 'SshSpecInstaller.tile_per_host=True'}.items():
         assert f'Equivalent to: [--{text}]' in blocks[o]
     assert r.stdout.count('jupyter ssh-spec install') >= 5 and 'c.SshSpecInstaller.remote_hosts' in r.stdout
 
