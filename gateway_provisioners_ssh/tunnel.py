@@ -6,8 +6,8 @@
 __all__ = ['log', 'ENOUGH', 'StreamSession', 'ClientEnd', 'pass_on', 'pause_writing', 'resume_writing', 'finish', 'end', 'Tunnel',
            'add', 'remove', 'settle', 'close', 'KernelPort', 'Forward']
 
-# %% ../nbs/03d_tunnel.ipynb #382a475f
-import asyncio, logging, secrets, time
+# %% ../nbs/03d_tunnel.ipynb #c7304699
+import asyncio, logging, secrets
 from contextlib import contextmanager
 from typing import NamedTuple
 from .background import spawn_task
@@ -110,10 +110,10 @@ def end(self:ClientEnd, why):
 
 for _f in (pass_on, pause_writing, resume_writing, finish, end): setattr(ClientEnd, _f.__name__, _f)
 
-# %% ../nbs/03d_tunnel.ipynb #e184693e
+# %% ../nbs/03d_tunnel.ipynb #ea9f68bd
 class Tunnel:
     "All streams to one host"
-    idle = 3 # Seconds without a use after which the session ends
+    idle,pause = 3,.05 # Seconds without a use after which the session ends, and between two sessions at least
     def __init__(self,
         open_session, # Coroutine function: a started `StreamSession` over the host's connection, once there is one
         name:str, # The host, for messages
@@ -150,13 +150,15 @@ class Tunnel:
             self.settle()
 
     async def _run(self):
-        pause = 0
+        pause = self.pause
         try:
             while self.users or self.ends:
-                begun = time.monotonic()
-                try: await self._serve(await self.open_session())
-                except (AgentClosed, Refusal, ValueError, OSError, EOFError, asyncio.TimeoutError) as e: self._failed(e)
-                pause = 0 if time.monotonic() - begun > 2 else min(2*pause or .1, 5)
+                try:
+                    await self._serve(await self.open_session())
+                    pause = self.pause
+                except (AgentClosed, Refusal, ValueError, OSError, EOFError, asyncio.TimeoutError) as e:
+                    self._failed(e)
+                    pause = min(2*pause, 5)
                 await asyncio.sleep(pause)
         finally: self.close()
 
