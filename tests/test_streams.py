@@ -350,13 +350,14 @@ async def test_streams_of_an_application_that_is_gone(mock):
         def held(): return len([o for o in agent_of(kernel).net_connections('tcp') if o.status == 'ESTABLISHED'])
         async with connected(mock.config, 'mock1') as gone:
             f = await Forward(gone.tunnel, kernel.forwards[0].target).start()
-            reader, writer = await flood(f, 1000)
-            await reader.readexactly(MB)
+            reader, writer = await asyncio.open_connection('127.0.0.1', f.port)
+            writer.write(json.dumps(dict(seed=1, parts=1000, size=100, pause=.1)).encode() + b'\n')
+            await reader.readexactly(1000)
             gone.closed = True   # as if it had been killed: nobody says goodbye
             mock[0].drop()
             while gone.is_up or gone.tunnel.session: await asyncio.sleep(.01)
         await keeper.wait_connected()
-        assert held() == 1
+        assert held() == 1, json.dumps([str(o) for o in agent_of(kernel).net_connections('tcp')])
         await exchange(kernel.forwards[0], 1, 1, 10)
         while held(): await asyncio.sleep(.02)
         writer.close()
