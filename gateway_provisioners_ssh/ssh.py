@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_link', 'SSHConnection', 'session',
-           'responsive_session', 'wait_connected', 'close', 'stream_session', 'reverse', 'LocalConnection', 'Pool']
+           'responsive_session', 'wait_connected', 'woken', 'close', 'stream_session', 'reverse', 'LocalConnection',
+           'Pool']
 
 # %% ../nbs/04_ssh.ipynb #08c87487
 import asyncio, atexit, base64, hashlib, inspect, logging, os, random, socket, subprocess, time
@@ -206,7 +207,8 @@ class SSHConnection:
         self.agent = self.link = self.error = self.opening = self.reviving = None
         self.pythons = () # Interpreters that may run the agent, before those that every host may have
         self.failures,self.rest_until,self.down_since,self.reverses = 0,0,None,{}
-        self.tunnel = Tunnel(self.stream_session, str(host))
+        self.tunnel,self.distrusted = Tunnel(self.stream_session, str(host), self.woken),False # `distrusted`: one end did not accept who the other is
+        self.alarm,self.tried = asyncio.Event(),0 # Ends the pause before the next attempt; when the last one began
 
     def __repr__(self): return f'SSHConnection({str(self.host)!r}, {"up" if self.is_up else "down"})'
 
@@ -247,7 +249,7 @@ def _rest(self:SSHConnection):
 async def _open(self:SSHConnection):
     try: self.link,self.agent = await self._connect()
     except HostError as e:
-        self.error = e
+        self.error,self.distrusted = e,bool(self.routes and _of_trust(e.__context__, self.routes[-1]))
         self._rest()
         if self.down_since is None: self.down_since = time.monotonic()
         raise
@@ -329,8 +331,27 @@ async def wait_connected(self:SSHConnection) -> AgentSession:
 
 async def _revive(self:SSHConnection):
     while not self.is_up:
-        await asyncio.sleep(max(0, self.rest_until-time.monotonic()))
+        with suppress(asyncio.TimeoutError): await in_time(self.alarm.wait(), self._pause())
+        self.alarm.clear()
+        self.tried = time.monotonic()
         with suppress(HostError): await self.session()
+
+def _pause(self:SSHConnection):
+    "Seconds until the next attempt; clients that wait for their streams do not wait long, unless each attempt is a login that fails"
+    now,most = time.monotonic(),self.rest_until
+    if self.tunnel.ends and not self.distrusted: most = self.tried + (.5 if now - (self.down_since or now) < 60 else 2)
+    return max(0, min(self.rest_until, most) - now)
+
+def woken(self:SSHConnection):
+    "This machine was asleep: look at once whether the connection has survived that, or whether there can be one again"
+    self.alarm.set()
+    if self.is_up: spawn_task(self._check(self.agent))
+
+async def _check(self:SSHConnection, agent, timeout=2):
+    with suppress(AgentClosed):
+        if await agent.answers(timeout): return
+        self.link.close(abort=True)
+        agent.close()
     
 async def close(self:SSHConnection):
     "Close the connection for good; processes on the host go on"
@@ -343,7 +364,7 @@ async def close(self:SSHConnection):
         self.agent.close()
         await in_thread(self.link.client.close)
 
-for _f in (session, responsive_session, _rest, _open, _connect, _find, _new_session, _link, _new_link, _down, _beat, wait_connected, _revive, close): setattr(SSHConnection, _f.__name__, _f)
+for _f in (session, responsive_session, _rest, _open, _connect, _find, _new_session, _link, _new_link, _down, _beat, wait_connected, _revive, _pause, woken, _check, close): setattr(SSHConnection, _f.__name__, _f)
 
 # %% ../nbs/04_ssh.ipynb #1a03fadb
 async def stream_session(self:SSHConnection) -> StreamSession:

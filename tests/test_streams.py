@@ -9,6 +9,8 @@ from gateway_provisioners_ssh.mock_ssh import MockHosts
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.ssh import Pool, SSHConnection
 from gateway_provisioners_ssh.tunnel import Forward, KernelPort
+from kernels import Remote, forget
+from test_server import jupyter
 
 MB = 2**20
 
@@ -179,16 +181,16 @@ async def test_another_address(net, quick):
     def ip(*args): subprocess.run(['ip', *args, 'dev', dev], check=True)
     async def moved():
         await asyncio.sleep(1)
+        ip('addr', 'del', old)   # which would take others of the same network with it
         ip('addr', 'add', new)
-        ip('addr', 'del', old)
     try:
         async with kernel_on(net.client.config, 'node1', connect_timeout=2) as kernel:
             was = kernel.conn.local_address
             await on_all_five(kernel, moved(), 200, 5000, .1)
             assert (was, kernel.conn.local_address) == (net.addr(1), net.addr(2))
     finally:
-        ip('addr', 'replace', old)
-        ip('addr', 'del', new)
+        ip('-4', 'addr', 'flush')
+        ip('addr', 'add', old)
 
 async def test_application_that_sleeps(net):
     "The whole host application stands still, and its connection dies meanwhile"
@@ -209,6 +211,29 @@ async def asleep(config, host):
             print('under way', flush=True)
         await on_all_five(kernel, say(), 100, 20_000, .05)
     print('all of it')
+
+@pytest.fixture
+def remote(hosts, tmp_path, monkeypatch):
+    yield Remote(hosts, tmp_path, monkeypatch)
+    forget()
+
+async def test_front_end(remote, hosts, tmp_path):
+    "A front end of a Jupyter Server hears every line that a cell prints, in its order, while connections are killed and sshd is restarted"
+    async with jupyter(remote, tmp_path, GP_ENABLE_TUNNELING='True') as s:
+        k = await s.start()
+        async with s.channels(k) as c:
+            await c.ready()
+            msg, out = await c.start('import time\nfor i in range(150): print(f"<{i}>", "x"*1000, flush=True); time.sleep(.05)'), []
+            hear = lambda m: m['msg_type'] == 'stream' and out.append(m['content']['text'])
+            hearing = asyncio.ensure_future(c.wait(c.end_of(msg, hear), 60))
+            for cut in hosts[0].drop, hosts[0].drop, hosts[0].restart_sshd, hosts[0].drop:
+                n = len(out)
+                while len(out) < n+10: await asyncio.sleep(.01)
+                cut()
+            await hearing
+            assert [int(o) for o in re.findall(r'<(\d+)>', ''.join(out))] == list(range(150))
+            assert await c.run('print(i)') == '149\n'
+        await s.request('DELETE', f'api/kernels/{k}', 204)
 
 # Bounds
 
