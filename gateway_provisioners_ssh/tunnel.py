@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'ENOUGH', 'StreamSession', 'ClientEnd', 'pass_on', 'pause_writing', 'resume_writing', 'finish', 'end',
-           'SleepWatch', 'sleep_watch', 'Tunnel', 'add', 'remove', 'settle', 'close', 'KernelPort', 'Forward']
+           'SleepWatch', 'sleep_watch', 'Tunnel', 'used', 'add', 'remove', 'settle', 'close', 'KernelPort', 'Forward']
 
 # %% ../nbs/03d_tunnel.ipynb #382a475f
 import asyncio, logging, secrets, time
@@ -168,34 +168,37 @@ class Tunnel:
         self.start()
         await asyncio.shield(self.attached)
 
-    @contextmanager
-    def used(self):
-        "Keep a session in the meantime, by which a kernel that is being started can be reached as soon as it is there"
-        self.users.add(user := object())
-        self.start()
-        try: yield
-        finally:
-            self.users.discard(user)
-            self.settle()
+# %% ../nbs/03d_tunnel.ipynb #22eba93c
+@contextmanager
+def used(self:Tunnel):
+    "Keep a session in the meantime, by which a kernel that is being started can be reached as soon as it is there"
+    self.users.add(user := object())
+    self.start()
+    try: yield
+    finally:
+        self.users.discard(user)
+        self.settle()
 
-    async def _run(self):
-        pause,watch = self.pause,sleep_watch()
-        watch.add(self.woken)
-        try:
-            while self.users or self.ends:
-                try:
-                    await self._serve(await self.open_session())
-                    pause = self.pause
-                except (AgentClosed, Refusal, ValueError, OSError, EOFError, asyncio.TimeoutError) as e:
-                    self._failed(e)
-                    pause = min(2*pause, 5)
-                await asyncio.sleep(pause)
-        finally:
-            watch.discard(self.woken)
-            self.close()
-            if not self.attached.done(): self._failed(AgentClosed(f'{self.name}: the tunnel was closed'))
+async def _run(self:Tunnel):
+    pause,watch = self.pause,sleep_watch()
+    watch.add(self.woken)
+    try:
+        while self.users or self.ends:
+            try:
+                await self._serve(await self.open_session())
+                pause = self.pause
+            except (AgentClosed, Refusal, ValueError, OSError, EOFError, asyncio.TimeoutError) as e:
+                self._failed(e)
+                pause = min(2*pause, 5)
+            await asyncio.sleep(pause)
+    finally:
+        watch.discard(self.woken)
+        self.close()
+        if not self.attached.done(): self._failed(AgentClosed(f'{self.name}: the tunnel was closed'))
 
-# %% ../nbs/03d_tunnel.ipynb #24406ba3
+Tunnel.used,Tunnel._run = used,_run
+
+# %% ../nbs/03d_tunnel.ipynb #7d1cb9fe
 async def _serve(self:Tunnel, session):
     "Carry the streams over `session` until it ends"
     try:
@@ -223,6 +226,9 @@ def _resume(self:Tunnel, session, known, streams):
     for o in known.values(): o.tr.abort()
     for o in sorted(self.ends.values(), key=lambda o: not o.target.first): o.tr.is_closing() or self._join(o)
 
+for _f in (_serve, _attach, _resume): setattr(Tunnel, _f.__name__, _f)
+
+# %% ../nbs/03d_tunnel.ipynb #34888c1f
 def _join(self:Tunnel, end):
     if not end.known:
         t = end.target
@@ -239,7 +245,7 @@ def _end_all(self:Tunnel, why):
     log.warning('%s: connections of clients ended: %s', self.name, why)
     for o in list(self.ends.values()): o.tr.abort()
 
-for _f in (_serve, _attach, _resume, _join, _failed, _end_all): setattr(Tunnel, _f.__name__, _f)
+for _f in (_join, _failed, _end_all): setattr(Tunnel, _f.__name__, _f)
 
 # %% ../nbs/03d_tunnel.ipynb #07e65727
 def add(self:Tunnel, end):
@@ -269,7 +275,7 @@ def close(self:Tunnel):
 
 for _f in (add, remove, settle, _leave, close): setattr(Tunnel, _f.__name__, _f)
 
-# %% ../nbs/03d_tunnel.ipynb #70717a7c
+# %% ../nbs/03d_tunnel.ipynb #c6c5f1f8
 class KernelPort(NamedTuple):
     "A port of a kernel, and how its streams are to be kept"
     port:int # On the loopback interface of the host
@@ -279,6 +285,7 @@ class KernelPort(NamedTuple):
     spool:int = 2**30 # Bytes that the host keeps in a file beyond that
     first:bool = False # Whether new connections go before those to other ports when the host is back
 
+# %% ../nbs/03d_tunnel.ipynb #3063c933
 class Forward:
     "A listening loopback port here that leads to a port of a kernel"
     def __init__(self, tunnel:Tunnel, target:KernelPort): self.tunnel,self.target,self.ends,self.closed = tunnel,target,set(),False
