@@ -22,6 +22,7 @@ from .launch import at_home, check_request, expand_argv, relocate_path
 from .remote import AgentClosed, Refusal, RemoteProcess, spawn, tree_of
 from .response import ResponseServer
 from .settings import HostSettings, LaunchError, SettingError, checked, lacking, seconds
+from .tunnel import Forward, KernelPort
 
 # %% ../nbs/07_provisioner.ipynb #8dde27f8
 class Shared:
@@ -250,12 +251,13 @@ async def _start_on(self:DistributedProvisioner, host, request, deadline):
     launch = await self._launch(target.conn)
     with ExitStack() as stack:
         expected = stack.enter_context(target.server.expect(launch)) if target.server else None
+        if target.tunnel: stack.enter_context(target.conn.tunnel.used())
         starting = asyncio.ensure_future(self._spawn(target, request, launch))
         silence = spawn_task(_silence(target.agent, 2*self.connect_timeout))
         try:
             process = await self._reported(target, request, deadline, starting, expected, silence)
             fields = launch.accept(process.report.result()) if process.report.done() else expected.future.result()
-            if target.tunnel: await target.conn.check_forwarding(fields['shell_port'])
+            if target.tunnel: await in_time(target.conn.tunnel.ready(), max(.1, deadline-time.monotonic()))
             return target.conn,process,self._encrypted(target.conn, launch, fields),target.tunnel
         except BaseException as e:
             await asyncio.shield(_undo(starting, 0 if isinstance(e, AgentClosed) or silence.done() else 5))
@@ -492,7 +494,7 @@ def _reached_at(conn, fields):
 async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunnel, ip=None):
     "Take over a process that has reported; returns its connection information"
     if tunnel:
-        try: await self._aim(conn, fields)
+        try: await self._aim(conn, fields, process.id, process.user)
         except BaseException: await asyncio.shield(_undo(_ready(process))); raise
     else: self._close_forwards()
     process.exited.add_done_callback(lambda _: claim.release())
@@ -506,12 +508,13 @@ async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunn
     return self.connection_info
 
 @patch
-async def _aim(self:DistributedProvisioner, conn, fields, at={}):
-    "Forward local ports (those in `at`, where given) to the kernel's; after a cut, iopub reconnects before the others"
+async def _aim(self:DistributedProvisioner, conn, fields, id, user, at={}):
+    "Lead ports of this machine (those in `at`, where given) to those of the kernel that the agent knows by `id`; whoever comes while the host is down gets to iopub first"
     try:
-        for k in sorted(port_names, key=lambda o: o != 'iopub_port'):
-            if k in self.forwards: self.forwards[k].aim(conn, fields[k])
-            else: self.forwards[k] = await conn.forward(fields[k], at.get(k, 0), self.forwards.get('iopub_port'))
+        for k in port_names:
+            target = KernelPort(fields[k], id, user, self.stream_buffer, self.stream_spool, first=k == 'iopub_port')
+            if k in self.forwards: self.forwards[k].aim(conn.tunnel, target)
+            else: self.forwards[k] = await Forward(conn.tunnel, target).start(at.get(k, 0))
     except OSError as e:
         self._close_forwards()
         fix = '. Its clients know these ports; free them and take the kernel over again' if at else ''
@@ -796,7 +799,7 @@ async def load_provisioner_info(self:DistributedProvisioner, provisioner_info):
 async def _resume(self:DistributedProvisioner, info):
     host = Host.parse(info['host'])
     conn = await shared().pool.connection(host, self.login)
-    if info['tunnel']: await self._aim(conn, info['fields'], info['connection_info'])
+    if info['tunnel']: await self._aim(conn, info['fields'], info['process']['id'], info['process']['user'], info['connection_info'])
     process = RemoteProcess(conn.wait_connected, **info['process']).follow()
     await self._adopt(conn, shared().ledger.claim(str(host)), process, info['fields'], info['tunnel'], info['connection_info']['ip'])
 

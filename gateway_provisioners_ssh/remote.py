@@ -37,6 +37,7 @@ def agent_source() -> tuple: # Compressed file, version
 class AgentSession:
     "One connection to the agent of a host; feed it what the host writes, and `await start()`"
     max_noise = 2**16 # Bytes that a login may write before the agent
+    frames = Decoder
     def __init__(self,
         write, # Function of bytes: to the standard input of `COMMAND`; never blocks
         close, # Function: end the connection
@@ -71,9 +72,9 @@ class AgentSession:
             self.noise += data
             before,found,data = self.noise.partition(self.token.encode()+b'\n')
             if not found: return self.close('it wrote too much') if len(before) > self.max_noise else None
-            self.noise,self.decoder = b'',Decoder()
+            self.noise,self.decoder = b'',self.frames()
         try:
-            for message,rest in self.decoder.feed(data): self._received(message)
+            for message,rest in self.decoder.feed(data): self._received(message, rest)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: self.close(f'it wrote what no agent writes ({type(e).__name__}): {bytes(self.decoder.buffer[:2000]).decode("utf-8", "replace")!r}')
 
     def eof(self): self.close()
@@ -99,7 +100,7 @@ def _resolve(fut, value):
     if not fut.done(): fut.set_result(value)
 
 # %% ../nbs/03b_remote.ipynb #d10c9722
-def _received(self:AgentSession, m):
+def _received(self:AgentSession, m, data=b''):
     "One frame from the agent"
     if 'event' in m: return self._event(m['event'], m)
     fut,user = self.asked.get(m['n'], (None, None)) if type(m['n']) is int else (None, None)

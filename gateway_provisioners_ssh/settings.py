@@ -151,6 +151,8 @@ settings = dict(
     allow_legacy_launchers=Setting('ALLOW_LEGACY_LAUNCHERS', False, _flag),
     connect_timeout=Setting('CONNECT_TIMEOUT', 5, _number(float, 0.1, 3600)),
     unreachable_timeout=Setting('UNREACHABLE_TIMEOUT', 600, seconds),
+    stream_buffer=Setting('STREAM_BUFFER', 4*2**20, _number(int, 2**16, 2**30)),
+    stream_spool=Setting('STREAM_SPOOL', 2**30, _number(int, 0, 2**40)),
     orphan_timeout=Setting('ORPHAN_TIMEOUT', 0, _number(float, 0, 365*86400)),
     inherited_envs=Setting('INHERITED_ENVS', 'JPY_SESSION_NAME', _regexes),
     standby=Setting('STANDBY', True, _flag),
@@ -192,6 +194,9 @@ class HostSettings(LoggingConfigurable):
         about their sender (GP_ALLOW_LEGACY_LAUNCHERS).""").tag(config=True)
     connect_timeout = Float(help="""Seconds until a host that does not answer counts as unreachable (GP_CONNECT_TIMEOUT).""").tag(config=True)
     unreachable_timeout = Float(help="""Seconds that a host may be unreachable before its kernels are given up as lost (GP_UNREACHABLE_TIMEOUT).""").tag(config=True)
+    stream_buffer = Integer(help="""Bytes that each end of a tunnelled connection keeps in memory for the other end (GP_STREAM_BUFFER).""").tag(config=True)
+    stream_spool = Integer(help="""Bytes of a tunnelled connection that a host keeps beyond that, in a private file, of what a kernel writes while it
+        cannot be reached (GP_STREAM_SPOOL).""").tag(config=True)
     orphan_timeout = Float(help="""Seconds after which a kernel that no host application watches ends by itself; 0: never
         (GP_ORPHAN_TIMEOUT).""").tag(config=True)
     inherited_envs = List(Unicode(), help="""Regular expressions of variables of this process that kernels get too, besides KERNEL_*

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_link', 'SSHConnection', 'session',
-           'responsive_session', 'wait_connected', 'close', 'Forward', 'forward', 'reverse', 'check_forwarding',
-           'LocalConnection', 'Pool']
+           'responsive_session', 'wait_connected', 'woken', 'close', 'stream_session', 'reverse', 'LocalConnection',
+           'Pool']
 
 # %% ../nbs/04_ssh.ipynb #08c87487
 import asyncio, atexit, base64, hashlib, inspect, logging, os, random, re, socket, subprocess, time
 import paramiko
 from contextlib import suppress
-from weakref import WeakSet
 from paramiko.hostkeys import HostKeyEntry, HostKeys
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
 from .background import in_thread, in_time, spawn_task
@@ -19,6 +18,7 @@ from .channels import ChannelIO, Relay, Transport, Wire
 from .hosts import Host, HostError, Login, Route, hops, this_user
 from .liveness import Pace, watch_link
 from .remote import COMMAND, AgentClosed, AgentSession, NoPython, Refusal, local_session
+from .tunnel import StreamSession, Tunnel
 
 # %% ../nbs/04_ssh.ipynb #9a73a7e9
 log = logging.getLogger('gateway_provisioners_ssh')
@@ -226,7 +226,8 @@ class SSHConnection:
         self.agent = self.link = self.error = self.opening = self.reviving = None
         self.pythons = () # Interpreters that may run the agent, before those that every host may have
         self.failures,self.rest_until,self.down_since,self.reverses = 0,0,None,{}
-        self.forwarding = None # The link that was seen to forward ports
+        self.tunnel,self.distrusted = Tunnel(self.stream_session, str(host), self.woken),False # `distrusted`: one end did not accept who the other is
+        self.alarm,self.tried = asyncio.Event(),0 # Ends the pause before the next attempt; when the last one began
 
     def __repr__(self): return f'SSHConnection({str(self.host)!r}, {"up" if self.is_up else "down"})'
 
@@ -267,7 +268,7 @@ def _rest(self:SSHConnection):
 async def _open(self:SSHConnection):
     try: self.link,self.agent = await self._connect()
     except HostError as e:
-        self.error = e
+        self.error,self.distrusted = e,bool(self.routes and _of_trust(e.__context__, self.routes[-1]))
         self._rest()
         if self.down_since is None: self.down_since = time.monotonic()
         raise
@@ -353,59 +354,57 @@ async def _revive(self:SSHConnection):
     self.pace.down.add(self)
     try:
         while not self.is_up:
-            await asyncio.sleep(max(0, self.rest_until-time.monotonic()))
+            with suppress(asyncio.TimeoutError): await in_time(self.alarm.wait(), self._pause())
+            self.alarm.clear()
+            self.tried = time.monotonic()
             with suppress(HostError): await self.session()
     finally: self.pace.down.discard(self)
 
+def _pause(self:SSHConnection):
+    "Seconds until the next attempt; clients that wait for their streams do not wait long, unless each attempt is a login that fails"
+    now,most = time.monotonic(),self.rest_until
+    if self.tunnel.ends and not self.distrusted: most = self.tried + (.5 if now - (self.down_since or now) < 60 else 2)
+    return max(0, min(self.rest_until, most) - now)
+
+def woken(self:SSHConnection):
+    "This machine was asleep: look at once whether the connection has survived that, or whether there can be one again"
+    self.alarm.set()
+    if self.is_up: spawn_task(self._check(self.agent))
+
+async def _check(self:SSHConnection, agent, timeout=2):
+    with suppress(AgentClosed):
+        if await agent.answers(timeout): return
+        self.link.close(abort=True)
+        agent.close()
+    
 async def close(self:SSHConnection):
     "Close the connection for good; processes on the host go on"
     self.closed = True
+    self.tunnel.close()
     for t in (self.opening, self.reviving):
         if t: t.cancel()
     if self.is_up:
         self.agent.close()
         await in_thread(self.link.client.close)
 
-for _f in (session, responsive_session, _rest, _open, _connect, _find, _new_session, _link, _new_link, _down, _warn, _answered, _silent, wait_connected, _revive, close): setattr(SSHConnection, _f.__name__, _f)
+for _f in (session, responsive_session, _rest, _open, _connect, _find, _new_session, _link, _new_link, _down, _warn, _answered, _silent, wait_connected, _revive, _pause, woken, _check, close): setattr(SSHConnection, _f.__name__, _f)
 
 # %% ../nbs/04_ssh.ipynb #1a03fadb
-class Forward:
-    "A listening loopback port here that leads to a port of a host"
-    def __init__(self, conn:SSHConnection, port:int, first:'Forward'=None): self.conn,self.target,self.first,self.relays = conn,port,first,WeakSet()
+async def stream_session(self:SSHConnection) -> StreamSession:
+    "Another session with the agent over the same connection, for streams, once the host is up; raises `HostError`, or `AgentClosed`"
+    await self.wait_connected()
+    link,patience = self.link,2*self.login.connect_timeout
+    try:
+        chan = await in_time(in_thread(_exec, link.transport), patience)
+        session = StreamSession(lambda data: io.write(data), lambda: io.close(), str(self.host), lambda: io.pending)
+        io = ChannelIO(chan, link.wire, session.feed, session.eof, session.room)
+        return await in_time(session.start(self.pythons), patience)
+    except (SSHException, EOFError, asyncio.TimeoutError) as e:
+        if not link.alive: raise AgentClosed('the connection broke') from None
+        raise HostError(self.host, self.user, f'a second session on the connection cannot be had ({e or "no answer"})', _two_sessions) from None
 
-    async def start(self, port=0):
-        self.server = await asyncio.get_running_loop().create_server(self._relay, '127.0.0.1', port)
-        self.port = self.server.sockets[0].getsockname()[1]
-        return self
-
-    def _relay(self):
-        self.relays.add(relay := Relay(self._opening))
-        return relay
-
-    async def _opening(self):
-        if not self.conn.is_up:
-            await self.conn.wait_connected()
-            if self.first: await self.first.joined()
-        link = self.conn.link
-        return await link.open_channel('direct-tcpip', ('127.0.0.1', self.target)), link.wire
-
-    async def joined(self):
-        "Return when every waiting connection is open or has failed"
-        if tasks := [r.task for r in self.relays if r.tr]: await asyncio.wait(tasks)
-
-    def aim(self, conn, port):
-        if (conn,port) != (self.conn,self.target):
-            for r in list(self.relays): r.tr and r.tr.abort() # whoever waits for the old host should come again
-        self.conn,self.target = conn,port
-    def close(self): self.server.close()
-
-async def forward(self:SSHConnection,
-    port:int, # A port on the host's loopback interface
-    at:int=0, # The loopback port here (default: any)
-    first:Forward=None, # Whose connections go before these when the host is back
-) -> Forward: # Its `port` is the one to connect to
-    "Lead a loopback port of this machine to `port` of the host"
-    return await Forward(self, port, first).start(at)
+_two_sessions = 'Tunnelling needs two sessions on a connection: MaxSessions in its sshd_config must be 2 or more'
+SSHConnection.stream_session = stream_session
 
 # %% ../nbs/04_ssh.ipynb #ee8076d4
 async def reverse(self:SSHConnection,
@@ -431,21 +430,9 @@ async def _join(loop, chan, wire, port):
     try: await loop.create_connection(lambda: Relay(opening), '127.0.0.1', port)
     except OSError: chan.close()
 
-_no_forwarding = 'Tunnelling needs AllowTcpForwarding in its sshd_config'
+_no_forwarding = 'A launch message through a tunnel needs AllowTcpForwarding in its sshd_config'
 
-async def check_forwarding(self:SSHConnection,
-    port:int, # A port on the host's loopback interface on which somebody listens
-):
-    "Raise `HostError` if the SSH server does not lead connections to ports of the host; asks once per connection"
-    link = self.link
-    if self.forwarding is link: return
-    try: (await link.open_channel('direct-tcpip', ('127.0.0.1', port))).close()
-    except paramiko.ChannelException as e: # code 1: prohibited (RFC 4254, 5.1)
-        if e.code == 1: raise HostError(self.host, self.user, f'the SSH server does not forward ports ({e.text})', _no_forwarding) from None
-    except (SSHException, EOFError, OSError): return # a connection that broke is made again
-    self.forwarding = link
-
-SSHConnection.forward,SSHConnection.reverse,SSHConnection.check_forwarding = forward,reverse,check_forwarding
+SSHConnection.reverse = reverse
 
 # %% ../nbs/04_ssh.ipynb #9b445dbe
 login_variables = 'HOME USER LOGNAME SHELL PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR XDG_RUNTIME_DIR'.split()

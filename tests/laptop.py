@@ -5,6 +5,8 @@ from contextlib import AsyncExitStack
 import psutil
 from jupyter_client import AsyncKernelManager
 from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.remote import spawn
+from gateway_provisioners_ssh.tunnel import Forward, KernelPort
 from kernels import forget, interrupt, printed, running, value
 
 def fetch(port, mib):
@@ -25,13 +27,19 @@ async def openssh(config, port):
         await asyncio.sleep(.05)
     raise TimeoutError('ssh -L')
 
+async def forwarded(conn, port):
+    "A port here that leads to `port` of the host as to that of a kernel, for which a process stands that reports no ports"
+    process = await spawn(await conn.session(), conn.wait_connected, f'/tmp/kernel-{os.urandom(8).hex()}.log', argv=['sleep', '600'], env={}, max_bytes=8192)
+    fwd = await Forward(conn.tunnel, KernelPort(port, process.id)).start()
+    fwd.process = process
+    return fwd
+
 async def compared(km, source, config, mib=64, rounds=3):
     "The same bytes through a forwarded port and through `ssh -L`, in turn; the best of each"
-    conn = km.provisioner.conn
-    fwd = await background().run(conn.forward(source))
+    fwd = await background().run(forwarded(km.provisioner.conn, source))
     p, local = await openssh(config, source)
     try: both = [[await asyncio.to_thread(fetch, port, mib) for port in (fwd.port, local)] for _ in range(rounds)]
-    finally: p.kill(); p.wait()
+    finally: p.kill(); p.wait(); await background().run(fwd.process.release(keep_log=False)); fwd.close()
     return [max(o) for o in zip(*both)]
 
 def kernel_on(host): return running(AsyncKernelManager(kernel_name='ssh_python'), env=os.environ | dict(KERNEL_REMOTE_HOST=host))

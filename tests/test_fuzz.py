@@ -14,6 +14,7 @@ from gateway_provisioners_ssh.launchers import agent, server_listener as listene
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.remote import AgentClosed, AgentSession, Refusal, RemoteProcess, local_session, spawn
 from gateway_provisioners_ssh.settings import HostSettings, LaunchError, parse_port_range, settings as options
+from gateway_provisioners_ssh.tunnel import StreamSession
 from test_handshake import bitten, changed, changes, jsons, odd
 
 counted = dict(n=0)
@@ -505,6 +506,65 @@ def test_bytes_at_the_control_port(place, control, parts, close):
         if close or b'\n' in b''.join(parts) or len(b''.join(parts)) > 4096:
             with s.makefile('rb') as f: assert len(f.read()) < 300
     place.no_more(was)
+
+# Streams
+
+numbers = st.integers(-3, 40) | st.sampled_from([agent.WINDOW, 2**40, 10**19]) | odd
+stream_frames = st.dictionaries(st.sampled_from(['s', 'at', 'got', 'fin', 'end', 'why', 'op', 'probe', 'n', 'ok', 'token', 'port', 'id', 'buffer', 'spool']), numbers | hostile, max_size=5)
+datas = st.binary(max_size=30) | st.just(b'x'*agent.MAX_DATA)
+
+@budget(10_000)
+@given(st.lists(st.tuples(stream_frames, st.binary(max_size=30)), max_size=4), st.binary(max_size=20), st.integers(1, 50))
+def test_frames_of_streams_in_any_pieces(frames, noise, size):
+    "Bytes come as they are, whatever pieces they arrive in; anything else is a ValueError"
+    case()
+    frames = [(dict({k: v for k, v in m.items() if k != 'size'}, s=1, at=7), d) for m, d in frames]
+    raw, got = b''.join(agent.encode(*o) for o in frames) + noise, []
+    d = agent.StreamDecoder()
+    with contextlib.suppress(ValueError):
+        for i in range(0, len(raw), size): got += [bytes(o) for m, o in d.feed(raw[i:i+size])]
+    sent, got = b''.join(d for _, d in frames), b''.join(got)
+    assert sent.startswith(got) or got.startswith(sent)
+    assert len(d.buffer) <= agent.MAX_LINE
+
+class Taken(agent.End):
+    "An end whose socket takes nothing"
+    def __init__(self): super().__init__(1, agent.Sender(100)); self.data = bytearray()
+    def pass_on(self, data): self.data += data
+    def finish(self, why): pass
+    def settle(self): pass
+    def end(self, why): self.out.close()
+
+@budget(20_000)
+@given(st.lists(st.tuples(stream_frames, datas), max_size=12))
+def test_what_the_far_end_of_a_stream_may_say(frames):
+    "In order, and no more than the window; nothing it says makes this end forget what was not passed on, or hold more than it may"
+    case()
+    end = Taken()
+    end.out.add(b'0123456789')
+    end.frame()
+    for m, data in frames:
+        try: end.received(m, data if 'at' in m else b'')
+        except ValueError: break
+    assert end.got == len(end.data) <= agent.WINDOW and end.passed == 0
+    assert 0 <= end.out.base <= end.out.sent <= 10
+
+@budget(5_000)
+@given(st.lists(st.tuples(stream_frames, datas), max_size=8))
+def test_what_a_host_may_say_to_the_streams_of_an_application(frames):
+    "The session goes on or ends; what it holds is bounded"
+    case()
+    async def say():
+        written, closed = [], []
+        session = StreamSession(written.append, lambda: closed.append(1), 'a host')
+        end = Taken()
+        session.mux.add(end)
+        session.resume = lambda streams: [None for number, got, passed in streams if end.go_on(got, passed)]
+        session.feed(session.token.encode() + b'\n')
+        for m, data in frames: session.feed(agent.encode(m, data if 'at' in m else b''))
+        assert len(end.data) <= agent.WINDOW and len(session.decoder.buffer) <= agent.MAX_LINE and sum(map(len, written)) < 20_000
+        session.close()
+    asyncio.run(say())
 
 # Kernelspecs from elsewhere
 

@@ -8,7 +8,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.settings import LaunchError
 from installed import interrupted, run
-from kernels import Remote, Timer, busy, forget, gone, interrupt, kill, reply_to, until, value, within
+from kernels import Remote, Timer, busy, forget, gone, interrupt, kill, printed, reply_to, until, value, within
 
 RULE = 'gateway ALL=(ada, grace) NOPASSWD:SETENV: ALL'
 HABITS = [r'/home.*/\.(ipython|cache|config|local/share/jupyter/runtime$)', r'/nbsignatures', r'/homes/[^/]*/\.']
@@ -63,6 +63,18 @@ async def test_the_kernel_is_the_users(remote):
             await within(1, lambda: kill(km, kc))
             assert owner(node, f'/tmp/kernel-{km.kernel_id}.log') == (ada, 0o600)
             km.provisioner.requested = True # its log is not wanted
+
+async def test_tunnelled(remote, monkeypatch):
+    "The agent of the login holds the streams to the kernel of another user: what that prints while connections are killed arrives"
+    monkeypatch.setenv('GP_ENABLE_TUNNELING', 'True')
+    with remote.nothing_left(ignore=HABITS):
+        async with kernel_of(remote, 'ada') as (km, kc):
+            assert uid_of(km.provisioner.fields['pid']) == remote.users['ada']
+            printing = asyncio.ensure_future(printed(kc, 'import time\nfor i in range(60): print(i, flush=True); time.sleep(.05)', 60))
+            for _ in range(3):
+                await asyncio.sleep(.6)
+                remote.node.drop()
+            assert await printing == (''.join(f'{i}\n' for i in range(60)), 'ok')
 
 async def test_kill_and_shutdown(remote):
     for how in ('kill', 'terminate', 'shutdown'):

@@ -1,5 +1,6 @@
 "The repository itself: generated files are what their sources give, the distribution is complete and lean, the docs hold together."
 import ast, contextlib, email, json, os, re, shutil, subprocess, sys, zipfile
+from collections import Counter
 from configparser import ConfigParser
 from importlib import metadata
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_options_are_all_in_readme():
     own = [n for n, t in DistributedProvisioner.class_own_traits(config=True).items()]
     assert sorted(n for n in own if n not in row) == []
     assert sorted(n for n in row if not DistributedProvisioner.class_traits().get(n)) == []
+
+def test_chapters_that_share_a_module_share_no_names():
+    "Several notebooks export into one file; a function that is defined twice may only become a method, at once"
+    functions = [o for o in ast.parse((REPO/PKG/'launchers/agent.py').read_text()).body if isinstance(o, (ast.FunctionDef, ast.ClassDef))]
+    twice = {k for k, n in Counter(o.name for o in functions).items() if n > 1}
+    def names(o, kind): return {n.id for n in ast.walk(o) if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
+    def own(o): return names(o, ast.Store) | {a.arg for a in ast.walk(o) if isinstance(a, ast.arg)} | {f.name for f in ast.walk(o) if isinstance(f, ast.FunctionDef) and f is not o}
+    assert {(o.name, n) for o in functions for n in twice & names(o, ast.Load) - own(o)} == set()
 
 # The distribution
 
