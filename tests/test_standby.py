@@ -53,8 +53,9 @@ class Place:
 
     def templates(self):
         "The processes from which kernels can be forked"
-        agents = {p.pid for p, name, _ in (all := self.processes()) if name == 'gpssh-agent'}
-        return [p for p, name, parent in all if name == 'gpssh-standby' and parent in agents]
+        found = self.processes()
+        agents = {p.pid for p, name, _ in found if name == 'gpssh-agent'}
+        return [p for p, name, parent in found if name == 'gpssh-standby' and parent in agents]
 
     def mishaps(self):
         f = self.tmp/f'gpssh-{os.getuid()}/errors'
