@@ -387,7 +387,7 @@ async def template_of(place, name):
     for p in place.templates(): p.kill()
     await until(lambda: not place.templates(), what='no template')
     assert await place.warm(name) == ''
-    return place.templates()[0]
+    return (await until(place.templates, what='a template'))[0]   # it has its name just after it is ready
 
 @pytest.mark.parametrize('how', ['stopped', 'killed', 'killed meanwhile', 'grown'])
 async def test_a_template_that_fails(place, tmp_path, how):
