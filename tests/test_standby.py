@@ -384,8 +384,9 @@ async def one_kernel(place, km):
 
 async def template_of(place, name):
     "The process of that kernelspec's template, and no other one"
-    for p in place.templates(): p.kill()
-    await until(lambda: not place.templates(), what='no template')
+    killed = place.templates()
+    for p in killed: p.kill()
+    await until(lambda: not any(psutil.pid_exists(p.pid) for p in killed), what='the agent to know of their ends')
     assert await place.warm(name) == ''
     return (await until(place.templates, what='a template'))[0]   # it has its name just after it is ready
 
