@@ -384,10 +384,11 @@ async def one_kernel(place, km):
 
 async def template_of(place, name):
     "The process of that kernelspec's template, and no other one"
-    for p in place.templates(): p.kill()
-    await until(lambda: not place.templates(), what='no template')
+    killed = place.templates()
+    for p in killed: p.kill()
+    await until(lambda: not any(psutil.pid_exists(p.pid) for p in killed), what='the agent to know of their ends')
     assert await place.warm(name) == ''
-    return place.templates()[0]
+    return (await until(place.templates, what='a template'))[0]   # it has its name just after it is ready
 
 @pytest.mark.parametrize('how', ['stopped', 'killed', 'killed meanwhile', 'grown'])
 async def test_a_template_that_fails(place, tmp_path, how):
