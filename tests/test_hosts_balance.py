@@ -12,7 +12,7 @@ from gateway_provisioners_ssh.hosts import Host, hops, parse_hosts, route
 quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 names = st.one_of(st.text(string.ascii_letters+string.digits+'_', min_size=1, max_size=1).flatmap(
     lambda c: st.text(string.ascii_letters+string.digits+'._-', max_size=30).map(lambda o: c+o)), st.ip_addresses().map(str))
-users = st.one_of(st.none(), st.text(string.ascii_letters+string.digits+'._+@#%', min_size=1, max_size=20))
+users = st.one_of(st.none(), st.text(string.ascii_letters+string.digits+'._+@#%', min_size=1, max_size=20).filter(lambda o: o[0] != '@'))   # that is a list of hosts
 ports = st.one_of(st.none(), st.integers(1, 65535))
 
 @quick
