@@ -13,7 +13,7 @@ from kernels import Remote, Timer, busy, forget, gone, interrupt, left_of, print
 class Place:
     "Kernels of this machine, with an agent, a home and temporary files of the tests' own"
     def __init__(self, dir, patch):
-        self.dir, self.cwd, self.patch, self.n = dir, dir/'work', patch, 0
+        self.dir, self.cwd, self.patch, self.n, self.tmp = dir, dir/'work', patch, 0, None
         self.cwd.mkdir()
         self.remote = Remote(SimpleNamespace(names=['localhost']), dir/'prefix', patch)
         patch.delenv('IPYTHONDIR')
@@ -22,12 +22,13 @@ class Place:
 
     def move(self):
         "From now on, another agent"
-        forget()
+        self.close()
         self.tmp = Path(tempfile.mkdtemp(prefix='gps-'))
         for o in 'TMPDIR', 'GP_KERNEL_LOG_DIR': self.patch.setenv(o, str(self.tmp))
 
     def close(self):
         forget()
+        if self.tmp is None: return
         for p, *_ in self.processes():
             with contextlib.suppress(psutil.Error): p.kill()
         shutil.rmtree(self.tmp, ignore_errors=True)
