@@ -546,7 +546,7 @@ def prepare_hosts(self:DistributedProvisioner):
     few = asyncio.Semaphore(16)
     async def one(entry):
         async with few: await self._prepare(entry)
-    async def every(): await asyncio.gather(*map(one, self.remote_hosts))
+    async def every(): await asyncio.gather(*map(one, dict.fromkeys(host_names(self.remote_hosts))))
     return asyncio.run_coroutine_threadsafe(every(), background().loop)
 
 # %% ../nbs/07_provisioner.ipynb #1057b002
