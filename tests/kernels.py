@@ -28,7 +28,7 @@ class Remote:
         for k in ('GP_', 'EG_', 'KERNEL_'):
             for o in [o for o in os.environ if o.startswith(k)]: patch.delenv(o)
         for k, v in dict(JUPYTER_PATH=str(self.prefix/'share/jupyter'), JUPYTER_RUNTIME_DIR=str(self.runtime), JUPYTER_CONFIG_DIR=str(self.prefix/'config'),
-                         IPYTHONDIR=str(self.prefix/'ipython'), JUPYTER_PREFER_ENV_PATH='0', KERNEL_USERNAME='ada',
+                         IPYTHONDIR=str(self.prefix/'ipython'), JUPYTER_PREFER_ENV_PATH='0', KERNEL_USERNAME='ada', GP_STANDBY='off',
                          PATH=f'{BIN}:{os.environ["PATH"]}').items(): patch.setenv(k, v)
         self.install()
 

@@ -19,7 +19,7 @@ without a file is one of this file.
 | sshd's port, StrictModes, UsePAM, HOME and TMPDIR of sessions | hosts.py, for hosts on loopback | port 22 and homes of their own: hosts of `net`; StrictModes and UsePAM stay off, since home and key are the tests' |
 | getaddrinfo, the resolution of names | test_options.py, test_hosts_balance.py | test_a_name_service_that_does_not_answer; names of /etc/hosts: hosts of `net` |
 | entry points of load balancers | test_hosts_balance.py | test_a_load_balancer_of_another_package |
-| GP_STANDBY=off | hosts.py | test_standby.py, all tests here, test_matrix.py |
+| GP_STANDBY=off | hosts.py, kernels.py | test_standby.py, all tests here, test_matrix.py |
 | GP_KERNEL_LOG_DIR | howto.py, notebooks | /tmp: all tests with `Remote`, and those here |
 | GP_RESPONSE_PORT and its retries | test_response.py, notebooks on loopback | 8877 and up: hosts of `net` that are not tunnelled |
 | GP_LAUNCH_TIMEOUT, KERNEL_LAUNCH_TIMEOUT, GP_CONNECT_TIMEOUT, all shorter | test_options.py, test_lifecycle.py, test_hosts.py | the defaults: test_jupyter_server, where they are not reached |

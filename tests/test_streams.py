@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import psutil, pytest
 from gateway_provisioners_ssh.hosts import Host, Login
 from gateway_provisioners_ssh.launchers.agent import WINDOW
+from gateway_provisioners_ssh.liveness import Pace
 from gateway_provisioners_ssh.mock_ssh import MockHosts
 from gateway_provisioners_ssh.remote import spawn
-from gateway_provisioners_ssh.ssh import Pool, SSHConnection
+from gateway_provisioners_ssh.ssh import Pool
 from gateway_provisioners_ssh.tunnel import Forward, KernelPort
 from kernels import Remote, forget
 from test_server import jupyter
@@ -157,7 +158,7 @@ async def test_cut_in_the_middle_of_256_mb(hosts):
         assert (await reader.read())[:32] == digest.digest() and not cuts
 
 @pytest.fixture
-def quick(monkeypatch): monkeypatch.setattr(SSHConnection, 'beat', 1)
+def quick(monkeypatch): monkeypatch.setattr(Pace, 'shortest', 1)
 
 async def test_link_cut_for_30_s(net, quick):
     "Both ends go on, and what they said meanwhile arrives"
