@@ -120,7 +120,7 @@ def unix():
     return len({o.split()[6] for o in open('/proc/net/unix').read().split('\n')[1:] if o} & {os.readlink(f'/proc/self/fd/{o}')[8:-1] for o in os.listdir('/proc/self/fd') if kind(o).startswith('socket')})
 def lines(name, *keys): return [o for o in open(f'/proc/self/{name}').read().split('\n') if o.split(':')[0] in keys]
 mask = os.umask(0); os.umask(mask)
-while any('-journal' in kind(o) for o in os.listdir('/proc/self/fd')): time.sleep(.01)   # the history is being written
+while any(re.search('-journal|/profile_default$', kind(o)) for o in os.listdir('/proc/self/fd')): time.sleep(.01)   # the history is being written
 print(json.dumps(dict(sockets_of_this_machine=unix(), flags=sys.flags, path=sys.path, argv=sys.argv, orig_argv=sys.orig_argv, warnoptions=sys.warnoptions, xoptions=sys._xoptions, executable=sys.executable, prefix=sys.prefix,
     environ=dict(os.environ), proc_environ=sorted(o for o in open('/proc/self/environ').read().split('\0') if o and not o.startswith('KERNEL_LAUNCH_SECRET=')),
     cmdline=open('/proc/self/cmdline').read().strip('\0').split('\0'), comm=open('/proc/self/comm').read(), cwd=os.getcwd(), umask=mask, limits=[resource.getrlimit(i) for i in range(16)],
