@@ -261,7 +261,7 @@ async def check(
     async def one(host, conn):
         if conn.local: reports[host].add('reachable', 'this machine, without SSH')
         else: _connected(reports[host])
-        await _forwarding(site, conn, reports[host])
+        await _tunnel(site, conn, reports[host])
         return await check_host(site, conn, reports[host], server)
     def done(host, result):
         report = reports[host]
@@ -272,12 +272,12 @@ async def check(
     finally: await server.close()
     return list(reports.values())
 
-async def _forwarding(site, conn, report):
-    "Where bytes are to be tunnelled, the SSH server must lead connections to ports of the host"
+async def _tunnel(site, conn, report):
+    "Where bytes are to be tunnelled, the SSH server must allow a second session on the connection"
     if conn.local or not (site.settings.tunneling_enabled or conn.proxied): return
-    try: await conn.check_forwarding(9)
-    except HostError as e: report.add('forwarding', e.what, 'failed', e.fix)
-    else: report.add('forwarding', 'ok')
+    try: (await conn.stream_session()).close()
+    except (HostError, AgentClosed) as e: report.add('tunnel', getattr(e, 'what', str(e)), 'failed', getattr(e, 'fix', 'Try again'))
+    else: report.add('tunnel', 'ok')
 
 # %% ../nbs/10b_operators.ipynb #7419218f
 SETUP = 'jupyter ssh-spec setup' # What agents call the commands of `setup`

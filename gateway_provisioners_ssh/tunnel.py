@@ -8,7 +8,7 @@ __all__ = ['log', 'ENOUGH', 'StreamSession', 'ClientEnd', 'pass_on', 'pause_writ
 
 # %% ../nbs/03d_tunnel.ipynb #382a475f
 import asyncio, logging, secrets, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -104,7 +104,8 @@ def finish(self:ClientEnd, why):
     "No more will come from the kernel"
     if why: log.warning('%s: a connection of a client ended: %s', self.tunnel.name, str(why)[:300])
     if why or self.out.over: self.tr.close()
-    elif self.tr.can_write_eof() and not self.tr.is_closing(): self.tr.write_eof()
+    elif self.tr.can_write_eof() and not self.tr.is_closing():
+        with suppress(OSError): self.tr.write_eof() # its client may have left just now
 
 def end(self:ClientEnd, why):
     "The stream is no more"

@@ -185,6 +185,9 @@ class Steps:
             shutil.rmtree(d, ignore_errors=True)
             with contextlib.suppress(OSError): d.parent.rmdir()
         log.unlink(missing_ok=True)
+        if not node.kernels():   # what it printed in a tunnel waits, too, for an hour
+            for p in node.processes():
+                if p.name == 'gpssh-agent': os.kill(p.pid, signal.SIGKILL)
 
     async def gone(self, pid): await until(lambda: gone(pid), 60, f'end of kernel {pid}')
 

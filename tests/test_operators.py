@@ -130,12 +130,12 @@ async def test_the_way_back(net_remote):
     report, = await checked('node1')
     assert 'way back' not in [o.what for o in report.findings]   # where nothing goes that way
 
-async def test_forwarding_that_is_forbidden(remote):
+async def test_a_tunnel_that_cannot_be(remote):
     h = remote.lab[0]
-    h.options = dict(AllowTcpForwarding='no')
+    h.options = dict(MaxSessions='1')
     h.restart_sshd()
     report, = await checked('host1', tunneling_enabled=True)
-    assert problems(report)['forwarding'].state == 'failed' and 'AllowTcpForwarding' in problems(report)['forwarding'].remedy
+    assert problems(report)['tunnel'].state == 'failed' and 'MaxSessions' in problems(report)['tunnel'].remedy
 
 async def test_clock(net_remote):
     h = net_remote.lab[0]

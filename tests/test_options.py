@@ -377,7 +377,7 @@ SAMPLES = dict(remote_hosts='h1,h2', load_balancing_algorithm='least-connection'
     launch_timeout='7', impersonation_enabled='True', remote_user='u', remote_password='p', ssh_port='2222', gss_auth='true', tunneling_enabled='1',
     response_ip='10.0.0.1', response_port='9000', response_port_retries='3', response_addr_any='yes', prohibited_local_ips='10\\..*', kernel_log_dir='/var/log',
     kernel_log_max_bytes='99999', allow_legacy_launchers='True', connect_timeout='2', unreachable_timeout='60', orphan_timeout='5', inherited_envs='A,B', ssh_config='/c',
-    stream_buffer='100000', stream_spool='5000000')
+    standby='off', standby_timeout='60', preload='numpy,pandas', prewarm='True', stream_buffer='100000', stream_spool='5000000')
 
 @pytest.mark.parametrize('name', settings)
 def test_variables_and_their_fall_back(name, monkeypatch):

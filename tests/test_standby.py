@@ -521,9 +521,9 @@ async def test_forty_at_once(place, plain):
 
 async def test_a_template_that_nobody_uses_ends_and_then_the_agent(place, plain):
     await asyncio.to_thread(place.move)
-    async with place.kernel(plain, dict(standby_timeout=2)): await until(place.templates, 60, 'a template')
+    async with place.kernel(plain, dict(standby_timeout=20)): await until(place.templates, 60, 'a template')
     await asyncio.to_thread(forget)
-    await until(lambda: not place.processes(), 30, 'nothing left')
+    await until(lambda: not place.processes(), 60, 'nothing left')
     assert list(place.tmp.iterdir()) == []
 
 async def test_off(place, plain):
