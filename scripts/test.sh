@@ -65,6 +65,11 @@ notebooks() {
     find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -rz | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
 }
 
+again() {  # what failed beside other tests may have been short of time; what fails alone, too, is broken
+    loud "Tests failed (above). They are tried once more, each alone on this machine"
+    python -m pytest tests --last-failed --last-failed-no-failures none
+}
+
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 failed=
 stage "Programs" programs || { [ "${CI:-}" != true ] || exit 1; left=1; }
@@ -74,5 +79,5 @@ stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 [ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "$@" || failed=1
+python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "$@" || again || failed=1
 [ -z "$failed" ]
