@@ -381,7 +381,9 @@ SAMPLES = dict(remote_hosts='h1,h2', load_balancing_algorithm='least-connection'
 
 @pytest.mark.parametrize('name', settings)
 def test_variables_and_their_fall_back(name, monkeypatch):
-    s, plain = settings[name], getattr(DistributedProvisioner(kernel_id='42'), name)
+    s = settings[name]
+    monkeypatch.delenv(f'GP_{s.var}', raising=False)
+    plain = getattr(DistributedProvisioner(kernel_id='42'), name)
     monkeypatch.setenv(f'EG_{s.var}', SAMPLES[name])
     got = getattr(DistributedProvisioner(kernel_id='42'), name)
     assert got == s.read(SAMPLES[name]) != plain
