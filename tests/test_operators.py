@@ -6,6 +6,7 @@ from jupyter_client import AsyncMultiKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh import operators
 from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.balance import Need
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.operators import Trouble, check, download, drain, find_log, kernels, platforms, site
 from gateway_provisioners_ssh.provisioner import shared
@@ -389,7 +390,8 @@ async def test_gpus_choose_the_host(remote, tmp_path):
         assert str(k.km.provisioner.conn.host) == 'host2' and await value(k.client, '__import__("os").environ["CUDA_VISIBLE_DEVICES"]') == '0'
         with pytest.raises(LaunchError, match='0 of 1 GPUs are free, 1 wanted|0 GPUs free, 1 wanted'):
             async with remote.on('host1', 'host2', env=dict(KERNEL_GPUS='1')): pass
-    async with remote.on('host2', env=dict(KERNEL_GPUS='1')): pass   # free again
+    await until(lambda: not Need(gpus=1).lacking(shared().board.at_hand().get('host2')), what='that host2 says that it is free again')
+    async with remote.on('host2', env=dict(KERNEL_GPUS='1')): pass
 
 async def test_least_load_counts_kernels_of_other_applications(remote):
     "As soon as the hosts have said so; no start waits for it"
