@@ -58,11 +58,16 @@ class Home:
             with suppress(psutil.Error): return p.status() != psutil.STATUS_ZOMBIE and p.environ().get('HOME') == str(self.path)
         return filter(here, psutil.process_iter())
 
-    def templates(self): return [p for p in self.all_processes() if p.name() == 'gpssh-standby']
+    def templates(self):
+        def name(p):
+            with suppress(psutil.Error): return p.name()
+        return [p for p in self.all_processes() if name(p) == 'gpssh-standby']
 
     def processes(self):
         "All processes with this home but this machine's agent, which other tests use too, and its templates, which stay for the next start; in `dirs` what it keeps of their kernels"
-        found = [p for p in self.all_processes() if p.name() not in ('gpssh-agent', 'gpssh-standby')]
+        def other(p):
+            with suppress(psutil.Error): return p.name() not in ('gpssh-agent', 'gpssh-standby')
+        found = [p for p in self.all_processes() if other(p)]
         for p in found:
             with suppress(OSError): self.dirs |= {m[0] for f in os.scandir(f'/proc/{p.pid}/fd') if (m := re.match(r'/tmp/gpssh-\w+/k-\w+', os.readlink(f.path)))}
         return found
