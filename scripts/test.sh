@@ -66,8 +66,11 @@ notebooks() {
 }
 
 again() {  # what failed beside other tests may have been short of time; what fails alone, too, is broken
-    loud "Tests failed (above). They are tried once more, each alone on this machine"
-    python -m pytest tests --last-failed --last-failed-no-failures none
+    local test bad=
+    loud "Tests failed (above). Each is tried once more, alone on this machine and in a process of its own"
+    (cd tests && python -m pytest --last-failed --last-failed-no-failures none --collect-only -q) | grep '::' >"$work/failed" || return 1
+    while read -r test; do (cd tests && python -m pytest "$test" </dev/null) || bad=1; done <"$work/failed"
+    [ -z "$bad" ]
 }
 
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
