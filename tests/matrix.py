@@ -185,9 +185,12 @@ class Steps:
             shutil.rmtree(d, ignore_errors=True)
             with contextlib.suppress(OSError): d.parent.rmdir()
         log.unlink(missing_ok=True)
-        if not node.kernels():   # what it printed in a tunnel waits, too, for an hour
-            for p in node.processes():
-                if p.name == 'gpssh-agent': os.kill(p.pid, signal.SIGKILL)
+        self.output_kept = True
+    output_kept = False   # in a tunnel, the agent keeps for an hour what that kernel printed last, should its application come back
+    def forget_output(self):
+        "End the agent, once no kernel of the run needs it"
+        for p in self.machines.node(self.cell.place).processes():
+            if self.output_kept and p.name == 'gpssh-agent': os.kill(p.pid, signal.SIGKILL)
 
     async def gone(self, pid): await until(lambda: gone(pid), 60, f'end of kernel {pid}')
 
@@ -220,6 +223,7 @@ class Application:
                 try: await self.all()
                 finally:
                     for p in [p for p in self.procs if p.poll() is None]: p.kill(); p.wait()
+                for s in self.steps.values(): s.forget_output()
         except BaseException:
             print(self.text())
             raise
