@@ -187,6 +187,7 @@ async def _response_address(self:DistributedProvisioner, conn, tunnel, by_networ
     except (OSError, ValueError) as e: raise LaunchError(str(e)) from None
     return server, f'127.0.0.1:{await conn.reverse(int(address.rpartition(":")[2]))}' if tunnel else address
 
+# %% ../nbs/07_provisioner.ipynb #77974858
 @patch
 def _encrypt(self:DistributedProvisioner):
     "Whether `KernelManager.transport_encryption` asks for encryption of this kernel"
@@ -200,6 +201,7 @@ async def _launch(self:DistributedProvisioner, conn):
     legacy = await in_thread(shared().legacy.make) if self.allow_legacy_launchers else None
     return Launch(self.kernel_id, {k:self.fields[k] for k in again if k in self.fields} if self.fields else None, self._encrypt(), legacy)
 
+# %% ../nbs/07_provisioner.ipynb #ac99ca25
 @patch
 def _standby(self:DistributedProvisioner, tree, argv):
     "What an agent has to know to fork the kernel from a template; None if it is to be started cold"
@@ -208,6 +210,7 @@ def _standby(self:DistributedProvisioner, tree, argv):
     if not all(o.startswith('-') for o in argv[1:script]) or {'lazy', 'eager'} & set(re.split('[ =]', ' '.join(argv))): return None
     return dict(script=script, preload=self.preload, timeout=self.standby_timeout)
 
+# %% ../nbs/07_provisioner.ipynb #471311e8
 @patch
 async def _request(self:DistributedProvisioner, target, request, launch, user):
     "What the agent is to start: command and environment in the words of the host, once the kernelspec's files are there"

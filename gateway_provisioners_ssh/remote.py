@@ -166,6 +166,7 @@ async def greeting(self:AgentSession,
         task.add_done_callback(lambda t: (t.cancelled() or t.exception()) and self.users.pop(user, None))
     return await asyncio.shield(self.users[user])
 
+# %% ../nbs/03b_remote.ipynb #5a6c18c1
 async def ping(self:AgentSession):
     "Return when the agent answers; raises `AgentClosed`"
     await self.request('ping')
@@ -287,7 +288,7 @@ class RemoteProcess:
     ):
         self.sessions,self.id,self.log,self.user,self.pid,self.pgid = sessions,id,log,user,pid,pgid
         self.returncode,self.lost,self.stopped = None,False,False # `stopped`: by an operator, so that it is not to be started again
-        self.cold = '' # why it was not forked from a template, where one was wanted and cannot be had
+        self.cold = '' # Why it was not forked from a template, where one was wanted and cannot be had
         self.exited,self.report = (asyncio.get_running_loop().create_future() for _ in range(2))
         self._stale,self._follower = asyncio.Event(),None
 

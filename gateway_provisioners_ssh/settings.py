@@ -55,7 +55,7 @@ def variable(
 def checked(
     read, # Function: value -> value to use; `ValueError` for what cannot be used
     value,
-    where:str, # Where somebody wrote it: a variable's name, say
+    where:str, # Where it was written: the name of a variable, say
 ):
     "What `read` makes of `value`; raises `SettingError`, which says `where` to look"
     try: return read(value)
@@ -98,13 +98,14 @@ class Setting:
     default:object
     read:object=str
     per_spec:bool=False
-    older:str='' # how the variable was called in Enterprise Gateway, where that is another name
+    older:str='' # The variable's name in Enterprise Gateway, where it is another one
 
 def from_environment(s:Setting):
     "What the environment says, or the default; raises `SettingError`"
     var,text = found(*filter(None, (s.var, s.older)))
     return checked(s.read, text if var else s.default, var)
 
+# %% ../nbs/06a_settings.ipynb #c23b100a
 def _users(v): return set(_words(v) if isinstance(v, str) else v)
 def _regexes(v):
     out = _words(v) if isinstance(v, str) else list(v)
@@ -126,8 +127,10 @@ def _log_dir(v):
     if not str(v).startswith('/') or '\0' in str(v): raise ValueError(f'{v!r} is not an absolute path')
     return str(v)
 
+# %% ../nbs/06a_settings.ipynb #0583d8ba
 seconds,whole_seconds,_port = _number(float, 0.001, 7*86400),_number(int, 1, 7*86400),_number(int, 1, 65535)
 
+# %% ../nbs/06a_settings.ipynb #4f46f867
 settings = dict(
     remote_hosts=Setting('REMOTE_HOSTS', 'localhost', host_names, True),
     load_balancing_algorithm=Setting('LOAD_BALANCING_ALGORITHM', 'round-robin', _algorithm),
@@ -214,9 +217,9 @@ def misspelt(
     cls:type, # The class that is configured
 ) -> list: # E.g. `[('DistributedProvsioner', 'DistributedProvisioner')]`
     "Names in `config` that nearly are the name of `cls` or of one of its bases, each with that"
-    ours = {o.__name__.lower(): o.__name__ for o in cls.__mro__}
-    close = [(k, ours[m]) for k in config for m in get_close_matches(k.lower(), ours, 1, .9)]
-    return [(k, o) for k,o in close if k not in ours.values()]
+    known = {o.__name__.lower(): o.__name__ for o in cls.__mro__}
+    close = [(k, known[m]) for k in config for m in get_close_matches(k.lower(), known, 1, .9)]
+    return [(k, o) for k,o in close if k not in known.values()]
 
 # %% ../nbs/06a_settings.ipynb #316b8f23
 def _default(s): return lambda self: from_environment(s)

@@ -298,7 +298,7 @@ async def _new_session(self:SSHConnection, link):
             f'See what the login shell waits for: ssh {_at(self.routes[-1])} true (GP_CONNECT_TIMEOUT sets the time)') from None
 
 async def _find(self:SSHConnection):
-    "The hops, as the configuration has them now: somebody may just have mended it"
+    "The hops, as the configuration has them now: it may have been mended since the last attempt"
     try: return tuple(await in_thread(hops, self.host, self.login.user_of(self.host), self.login.port, self.login.config))
     except (ValueError, OSError) as e: raise HostError(self.host, self.user, str(e), _mend) from None
 
@@ -343,6 +343,7 @@ def _silent(self:SSHConnection, agent, link):
     link.close(abort=True)
     agent.close()
 
+# %% ../nbs/04_ssh.ipynb #e3b16e68
 async def wait_connected(self:SSHConnection) -> AgentSession:
     "The live session with the agent, once there is one; keeps trying, with growing pauses"
     while not self.is_up:

@@ -866,6 +866,7 @@ def _start(agent, client, m, data):
         k.discard(False)
         raise
 
+# %% ../../nbs/03_agent.ipynb #d6c8be28
 def _prepared(agent, m): # Kernel
     "A kernel with its directory and log, but without a process"
     name = _named(m)
@@ -892,6 +893,7 @@ def _spawn_kernel(agent, k, m, env):
         with open(os.devnull) as null: return spawn(m['argv'], env, (null.fileno(), out, out), m.get('cwds', ()), agent.mask)
     finally: os.close(out)
 
+# %% ../../nbs/03_agent.ipynb #d125d9e8
 def _environment(agent, client, k, m):
     "The login's environment, the start request's, kernel.json's, and the ticket of the launch"
     env = dict(client.env, **m['env'])
