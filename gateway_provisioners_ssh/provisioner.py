@@ -235,7 +235,7 @@ async def _reach(self:DistributedProvisioner, host, request, deadline):
         conn = await shared().pool.connection(host, self.login)
         conn.pythons = _pythons(request)
         agent,tree = await asyncio.gather(conn.responsive_session(), self._tree())
-        self._look_for_room(conn, agent, request)
+        shared().board.attach(str(conn.host), agent)
         tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
         return LaunchTarget(conn, agent, tunnel, tree, *await self._response_address(conn, tunnel, self._by_network(tree)))
     try: return await in_time(reach(), deadline-time.monotonic())
@@ -375,11 +375,9 @@ async def _explain_failure(self:DistributedProvisioner, conn, process, request, 
 # %% ../nbs/07_provisioner.ipynb #6a452868
 class NoRoom(HostError):
     "A host that is up and has no room for the kernel"
-    def __init__(self, host, user, what): super().__init__(host, user, what, _remedy(what, host).lstrip('. ('))
+    def __init__(self, host, user, what): super().__init__(host, user, what, f'Kernels may come again after: jupyter ssh-spec undrain {host}' if 'drained' in what else '')
     @property
     def crowded(self): return self.what.endswith(CROWDED)
-
-def _remedy(what, host): return f'. Kernels may come again after: jupyter ssh-spec undrain {host}' if 'drained' in what else ''
 
 def _pythons(request): return tuple(re.sub(r'^\$\{?HOME\}?/', '~/', o) for o in request.argv[:1] if re.search(r'/python[0-9.]*$', o))
 def _room(request): return {k: v for k,v in dict(most=request.most, memory=request.need.memory, gpus=request.need.gpus).items() if v}
@@ -389,12 +387,6 @@ def _about(self:DistributedProvisioner, request):
     "What the agent tells operators of the kernel"
     application = f'{os.path.basename(sys.argv[0]) or "python"} on {socket.gethostname()}, pid {os.getpid()}'
     return dict(kernel=self.kernel_id, user=request.user, spec=self.kernel_spec.display_name, application=application)
-
-@patch
-def _look_for_room(self:DistributedProvisioner, conn, agent, request):
-    "Raise `NoRoom` if what the host said last leaves none"
-    shared().board.attach(str(conn.host), agent)
-    if why := request.need.lacking(shared().board.at_hand().get(str(conn.host))): raise NoRoom(conn.host, conn.user, f'the host is {why}' if why == 'drained' else why)
 
 @patch
 def _most(self:DistributedProvisioner, host):
@@ -430,18 +422,17 @@ async def _observe(self:DistributedProvisioner, host, request):
 # %% ../nbs/07_provisioner.ipynb #0d2a5124
 @patch
 def _place(self:DistributedProvisioner, request):
-    "A claim in the ledger, with the hosts to try in order; raises `LaunchError` if none has room"
+    "A claim in the ledger, with the hosts to try in order"
     ledger,hosts,request.exact = shared().ledger,host_names(self.remote_hosts),False
     if request.pinned: return ledger.claim(str(Host.parse(request.pinned)))
     reports,was = self._reports(request, hosts),str(self.conn.host) if self.conn else None
-    lacking = {h: why for h in hosts if (why := request.need.lacking(reports.get(h)))}
-    open_ = [h for h in hosts if h not in lacking]
-    if not open_: raise LaunchError('no host has room for the kernel:\n' + '\n'.join(f'- host {h}: {why}{_remedy(why, h)}' for h,why in lacking.items()), 503)
+    full = {h for h in hosts if request.need.lacking(reports.get(h))}
+    open_ = [h for h in hosts if h not in full] or hosts
     if was in open_ and not self.avoid: return ledger.claim(was, dict.fromkeys([was, *open_]))
     rest,balancer = [h for h in open_ if not (self.avoid and h == was)],load_balancer(self.load_balancing_algorithm)
     request.exact = getattr(balancer, 'exact', False) and not self.impersonation_enabled
     claim = ledger.pick(balancer, rest or open_, reports)
-    claim.order += [was] if rest and rest != open_ else []
+    claim.order = list(dict.fromkeys([*claim.order, *([was] if rest and rest != open_ else []), *(h for h in hosts if h in full)]))
     return claim
 
 @patch
@@ -472,11 +463,11 @@ async def _start(self:DistributedProvisioner, request, again=8):
                     request.exact &= again > 0
                     todo = self._candidates(claim)
                     continue
-                errors.append(str(e))
+                errors.append(e)
                 if len(claim.order) > 1: self.log.warning('%s', e)
                 if time.monotonic() > deadline: break
             else: return await self._started(conn, claim, *started)
-        raise LaunchError(errors[0] if len(errors) == 1 else 'no host could start the kernel:\n' + '\n'.join(f'- {o}' for o in errors))
+        raise LaunchError(str(errors[0]) if len(errors) == 1 else 'no host could start the kernel:\n' + '\n'.join(f'- {o}' for o in errors), 503 if all(isinstance(o, NoRoom) for o in errors) else 500)
     except ValueError as e: claim.release(); raise LaunchError(str(e)) from None
     except BaseException: claim.release(); raise
 

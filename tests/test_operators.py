@@ -6,7 +6,6 @@ from jupyter_client import AsyncMultiKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh import operators
 from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.balance import Need
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.operators import Trouble, check, download, drain, find_log, kernels, platforms, site
 from gateway_provisioners_ssh.provisioner import shared
@@ -346,8 +345,9 @@ async def test_drained_hosts_get_no_kernels(remote):
             assert [str(o.km.provisioner.conn.host) for o in (a, b)] == ['host2', 'host2']
             await command('drain', 'host2')
             try:
-                with pytest.raises(LaunchError, match=r'(?s)no host has room.*host1: drained.*undrain host1.*host2: drained'):
+                with pytest.raises(LaunchError, match=r'(?s)no host could start the kernel:.*host1 .*is drained.*undrain host1.*host2 .*is drained') as e:
                     async with remote.on('host1', 'host2'): pass
+                assert e.value.status_code == 503
                 with pytest.raises(LaunchError, match='host host1 .*drained.*jupyter ssh-spec undrain host1'):
                     async with remote.on('host1', 'host2', env=dict(KERNEL_REMOTE_HOST='host1')): pass
                 assert await value(a.client, '6*7') == 42   # what runs goes on
@@ -373,7 +373,7 @@ async def test_drain_says_which_host_is_not_marked(remote):
 # Room
 
 async def test_memory_that_no_host_has(remote):
-    with pytest.raises(LaunchError, match=r'GiB of memory are available, 102400.0 wanted|GiB of memory available, 102400.0 wanted'):
+    with pytest.raises(LaunchError, match='GiB of memory are available, 102400.0 wanted'):
         async with remote.on('host1', 'host2', env=dict(KERNEL_MIN_MEMORY='100T')): pass
     for bad in dict(KERNEL_MIN_MEMORY='much'), dict(KERNEL_GPUS='all'):
         with pytest.raises(LaunchError, match=next(iter(bad))) as e:
@@ -388,9 +388,9 @@ async def test_gpus_choose_the_host(remote, tmp_path):
     remote.lab[1].restart_sshd()
     async with remote.on('host1', 'host2', env=dict(KERNEL_GPUS='1')) as k:
         assert str(k.km.provisioner.conn.host) == 'host2' and await value(k.client, '__import__("os").environ["CUDA_VISIBLE_DEVICES"]') == '0'
-        with pytest.raises(LaunchError, match='0 of 1 GPUs are free, 1 wanted|0 GPUs free, 1 wanted'):
+        with pytest.raises(LaunchError, match='0 of 1 GPUs are free, 1 wanted'):
             async with remote.on('host1', 'host2', env=dict(KERNEL_GPUS='1')): pass
-    await until(lambda: not Need(gpus=1).lacking(shared().board.at_hand().get('host2')), what='that host2 says that it is free again')
+    # what host2 said last is that it has none; it is asked all the same, as the only one there is
     async with remote.on('host2', env=dict(KERNEL_GPUS='1')): pass
 
 async def test_least_load_counts_kernels_of_other_applications(remote):
