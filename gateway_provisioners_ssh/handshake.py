@@ -8,6 +8,7 @@ __all__ = ['max_message', 'port_names', 'max_reply', 'HandshakeError', 'Secretiv
 
 # %% ../nbs/01_handshake.ipynb #46f8d4b0
 import base64, hashlib, hmac, ipaddress, json, re, secrets, threading, zmq
+from functools import cached_property
 from fastcore.basics import patch
 
 # %% ../nbs/01_handshake.ipynb #e262f7c3
@@ -117,10 +118,6 @@ def parse_message(
 # %% ../nbs/01_handshake.ipynb #34a58cf5
 def _mac(key, *parts): return hmac.digest(key, b''.join(parts), 'sha256').hex()
 
-def _generate():
-    from Cryptodome.PublicKey import ECC
-    return ECC.generate(curve='Curve25519')
-
 class Launch:
     "The host application's side of one launch: a fresh key and a fresh secret, which `repr` does not show"
     def __init__(self,
@@ -134,8 +131,15 @@ class Launch:
         given = {k: _str(v) for k, v in (connection or {}).items() if v}
         self.connection = check_fields(given, (), (*port_names, 'key', *_curve))
         if encrypt and 'curve_publickey' not in self.connection: self.connection |= dict(zip(_curve, map(bytes.decode, zmq.curve_keypair())))
-        self._key,self._psk = _generate(),secrets.token_bytes(32)
-        self._spki = base64.b64encode(self._key.public_key().export_key(format='DER')).decode()
+        self._psk = secrets.token_bytes(32)
+
+    @cached_property
+    def _key(self):
+        from Cryptodome.PublicKey import ECC
+        return ECC.generate(curve='Curve25519')
+
+    @cached_property
+    def _spki(self): return base64.b64encode(self._key.public_key().export_key(format='DER')).decode()
 
     def __repr__(self): return f'Launch({self.kernel_id!r}, encrypt={self.encrypt}, legacy={self.legacy is not None})'
 
@@ -151,13 +155,13 @@ def ticket(
 def ticket_fields(self:Launch,
     by_network:bool, # Whether the launcher may have to report by the network, and so needs key and secret
 ) -> dict:
-    "What the ticket says; the agent adds its socket and a token"
+    "What the ticket says; the agent adds its socket and a token. Blocks while a key is made, if one is needed"
     sealing = dict(psk=base64.b64encode(self._psk).decode(), key=self._spki) if by_network else {}
     return Secretive(version=2, encrypt=self.encrypt, **sealing, **(dict(connection=dict(self.connection)) if self.connection else {}))
 
 @patch(as_prop=True)
 def public_key(self:Launch) -> str: # base64, one line
-    "The public key for the launcher's argument vector"
+    "The public key for the argument vector of a launcher that may report by the network"
     return self.legacy.public_key if self.legacy else self._spki
 
 # %% ../nbs/01_handshake.ipynb #787f9a8a

@@ -214,16 +214,17 @@ def _standby(self:DistributedProvisioner, tree, argv):
 @patch
 async def _request(self:DistributedProvisioner, target, request, launch, user):
     "What the agent is to start: command and environment in the words of the host, once the kernelspec's files are there"
-    greeting,root = await target.agent.greeting(user),self.kernel_spec.resource_dir
+    greeting,root,by_network = await target.agent.greeting(user),self.kernel_spec.resource_dir,target.server is not None
     place = await target.agent.ship(target.tree, user) if target.tree else root
     def there(word): return at_home(greeting['home'], relocate_path(os.path.realpath(root), place, relocate_path(root, place, str(word))) if root else str(word))
+    ticket = await in_thread(launch.ticket_fields, by_network) | dict(network=bool(self.response_ip))
     argv = expand_argv([there(o) for o in request.argv], dict(kernel_id=self.kernel_id, port_range=self.port_range, response_address=target.address,
-        public_key=launch.public_key, resource_dir=place))
+        public_key=launch.public_key if by_network else '', resource_dir=place))
     if target.conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     if '/' in argv[0]: argv[0] = os.path.join(greeting['home'], argv[0])
     lowest,highest = map(int, self.port_range.split('..'))
     return dict(argv=argv, tree=place if target.tree else '', env=request.env, spec_env={k: there(v) for k,v in self.kernel_spec.env.items()}, cwds=request.cwds,
-        ticket=launch.ticket_fields(target.server is not None) | dict(network=bool(self.response_ip)), ports=[lowest, highest] if lowest < highest else None, standby=self._standby(target.tree, argv))
+        ticket=ticket, ports=[lowest, highest] if lowest < highest else None, standby=self._standby(target.tree, argv))
 
 # %% ../nbs/07_provisioner.ipynb #0b2c80c3
 @patch

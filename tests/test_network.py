@@ -371,7 +371,7 @@ def ned(net, remote, tmp_path_factory):
     for o in (tmp_path_factory.getbasetemp(), remote.prefix): o.chmod(0o755)
     if 'ned' not in node.users: node.add_user('ned')
     need(node.run('sh', '-c', f'test -x {sys.executable} -a -r {remote.scripts} || echo other users cannot read {sys.prefix}', user='ned').strip())
-    def shell(path): passwd.write_text(re.sub(r'(?m)^(ned:.*:)[^:]*$', rf'\1{path}', passwd.read_text()))
+    def shell(path): passwd.write_text(re.sub(r'(?m)^(ned:.*:)[^:\n]*$', rf'\1{path}', passwd.read_text()))
     remote.spec('ned', hosts=['ned@node1'])
     yield SimpleNamespace(node=node, home=node.dir/'homes/ned', shell=shell)
     shell('/bin/sh')
