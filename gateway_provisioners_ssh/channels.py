@@ -12,6 +12,8 @@ from contextlib import suppress
 from paramiko import SSHException
 
 # %% ../nbs/03a_channels.ipynb #da5357fa
+_quick = getattr(socket, 'TCP_QUICKACK', None)
+
 class Wire:
     "A connected socket for `paramiko.Transport`; made in the event loop that shall write it"
     high = 4*2**20 # Bytes waiting above which producers should pause
@@ -25,13 +27,17 @@ class Wire:
         self.parts,self.size,self.lock,self.closed = deque(),0,threading.Lock(),False
         self.silent = False # Whether the system gave it up
         self.producers = set()
+        self.is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
 
     def settimeout(self, t): pass
     def calm(self, wake=600):
         "Let paramiko look at its flags every `wake` seconds from now on: it has logged in"
         self.sock.settimeout(wake)
     def recv(self, n):
-        try: return self.sock.recv(n)
+        try:
+            data = self.sock.recv(n)
+            if self.is_tcp and _quick: self.sock.setsockopt(socket.IPPROTO_TCP, _quick, 1)
+            return data
         except OSError as e:
             if self.closed or self._is_silence(e): return b''
             raise
