@@ -204,7 +204,7 @@ def kernel_json(self:Adopted,
     return {k: kernel[k] for k in sorted(kernel, key=lambda k: _order.index(k) if k in _order else len(_order))}
 
 # %% ../nbs/10a_adopt.ipynb #8be93b05
-_theirs = [*LAUNCHERS.values(), 'scripts/server_listener.py', 'scripts/standby.py', 'scripts/gateway_listener.py', 'kernel.json', *(f'lib/{o}*.jar' for o in ('toree-launcher', 'toree-assembly'))]
+_theirs = [*LAUNCHERS.values(), 'scripts/ipykernel_app.py', 'scripts/server_listener.py', 'scripts/standby.py', 'scripts/gateway_listener.py', 'kernel.json', *(f'lib/{o}*.jar' for o in ('toree-launcher', 'toree-assembly'))]
 
 @patch
 def files(self:Adopted) -> dict: # place in the kernelspec: file

@@ -50,7 +50,7 @@ _TOREE = {'SPARK_HOME': '<spark_home>', '__TOREE_SPARK_OPTS__': '<spark_opts>', 
     'LAUNCH_OPTS': '', 'DEFAULT_INTERPRETER': 'Scala'}
 
 LANGUAGES = {o.name.lower(): o for o in (
-    Language('Python', 'python', {'scripts/launch_ipykernel.py': 'launchers/launch_ipykernel.py', 'scripts/standby.py': 'launchers/standby.py', **_LISTENER},
+    Language('Python', 'python', {**{f'scripts/{o}': f'launchers/{o}' for o in ('launch_ipykernel.py', 'ipykernel_app.py', 'standby.py')}, **_LISTENER},
         ('<python>', '<dir>/scripts/launch_ipykernel.py', *_RANGE, *_CLASS), (*_RUN, *_START, *_MODE, *_CLASS),
         {}, {'SPARK_HOME': '<spark_home>', 'PYSPARK_PYTHON': '<python>', 'PYTHONPATH': '<pythonpath>', **_SPARK},
         ('curve',), True, 'kernelspecs/python', ('ipykernel',), 'ipykernel for <python>'),

@@ -103,7 +103,7 @@ def spec(tmp_path):
     "A kernelspec's scripts directory, elsewhere"
     d = tmp_path/'a spec'/'scripts'
     d.mkdir(parents=True)
-    for o in ('launch_ipykernel.py', 'launch_kernel.py', 'server_listener.py'): shutil.copy(LAUNCHERS/o, d)
+    for o in ('launch_ipykernel.py', 'ipykernel_app.py', 'launch_kernel.py', 'server_listener.py'): shutil.copy(LAUNCHERS/o, d)
     return d
 
 def members(pgid):

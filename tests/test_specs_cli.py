@@ -55,8 +55,8 @@ def test_python_is_the_documented_kernelspec_to_the_key(bench):
         'env': {}, 'display_name': 'Python SSH', 'language': 'python', 'interrupt_mode': 'signal',
         'metadata': {'debugger': True, 'supported_encryption': ['curve'], 'kernel_provisioner': {'provisioner_name': 'distributed-provisioner', 'config': {'launch_timeout': 30}}}}
     assert list(k) == ['argv', 'env', 'display_name', 'language', 'interrupt_mode', 'metadata']
-    assert tree(d) == ['kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py', 'scripts/standby.py']
-    for o in ('launch_ipykernel.py', 'server_listener.py'): assert (d/'scripts'/o).read_bytes() == (PACKAGE/'launchers'/o).read_bytes()
+    assert tree(d) == ['kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/ipykernel_app.py', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py', 'scripts/standby.py']
+    for o in ('launch_ipykernel.py', 'ipykernel_app.py', 'server_listener.py'): assert (d/'scripts'/o).read_bytes() == (PACKAGE/'launchers'/o).read_bytes()
     lines = bench.log.splitlines()
     assert len(lines) == 2
     stamp = r'\[I \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} SshSpecInstaller\] '
@@ -78,7 +78,7 @@ def test_python_with_spark(bench):
         ('PYTHONPATH', '${HOME}/.local/lib/python%d.%d/site-packages:/usr/spark/python' % sys.version_info[:2]),
         ('SPARK_OPTS', '--master yarn --deploy-mode client --name ${KERNEL_ID:-ERROR__NO__KERNEL_ID} ${KERNEL_EXTRA_SPARK_OPTS}'), ('LAUNCH_OPTS', '')]
     assert (k['display_name'], k['language'], k['metadata']['debugger']) == ('Python SSH (with Spark)', 'python', True)
-    assert tree(d) == ['bin/run.sh', 'kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py', 'scripts/standby.py']
+    assert tree(d) == ['bin/run.sh', 'kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/ipykernel_app.py', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py', 'scripts/standby.py']
     assert stat.S_IMODE((d/'bin/run.sh').stat().st_mode) == 0o755
     assert 'no Spark at /usr/spark' in bench.log and "'/opt/conda/bin/python' does not run" in bench.log and '--python' not in bench.log
 

@@ -254,8 +254,8 @@ def _written():
 def _launcher():
     "The `main` of the launcher beside this file, which is no module that kernels see; with the application's class made"
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    try: launcher = importlib.import_module('launch_ipykernel')
-    finally: del sys.path[0],sys.modules['launch_ipykernel']
+    try: launcher = importlib.import_module('ipykernel_app')
+    finally: del sys.path[0],sys.modules['ipykernel_app']
     try: launcher.app_class()
     except ImportError as e: raise Cold(f'ipykernel cannot be imported: {e}') from None
     return launcher.main
