@@ -53,9 +53,9 @@ only() { # puts the one file that matches the pattern $1 into `file`
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) || die "cannot find the kernelspec's directory"
 machine=$(uname -n)
 
-[ -n "$SPARK_HOME" ] || die "SPARK_HOME is not set: name Spark's directory in the env of $here/kernel.json"
+[ -n "$SPARK_HOME" ] || die "SPARK_HOME is not set: name Spark's directory in the env of its kernel.json (jupyter kernelspec list shows where it is)"
 submit=$SPARK_HOME/bin/spark-submit
-[ -x "$submit" ] || die "no Spark on $machine: $submit is not there; install Spark, or correct SPARK_HOME in the env of $here/kernel.json"
+[ -x "$submit" ] || die "no Spark on $machine: $submit is not there; install Spark, or correct SPARK_HOME in the env of its kernel.json (jupyter kernelspec list shows where it is)"
 { [ -n "$JAVA_HOME" ] && [ -x "$JAVA_HOME/bin/java" ]; } || command -v java >/dev/null ||
   die "no Java on $machine: install a Java runtime (Debian: apt-get install default-jre-headless), or set JAVA_HOME"
 
