@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from jupyter_client.kernelspec import KernelSpec
-from gateway_provisioners_ssh import adopt, hosts, launch, provisioner
+from gateway_provisioners_ssh import hosts, provisioner, spec_import, start_request
 from gateway_provisioners_ssh.handshake import HandshakeError, Launch
 from gateway_provisioners_ssh.hosts import Host, parse_hosts
 from gateway_provisioners_ssh.launchers import agent, server_listener as listener
@@ -129,7 +129,7 @@ def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
         return
     assert r.pinned in (None, 'a', 'ada@b:23') and 'SERVER_SECRET' not in r.env and r.env['KERNEL_ID'] == kernel_id and 0 < r.timeout < 1e7
     assert not impersonate or shlex.quote(r.user) == r.user or re.fullmatch(r'[\w.@$-]+', r.user)
-    launch.check_request(r.argv, r.env, spec_env, r.cwds)
+    start_request.check_request(r.argv, r.env, spec_env, r.cwds)
     agent.encode(dict(argv=r.argv, env=r.env, spec_env=spec_env, cwds=r.cwds))
 
 REF = re.compile(r'\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}')
@@ -195,7 +195,7 @@ def test_what_a_kernel_gets(place, cases):
         out = place.dir/f'out{os.urandom(4).hex()}'
         log = f'{out}{name.replace("/", "")[:30]}.log'
         argv = ['/bin/sh', '-c', 'pwd -P >"$0"; for o; do printf "%s\\0" "$o"; done >>"$0"; printf "\\1\\0" >>"$0"; exec env -0 >>"$0"', str(out), *words]
-        try: launch.check_request(argv, env, spec_env, cwds)
+        try: start_request.check_request(argv, env, spec_env, cwds)
         except ValueError as e: assert 'NUL' in str(e) or 'name' in str(e); return
         p = await spawn(place.session, place.sessions, log, argv=argv, env=env, spec_env=spec_env, cwds=cwds, title=title, max_bytes=65536)
         assert await asyncio.wait_for(p.exited, 60) == 0, await p.tail()
@@ -581,7 +581,7 @@ KERNELS = st.fixed_dictionaries(dict(argv=st.lists(hostile | st.sampled_from(['{
 def test_kernelspecs_to_adopt(tmp_path_factory, kernel, name, python):
     "A kernelspec from elsewhere becomes one that our provisioner takes, or is refused with a ValueError"
     case()
-    base = tmp_path_factory.getbasetemp()/'adopt'
+    base = tmp_path_factory.getbasetemp()/'imported'
     shutil.rmtree(base, ignore_errors=True)
     source, target = base/'some kernel', base/'place'
     source.mkdir(parents=True); target.mkdir()
@@ -589,12 +589,12 @@ def test_kernelspecs_to_adopt(tmp_path_factory, kernel, name, python):
     except ValueError: return
     (source/'kernel.json').write_text(text, encoding='utf-8', errors='surrogatepass')
     try:
-        k = adopt.read_kernel(source)
-        spec = adopt.Adopted(source=source, kernel=k, display_name=name, python='python3' if python else '')
+        k = spec_import.read_kernel(source)
+        spec = spec_import.ImportedSpec(source=source, kernel=k, display_name=name, python='python3' if python else '')
         spec.write(target, '/opt/kernels/x')
     except ValueError: return
     made = json.loads((target/'kernel.json').read_text(encoding='utf-8'))
-    adopt.check_kernel(made)
+    spec_import.check_kernel(made)
     conf = made['metadata']['kernel_provisioner']
     assert conf['provisioner_name'] == 'distributed-provisioner' and not CANARY.exists()
 
@@ -604,4 +604,4 @@ def test_files_that_are_no_kernelspec(tmp_path_factory, raw):
     case()
     (dir := tmp_path_factory.getbasetemp()/'raw').mkdir(exist_ok=True)
     (dir/'kernel.json').write_bytes(raw)
-    with contextlib.suppress(ValueError): adopt.check_kernel(adopt.read_kernel(dir))
+    with contextlib.suppress(ValueError): spec_import.check_kernel(spec_import.read_kernel(dir))

@@ -4,7 +4,7 @@ import contextlib, json, os, re, shutil, subprocess
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from gateway_provisioners_ssh.adopt import Adopted, read_kernel
+from gateway_provisioners_ssh.spec_import import ImportedSpec, read_kernel
 from gateway_provisioners_ssh.specs import PACKAGE
 from kernels import BIN, interrupt, within
 from installed import remote_kernel, run
@@ -209,7 +209,7 @@ def test_whatever_is_in_it(tmp_path_factory, base, changes):
     d = tmp_path_factory.getbasetemp()/'any'
     d.mkdir(exist_ok=True)
     (d/'kernel.json').write_text(json.dumps({**base, **changes}))
-    with contextlib.suppress(ValueError): json.dumps(Adopted(source=d, kernel=read_kernel(d)).kernel_json('/k/any'))
+    with contextlib.suppress(ValueError): json.dumps(ImportedSpec(source=d, kernel=read_kernel(d)).kernel_json('/k/any'))
 
 # They run
 
