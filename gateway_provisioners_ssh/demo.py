@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
-from .background import background, in_time
+from .background import background, with_timeout
 from .mock_ssh import MockHosts
 from .specs import Spec
 
@@ -148,7 +148,7 @@ async def stuck(self: DemoKernel):
     begun = time.monotonic()
     self.show(state='interrupted')
     await self.km.interrupt_kernel()
-    said, error = await in_time(job, 10)
+    said, error = await with_timeout(job, 10)
     expect(error == 'KeyboardInterrupt', f'the interrupted kernel on {self.host} answered {error or said!r}')
     return time.monotonic()-begun
 
@@ -260,7 +260,7 @@ async def show(
         board.note('The demo cannot run: ' + '; '.join(lacks))
         return 1
     with tempfile.TemporaryDirectory(prefix='ssh-demo-') as tmp, surroundings(Path(tmp)):
-        try: await in_time(act(board, Path(tmp), n), timeout)
+        try: await with_timeout(act(board, Path(tmp), n), timeout)
         except asyncio.TimeoutError: problem = f'not done after {timeout:g} s'
         except Exception as e: problem = str(e) if isinstance(e, Failed) else f'{type(e).__name__}: {e}'
         else: problem = ''

@@ -12,7 +12,7 @@ __all__ = ['SETUP', 'settings_of', 'Site', 'site', 'Trouble', 'on_each', 'ask', 
 import asyncio, os, re, secrets, shlex, socket, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
-from .background import in_thread, in_time, spawn_task
+from .background import in_thread, with_timeout, spawn_task
 from .hosts import Host, HostError, Login, parse_hosts, this_user
 from .start_request import at_home
 from .remote import AgentClosed, Refusal, spawn, tree_of
@@ -112,7 +112,7 @@ async def ask(
     **arguments
 ) -> dict:
     "An agent's answer; raises `Refusal`, `AgentClosed` or `asyncio.TimeoutError`"
-    return await in_time((await conn.session()).request(op, **arguments), timeout or 30 + 4*site.settings.connect_timeout)
+    return await with_timeout((await conn.session()).request(op, **arguments), timeout or 30 + 4*site.settings.connect_timeout)
 
 # %% ../nbs/31_operators.ipynb #269dc9ee
 @dataclass
@@ -231,7 +231,7 @@ async def check_host(
     server:ResponseServer, # Listens while the check goes on, where reports come by the network
 ) -> Checked:
     "Ask an agent all that matters to a kernel; raises what `ask` raises"
-    latency = await in_time(_latency(await conn.session()), 30)
+    latency = await with_timeout(_latency(await conn.session()), 30)
     report.add('latency', f'{1000*latency:.1f} ms')
     try: way = await _way_back(site, conn, server)
     except (OSError, ValueError) as e: way = None; report.add('way back', str(e), 'failed', 'Set GP_RESPONSE_IP to an address of this machine, and GP_RESPONSE_PORT to a port that is free')
@@ -451,7 +451,7 @@ async def run_there(
     name = f'{session.hello["cache"]}/setup-{secrets.token_hex(4)}.log'
     p = await spawn(session, conn.wait_connected, name, argv=['/bin/sh', '-c', script, 'sh', *words], env={}, max_bytes=2**20, title=SETUP)
     try:
-        status = await in_time(asyncio.shield(p.exited), timeout)
+        status = await with_timeout(asyncio.shield(p.exited), timeout)
         return status,'\n'.join(o for o in (await p.tail(200)).splitlines()[1:] if not o.startswith('[ended with'))
     finally: await asyncio.shield(p.release(keep_log=False))
 

@@ -13,9 +13,9 @@ from fastcore.basics import patch
 from importlib.util import find_spec
 from typing import NamedTuple
 from jupyter_client.provisioning import KernelProvisionerBase
-from .background import at_exit, background, in_thread, in_time, spawn_task
+from .background import at_exit, background, in_thread, with_timeout, spawn_task
 from .balance import Board, Ledger, Need, load_balancer, takes_reports
-from .handshake import ControlKey, HandshakeError, Launch, LegacyKey, Secretive, connection_info, control_nonce, port_names
+from .handshake import ControlKey, HandshakeError, LaunchKeys, LegacyKey, RedactedDict, connection_info, control_nonce, port_names
 from .hosts import Host, HostError, Login, host_names, parse_hosts, this_user
 from .launchers.agent import CROWDED, FILES_REMOVED, NO_ROOM
 from .start_request import at_home, check_request, expand_argv, relocate_path
@@ -196,10 +196,10 @@ def _encrypt(self:DistributedProvisioner):
 
 @patch
 async def _launch(self:DistributedProvisioner, conn):
-    "The `Launch`, with key and ports to use again where this is a restart"
+    "The `LaunchKeys`, with key and ports to use again where this is a restart"
     again = ('key', 'curve_publickey', 'curve_secretkey') + (port_names if self.conn is conn else ())
     legacy = await in_thread(shared().legacy.make) if self.allow_legacy_launchers else None
-    return Launch(self.kernel_id, {k:self.fields[k] for k in again if k in self.fields} if self.fields else None, self._encrypt(), legacy)
+    return LaunchKeys(self.kernel_id, {k:self.fields[k] for k in again if k in self.fields} if self.fields else None, self._encrypt(), legacy)
 
 # %% ../nbs/27_provisioner.ipynb #ac99ca25
 @patch
@@ -239,7 +239,7 @@ async def _reach(self:DistributedProvisioner, host, request, deadline):
         shared().board.attach(str(conn.host), agent)
         tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
         return LaunchTarget(conn, agent, tunnel, tree, *await self._response_address(conn, tunnel, self._by_network(tree)))
-    try: return await in_time(reach(), deadline-time.monotonic())
+    try: return await with_timeout(reach(), deadline-time.monotonic())
     except asyncio.TimeoutError:
         raise HostError(host, conn.user if conn else self.login.user_of(host), f'not reached within the {request.timeout:g} s {_limit}') from None
 
@@ -261,7 +261,7 @@ async def _start_on(self:DistributedProvisioner, host, request, deadline):
         try:
             process = await self._reported(target, request, deadline, starting, expected, silence)
             fields = launch.accept(process.report.result()) if process.report.done() else expected.future.result()
-            if target.tunnel: await in_time(target.conn.tunnel.ready(), max(.1, deadline-time.monotonic()))
+            if target.tunnel: await with_timeout(target.conn.tunnel.ready(), max(.1, deadline-time.monotonic()))
             return target.conn,process,self._encrypted(target.conn, launch, fields),target.tunnel
         except BaseException as e:
             await asyncio.shield(_undo(starting, 0 if isinstance(e, AgentClosed) or silence.done() else 5))
@@ -369,7 +369,7 @@ async def _explain_failure(self:DistributedProvisioner, conn, process, request, 
     code = process.returncode
     what = _late(request) if code is None else f'the launcher ended with status {code} before the kernel was ready'
     tail = ''
-    with suppress(AgentClosed, Refusal, asyncio.TimeoutError): tail = (await in_time(process.tail(), self.connect_timeout)).strip()
+    with suppress(AgentClosed, Refusal, asyncio.TimeoutError): tail = (await with_timeout(process.tail(), self.connect_timeout)).strip()
     fix = [_flooded.format(crowded_out)] if crowded_out and (code is None or re.search(_no_way_back, tail)) else _fix(tail)
     return LaunchError(_message(conn, '\n'.join([f'{what}.', *fix, 'What it wrote last on that host:', tail or '(empty)'])))
 
@@ -413,7 +413,7 @@ async def _observe(self:DistributedProvisioner, host, request):
     with suppress(HostError, Refusal, AgentClosed):
         async with shared().asking:
             conn = await shared().pool.connection(Host.parse(host), self.login)
-            if not conn.is_up and conn.resting: return
+            if not conn.is_up and conn.backing_off: return
             if not conn.is_up: conn.pythons = _pythons(request)
             session = await conn.session()
         shared().board.attach(host, session)
@@ -441,7 +441,7 @@ def _candidates(self:DistributedProvisioner, claim):
     "Yields the hosts of a claim in order, but those that were tried in vain just now last; looks at each when its turn comes"
     login,late = self.login,[]
     for host in map(Host.parse, claim.order):
-        if shared().pool.resting(host, login): late.append(host)
+        if shared().pool.backing_off(host, login): late.append(host)
         else: yield host
     yield from late
 
@@ -494,7 +494,7 @@ async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunn
     else: self._close_forwards()
     process.exited.add_done_callback(lambda _: claim.release())
     if fields.get('pgid', process.pgid) != process.pgid: process.pgid = fields['pgid']; process.again()
-    self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,Secretive(fields),False
+    self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,RedactedDict(fields),False
     shared().watched.add(process)
     if not ip: ip = '127.0.0.1' if tunnel else _reached_at(conn, fields)
     self.connection_info = connection_info(fields|dict(ip=ip)|{k:f.port for k,f in self.forwards.items()})
@@ -528,7 +528,7 @@ async def _prepare(self:DistributedProvisioner, entry):
     try:
         target = await self._reach(Host.parse(entry), request, time.monotonic()+request.timeout)
         if self.impersonation_enabled: return
-        asked = await self._request(target, request, Launch(self.kernel_id), '')
+        asked = await self._request(target, request, LaunchKeys(self.kernel_id), '')
         if not asked['standby']: return
         said = await target.agent.request('standby', **{k: asked[k] for k in ('argv', 'env', 'spec_env', 'standby')})
         if why := said.get('cold'): self.log.warning('host %s: kernels of %r start cold, without a template: %s', entry, self.kernel_spec.display_name, str(why)[:2000])
@@ -696,7 +696,7 @@ async def send_signal(self:DistributedProvisioner, signum):
 @patch
 async def _signal(self:DistributedProvisioner, process, signum):
     patience = self.connect_timeout * (1 if self.conn.down_since else 4) # a host that is up may be busy
-    try: await in_time(process.signal(signum), patience)
+    try: await with_timeout(process.signal(signum), patience)
     except asyncio.TimeoutError: await self._ask_control_port(dict(signum=int(signum)))
     except Refusal as e: raise HostError(self.conn.host, self.conn.user, str(e)) from None
 
@@ -715,7 +715,7 @@ async def _ask_control_port(self:DistributedProvisioner, request):
     f = self.fields
     try:
         if self.forwards or 'control_key' not in f: raise OSError('there is no other way')
-        return await in_time(_control(self.connection_info['ip'], f['comm_port'], ControlKey(f['control_key']), request), self.connect_timeout)
+        return await with_timeout(_control(self.connection_info['ip'], f['comm_port'], ControlKey(f['control_key']), request), self.connect_timeout)
     except (OSError, ValueError, asyncio.TimeoutError):
         raise HostError(self.conn.host, self.conn.user, f'out of reach, so kernel {self.kernel_id} did not get the request',
             'The kernel is left as it is; try again when the host answers') from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from .background import in_thread, in_time, spawn_task
+from .background import in_thread, with_timeout, spawn_task
 from .launchers.agent import COMMAND, MAX_DATA, MAX_LINE, Decoder, bootstrap, encode
 
 # %% ../nbs/09_remote.ipynb #4ee277af
@@ -175,7 +175,7 @@ async def answers(self:AgentSession,
     timeout:float, # Seconds
 ) -> bool:
     "Whether the agent answers in time; raises `AgentClosed`"
-    try: await in_time(self.ping(), timeout)
+    try: await with_timeout(self.ping(), timeout)
     except asyncio.TimeoutError: return False
     return True
 

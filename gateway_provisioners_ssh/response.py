@@ -10,7 +10,7 @@ import asyncio, errno, ipaddress, logging, socket, time
 from collections import Counter
 from contextlib import suppress
 from fastcore.basics import patch
-from .handshake import HandshakeError, Launch, max_message, parse_message
+from .handshake import HandshakeError, LaunchKeys, max_message, parse_message
 
 # %% ../nbs/04_response.ipynb #b509f566
 class Refusals:
@@ -207,7 +207,7 @@ class Expectation:
 @patch
 def expect(
     self:ResponseServer,
-    launch:Launch, # Several launches of one kernel id may be awaited: a message opens for one only
+    launch:LaunchKeys, # Several launches of one kernel id may be awaited: a message opens for one only
 ) -> Expectation: # Its `future` gives the launch's checked fields, or `HandshakeError` if our own launcher sent nonsense
     "Await the message of `launch`; to be called in the event loop"
     return Expectation(self, launch)
@@ -222,7 +222,7 @@ def _match(self:ResponseServer, message):
         try: return exp, exp.launch.open(message)
         except HandshakeError as e:
             error = e
-            if e.proven: exp.future.set_exception(e)
+            if e.authenticated: exp.future.set_exception(e)
     raise error
 
 @patch

@@ -13,7 +13,7 @@ import paramiko
 from contextlib import suppress
 from paramiko.hostkeys import HostKeyEntry, HostKeys
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
-from .background import in_thread, in_time, spawn_task
+from .background import in_thread, with_timeout, spawn_task
 from .channels import ChannelIO, Relay, Transport, Wire
 from .hosts import Host, HostError, Login, Route, hops, this_user
 from .liveness import Pace, watch_link
@@ -199,7 +199,7 @@ async def open_link(
         return Link(await in_thread(_authenticate, wire, route, login), wire, route)
     for tries in 2,1,0:
         begun = time.monotonic()
-        try: return await in_time(attempt(), 4*login.connect_timeout)
+        try: return await with_timeout(attempt(), 4*login.connect_timeout)
         except BaseException as e:
             if wire: wire.close()
             if not isinstance(e, Exception): raise
@@ -234,7 +234,7 @@ class SSHConnection:
     @property
     def is_up(self): return self.agent is not None and not self.agent.closed
     @property
-    def resting(self): return time.monotonic() < self.rest_until
+    def backing_off(self): return time.monotonic() < self.rest_until
     @property
     def proxied(self): return len(self.routes) > 1 or bool(self.routes[-1].proxy_command)
     @property
@@ -287,11 +287,11 @@ async def _connect(self:SSHConnection):
 # %% ../nbs/20_ssh.ipynb #0e14e864
 async def _new_session(self:SSHConnection, link):
     patience = 2*self.login.connect_timeout
-    try: chan = await in_time(in_thread(_exec, link.transport), patience)
+    try: chan = await with_timeout(in_thread(_exec, link.transport), patience)
     except asyncio.TimeoutError: link.close(abort=True); raise
     agent = AgentSession(lambda data: io.write(data), lambda: self._down(agent, io, link), str(self.host), self.pace.told)
     io = ChannelIO(chan, link.wire, agent.feed, agent.eof)
-    try: return await in_time(agent.start(self.pythons), patience)
+    try: return await with_timeout(agent.start(self.pythons), patience)
     except asyncio.CancelledError: agent.close(); raise # it may have started just now
     except asyncio.TimeoutError:
         raise HostError(self.host, self.user, f'the login succeeded, but no agent answered within {patience:g} s',
@@ -335,7 +335,7 @@ def _down(self:SSHConnection, agent, io, link):
 def _warn(self:SSHConnection): log.warning('host %s does not answer; its kernels are left alone until it does', self.host)
 
 def _answered(self:SSHConnection):
-    if not self.resting: self.failures = 0
+    if not self.backing_off: self.failures = 0
 
 def _silent(self:SSHConnection, agent, link):
     "Close the connection to a host that no longer answers"
@@ -355,7 +355,7 @@ async def _revive(self:SSHConnection):
     self.pace.down.add(self)
     try:
         while not self.is_up:
-            with suppress(asyncio.TimeoutError): await in_time(self.alarm.wait(), self._pause())
+            with suppress(asyncio.TimeoutError): await with_timeout(self.alarm.wait(), self._pause())
             self.alarm.clear()
             self.tried = time.monotonic()
             with suppress(HostError): await self.session()
@@ -396,10 +396,10 @@ async def stream_session(self:SSHConnection) -> StreamSession:
     await self.wait_connected()
     link,patience = self.link,2*self.login.connect_timeout
     try:
-        chan = await in_time(in_thread(_exec, link.transport), patience)
+        chan = await with_timeout(in_thread(_exec, link.transport), patience)
         session = StreamSession(lambda data: io.write(data), lambda: io.close(), str(self.host), lambda: io.pending)
         io = ChannelIO(chan, link.wire, session.feed, session.eof, session.room)
-        return await in_time(session.start(self.pythons), patience)
+        return await with_timeout(session.start(self.pythons), patience)
     except (SSHException, EOFError, asyncio.TimeoutError) as e:
         if not link.alive: raise AgentClosed('the connection broke') from None
         raise HostError(self.host, self.user, f'a second session on the connection cannot be had ({e or "no answer"})', _two_sessions) from None
@@ -440,7 +440,7 @@ login_variables = 'HOME USER LOGNAME SHELL PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ
 
 class LocalConnection:
     "This machine, with the face of an `SSHConnection`"
-    local,proxied,resting,closed,address,local_address,error,down_since = True,False,False,False,'127.0.0.1','127.0.0.1',None,None
+    local,proxied,backing_off,closed,address,local_address,error,down_since = True,False,False,False,'127.0.0.1','127.0.0.1',None,None
     pythons = ()
     def __init__(self, host): self.host,self.user,self.agent,self.opening = host,this_user(),None,None
     def __repr__(self): return f'LocalConnection({str(self.host)!r})'
@@ -483,9 +483,9 @@ class Pool:
         except ValueError as e: raise HostError(host, login.user_of(host), str(e), _mend) from None
         return LocalConnection(host) if local else SSHConnection(host, login, self.links, self.pace)
 
-    def resting(self, host:Host, login:Login=Login()) -> bool:
+    def backing_off(self, host:Host, login:Login=Login()) -> bool:
         "Whether `host` was tried in vain just now"
-        return (host,login) in self.conns and any(c.resting for c in _made([self.conns[host,login]]))
+        return (host,login) in self.conns and any(c.backing_off for c in _made([self.conns[host,login]]))
 
     async def close(self):
         "Close every connection; processes on the hosts go on"

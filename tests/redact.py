@@ -8,7 +8,7 @@ none was noted, fails; with pytest-xdist that is up to the process that has the 
 import base64, contextlib, json, logging, os, tempfile, threading
 from pathlib import Path
 import pytest
-from gateway_provisioners_ssh.handshake import LegacyKey, Launch
+from gateway_provisioners_ssh.handshake import LegacyKey, LaunchKeys
 from gateway_provisioners_ssh.hosts import Login
 
 class Secrets(dict):
@@ -27,7 +27,7 @@ class Secrets(dict):
 def noted():
     "The secrets of passwords, launches and kernels, collected where they come into being"
     all = Secrets()
-    login, ticket, parts, opened, accepted, opened_v1 = Login.__init__, Launch.ticket, Launch.ticket_fields, Launch.open, Launch.accept, LegacyKey.open
+    login, ticket, parts, opened, accepted, opened_v1 = Login.__init__, LaunchKeys.ticket, LaunchKeys.ticket_fields, LaunchKeys.open, LaunchKeys.accept, LegacyKey.open
     def of_login(self, *args, **kw):
         login(self, *args, **kw)
         if self.password: all.add('password', self.password)
@@ -54,10 +54,10 @@ def noted():
         return fields
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Login, '__init__', of_login)
-        patch.setattr(Launch, 'ticket', of_ticket)
-        patch.setattr(Launch, 'ticket_fields', of_ticket_fields)
-        patch.setattr(Launch, 'accept', of_report)
-        patch.setattr(Launch, 'open', of_message)
+        patch.setattr(LaunchKeys, 'ticket', of_ticket)
+        patch.setattr(LaunchKeys, 'ticket_fields', of_ticket_fields)
+        patch.setattr(LaunchKeys, 'accept', of_report)
+        patch.setattr(LaunchKeys, 'open', of_message)
         patch.setattr(LegacyKey, 'open', of_message_v1)
         yield all
 

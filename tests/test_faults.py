@@ -203,7 +203,7 @@ async def test_first_choice_of_host_is_of_no_use(remote, hosts, fault, words):
                 async with remote.on('host1', 'host3', config=conf): pass
             for h in 'host1', 'host3': assert re.search(f'^- host {h} .*({words})', str(e.value), re.M), e.value
         for h in hosts[0], hosts[2]: h.repair()
-        await until(lambda: not conn.resting, 10, 'the pause is over')
+        await until(lambda: not conn.backing_off, 10, 'the pause is over')
         async with remote.on('host1', 'host4', config=conf) as (km, _): assert km.provisioner.conn.host.name == 'host1', 'it is tried again'
 
 LIGHT = textwrap.dedent('''

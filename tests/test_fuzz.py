@@ -1,5 +1,5 @@
 """Whatever people, users and networks may send, made up at random: nothing of it is ever executed, nothing crashes, and what is no good is refused
-in words. Launch messages, tickets and signed replies have theirs in `test_handshake.py`; here is all the rest.
+in words. LaunchKeys messages, tickets and signed replies have theirs in `test_handshake.py`; here is all the rest.
 
 Some seconds as it is. Longer, 100,000 cases: `FUZZ=1 pytest -s tests/test_fuzz.py` (less than half an hour on two cores)."""
 import asyncio, base64, contextlib, json, os, re, shlex, shutil, signal, socket, struct, subprocess, tempfile, threading
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from jupyter_client.kernelspec import KernelSpec
 from gateway_provisioners_ssh import hosts, provisioner, spec_import, start_request
-from gateway_provisioners_ssh.handshake import HandshakeError, Launch
+from gateway_provisioners_ssh.handshake import HandshakeError, LaunchKeys
 from gateway_provisioners_ssh.hosts import Host, parse_hosts
 from gateway_provisioners_ssh.launchers import agent, server_listener as listener
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
@@ -391,7 +391,7 @@ def test_frames_from_a_host(noise, greets, frames, step):
         for p in ps:
             assert p.returncode is None or type(p.returncode) is int and -256 < p.returncode < 256
             if p.report.done():
-                try: fields = Launch('42').accept(p.report.result())
+                try: fields = LaunchKeys('42').accept(p.report.result())
                 except HandshakeError as e: assert len(str(e)) < 20_000
                 else: assert fields['kernel_id'] == '42'
     asyncio.run(listen())
@@ -418,7 +418,7 @@ FIELDS = st.fixed_dictionaries({}, optional=dict(kernel_id=st.just('42') | anyth
 @given(FIELDS | st.dictionaries(hostile, anything, max_size=4))
 def test_fields_of_reports(fields):
     case()
-    try: Launch('42').accept(fields)
+    try: LaunchKeys('42').accept(fields)
     except HandshakeError as e: assert len(str(e)) < 20_000
 
 # Control requests

@@ -6,7 +6,7 @@ import pytest
 from Cryptodome.PublicKey import ECC
 from hypothesis import given, settings, strategies as st
 from launch_messages import b64, encode, report, seal, seal_v1
-from gateway_provisioners_ssh.handshake import (ControlKey, HandshakeError, Launch, LegacyKey, Secretive,
+from gateway_provisioners_ssh.handshake import (ControlKey, HandshakeError, LaunchKeys, LegacyKey, RedactedDict,
                                                 connection_info, control_nonce, max_message, parse_message, port_names)
 
 def budget(n): return settings(max_examples=int(n*float(os.environ.get('FUZZ', 0.4))), deadline=None)
@@ -44,7 +44,7 @@ def bitten(draw, raw):
         elif kind == 'truncate': del raw[i:]
     return bytes(raw)
 
-launch = Launch('kernel-1')
+launch = LaunchKeys('kernel-1')
 good = seal(launch.ticket(), 'kernel-1', report())
 
 @pytest.fixture(scope='module')
@@ -113,10 +113,10 @@ def test_whatever_our_launcher_reports(change):
     message = parse_message(seal(launch.ticket(), 'kernel-1', fields))
     try: opened = launch.open(message)
     except HandshakeError as e:
-        assert e.proven and reason.fullmatch(str(e))
+        assert e.authenticated and reason.fullmatch(str(e))
         reasons.add(str(e))
     else:
-        assert type(opened) is Secretive and opened.items() <= fields.items()
+        assert type(opened) is RedactedDict and opened.items() <= fields.items()
         assert opened['kernel_id'] == 'kernel-1' and opened['pgid'] > 1 and re.fullmatch('[0-9a-f]{64}', opened.get('control_key', '0'*64))
 
 @budget(100)
@@ -124,10 +124,10 @@ def test_whatever_our_launcher_reports(change):
 def test_whatever_our_launcher_seals(plain):
     message = parse_message(seal(launch.ticket(), 'kernel-1', plain or b'0'))
     with pytest.raises(HandshakeError) as e: launch.open(message)
-    assert e.value.proven
+    assert e.value.authenticated
 
 def test_version_1_under_fuzz(legacy):
-    old = Launch('kernel-1', legacy=legacy)
+    old = LaunchKeys('kernel-1', legacy=legacy)
     @budget(150)
     @given(changes(list(report())))
     def check(change):
@@ -182,18 +182,18 @@ def test_connection_info(change):
 def test_connection_info_of_anything(fields): assert refused(connection_info, fields) is None
 
 def test_keys_that_are_no_text():
-    for f in (lambda k: connection_info(report(key=k)), lambda k: Launch('k', connection=report(key=k))):
+    for f in (lambda k: connection_info(report(key=k)), lambda k: LaunchKeys('k', connection=report(key=k))):
         with pytest.raises(HandshakeError, match='field key is missing or malformed') as e: f(b'\xff\xfe'*8)
         assert e.value.__context__ is None and 'xff' not in str(e.value)
 
 def test_unset_connection_fields_are_left_out():
     "A `KernelManager` that has not started anything yet has ports 0 and an empty key"
-    ticket = json.loads(base64.b64decode(Launch('k', connection=dict(shell_port=0, key=b'', ip='127.0.0.1')).ticket()))
+    ticket = json.loads(base64.b64decode(LaunchKeys('k', connection=dict(shell_port=0, key=b'', ip='127.0.0.1')).ticket()))
     assert 'connection' not in ticket
 
 def test_no_secret_is_shown():
-    fields = Secretive(report(curve_secretkey='s'*40, curve_publickey='p'*40))
-    again = Launch('kernel-1', connection=fields)
+    fields = RedactedDict(report(curve_secretkey='s'*40, curve_publickey='p'*40))
+    again = LaunchKeys('kernel-1', connection=fields)
     for o in (fields, fields | {}, fields.copy(), connection_info(fields), again, again.__dict__['connection'], ControlKey('5a'*32)):
         for text in (str(o), repr(o), f'{o}', '%s' % (o,), repr([o])):
             assert not any(s in text for s in ('a0436f6c', 'ssss', 'pppp', '5a5a', b64(again._psk)[:10]))
@@ -250,7 +250,7 @@ RECORDED = (
 
 def test_recorded_message():
     "Sealed once under a receiver key from the seed 42..42, a secret of 01..01, and the kernel id below"
-    recorded = Launch('b2b1f1a7-5b3c-4c53-9d2c-0c9f2c1f4a11')
+    recorded = LaunchKeys('b2b1f1a7-5b3c-4c53-9d2c-0c9f2c1f4a11')
     recorded._key, recorded._psk = ECC.construct(curve='Curve25519', seed=b'\x42'*32), b'\x01'*32
     message = parse_message(RECORDED.encode())
     assert recorded.open(message) == report(recorded.kernel_id)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, zmq
 from jupyter_client.asynchronous import AsyncKernelClient
 import gateway_provisioners_ssh
-from gateway_provisioners_ssh.handshake import Launch, connection_info
+from gateway_provisioners_ssh.handshake import LaunchKeys, connection_info
 from installed import install, interrupted_within, remote_kernel, run, stopped
 from kernels import LaunchFailed, Timer, control, launched, left_of, until, within
 
@@ -36,7 +36,7 @@ def argv(scripts, launch, response, *extra, spell='--{}', command=('Rscript',)):
 @asynccontextmanager
 async def r_kernel(server, scripts, *extra, env={}, connection=None, encrypt=False, **kw):
     "A `launched` kernel, and its temporary directory `tmp`."
-    launch = Launch(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
+    launch = LaunchKeys(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
     tmp = scripts.parent.parent/f'tmp-{launch.kernel_id}'
     tmp.mkdir()
     env = dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', HOME=os.environ['HOME'], LANG='C.UTF-8', TMPDIR=str(tmp),

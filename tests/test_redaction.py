@@ -96,7 +96,7 @@ import pytest
 from Cryptodome.Cipher import AES, PKCS1_v1_5
 from Cryptodome.PublicKey import RSA
 from Cryptodome.Util.Padding import pad
-from gateway_provisioners_ssh.handshake import LegacyKey, Launch, connection_info
+from gateway_provisioners_ssh.handshake import LegacyKey, LaunchKeys, connection_info
 from gateway_provisioners_ssh.hosts import Login
 
 log = logging.getLogger('somebody')
@@ -106,15 +106,15 @@ def version_1():
     rsa, aes = RSA.import_key(base64.b64decode(key.public_key)), b'0123456789abcdef'
     return key.open(dict(version=1, key=PKCS1_v1_5.new(rsa).encrypt(aes), conn_info=AES.new(aes, AES.MODE_ECB).encrypt(pad(json.dumps(fields).encode(), 16))))
 
-def test_quiet(): Launch('k').ticket()
+def test_quiet(): LaunchKeys('k').ticket()
 def test_nothing(): log.info('nothing')
-def test_ticket(): log.debug('in a word: %s', Launch('k').ticket())
-def test_psk(): (launch := Launch('k')).ticket(); log.debug(launch._psk.hex())
+def test_ticket(): log.debug('in a word: %s', LaunchKeys('k').ticket())
+def test_psk(): (launch := LaunchKeys('k')).ticket(); log.debug(launch._psk.hex())
 def test_password(): log.warning(Login(password='Xyzzy-Plugh').password)
 def test_version_1(): log.info(version_1()['key'])
-def test_argument(): subprocess.run(['sh', '-c', 'sleep 2; true', Launch('k').ticket()])
+def test_argument(): subprocess.run(['sh', '-c', 'sleep 2; true', LaunchKeys('k').ticket()])
 def test_report():
-    ticket = Launch('k').ticket()
+    ticket = LaunchKeys('k').ticket()
     assert not ticket
 """
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from kernels import until, within
 from launch_messages import b64, encode, report, seal, seal_v1
-from gateway_provisioners_ssh.handshake import HandshakeError, Launch, LegacyKey, parse_message
+from gateway_provisioners_ssh.handshake import HandshakeError, LaunchKeys, LegacyKey, parse_message
 from gateway_provisioners_ssh.response import Refusals, ResponseServer, listening_socket
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ async def send(address, raw, local=None):
 
 async def launch_through(server, address, kernel_id, **kw):
     "A whole launch; gives how long the launcher took to be answered"
-    launch = Launch(kernel_id)
+    launch = LaunchKeys(kernel_id)
     with server.expect(launch) as expected:
         message = seal(launch.ticket(), kernel_id, report(kernel_id))
         start = time.perf_counter()
@@ -53,7 +53,7 @@ def held(server): return sum(map(len, server._open.values()))
 
 async def test_many_launches_at_once(server):
     address = await server.address('127.0.0.1')
-    launches = [Launch(f'kernel-{i}') for i in range(64)]
+    launches = [LaunchKeys(f'kernel-{i}') for i in range(64)]
     with ExitStack() as stack:
         expected = [stack.enter_context(server.expect(l)) for l in launches]
         messages = [seal(l.ticket(), l.kernel_id, report(l.kernel_id, pid=100+i)) for i, l in enumerate(launches)]
@@ -64,7 +64,7 @@ async def test_many_launches_at_once(server):
     assert all(answers[i] == l.answer(parse_message(messages[i])) for i, l in enumerate(launches))
 
 async def test_same_message_twice_at_the_same_time(server):
-    address, launch = await server.address('127.0.0.1'), Launch('kernel-1')
+    address, launch = await server.address('127.0.0.1'), LaunchKeys('kernel-1')
     message = seal(launch.ticket(), 'kernel-1', report())
     with server.expect(launch) as expected:
         answers = await asyncio.gather(*(send(address, message) for _ in range(20)))
@@ -81,7 +81,7 @@ blobs = st.lists(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(
 def test_whatever_is_sent(caplog, blobs, legacy):
     async def check():
         s, key = ResponseServer(), LegacyKey() if legacy else None
-        address, launch = await s.address('127.0.0.1'), Launch('kernel-1', legacy=key)
+        address, launch = await s.address('127.0.0.1'), LaunchKeys('kernel-1', legacy=key)
         with s.expect(launch) as expected:
             assert set(await asyncio.gather(*(send(address, b) for b in blobs))) <= {b''}
             assert not expected.future.done()
@@ -107,7 +107,7 @@ async def test_thousand_silent_and_half_messages(server):
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs a second loopback address')
 async def test_flood_from_one_peer_does_not_push_out_another(server):
     "A launcher far away, that takes its time between connecting and sending"
-    address, launch = await server.address('127.0.0.1'), Launch('kernel-1')
+    address, launch = await server.address('127.0.0.1'), LaunchKeys('kernel-1')
     with server.expect(launch) as expected:
         r, w = await asyncio.open_connection(*where(address), local_addr=('127.0.0.2', 0))
         message = seal(launch.ticket(), 'kernel-1', report())
@@ -168,8 +168,8 @@ async def test_breaking_off(server):
 
 async def test_forgeries_with_a_known_kernel_id(server):
     "They cost arithmetic; a launch among them is served all the same"
-    address, launch = await server.address('127.0.0.1'), Launch('kernel-1')
-    stranger = Launch('kernel-1')
+    address, launch = await server.address('127.0.0.1'), LaunchKeys('kernel-1')
+    stranger = LaunchKeys('kernel-1')
     forged = [seal(stranger.ticket(), 'kernel-1', report()) for _ in range(100)]
     with server.expect(launch) as expected:
         flood = [asyncio.ensure_future(send(address, m)) for m in forged]
@@ -185,7 +185,7 @@ async def test_nothing_secret_is_logged(server, caplog):
     legacy = LegacyKey().make()
     secrets = ['a0436f6c', '5a5a5a']
     for i, bad in enumerate((dict(), dict(pid=0), dict(key=''))):
-        launch = Launch(f'kernel-{i}', legacy=legacy)
+        launch = LaunchKeys(f'kernel-{i}', legacy=legacy)
         secrets += [launch.ticket(), b64(launch._psk), repr(launch._psk), launch._psk.hex()]
         with server.expect(launch) as expected:
             await send(address, seal_v1(launch.public_key, report(f'kernel-{i+1}')))
@@ -249,7 +249,7 @@ async def test_no_descriptor_or_expectation_is_left():
     s = ResponseServer()
     address = await s.address('127.0.0.1')
     for i in range(50):
-        launch = Launch('kernel-1')
+        launch = LaunchKeys('kernel-1')
         with s.expect(launch) as e:
             if i % 2: e.future.cancel()
             await send(address, b'x')
@@ -259,7 +259,7 @@ async def test_no_descriptor_or_expectation_is_left():
 
 async def test_close_lets_waiters_go_and_can_be_followed_by_a_new_start(server):
     first = await server.address('127.0.0.1')
-    waiting = asyncio.ensure_future(asyncio.wait({server.expect(Launch('kernel-1')).future}, timeout=5))
+    waiting = asyncio.ensure_future(asyncio.wait({server.expect(LaunchKeys('kernel-1')).future}, timeout=5))
     await asyncio.sleep(0)
     await server.close()
     done, pending = await waiting

@@ -8,7 +8,7 @@ import psutil, pytest
 from Cryptodome.Protocol import HPKE
 from Cryptodome.Protocol.DH import import_x25519_private_key
 from gateway_provisioners_ssh import toree
-from gateway_provisioners_ssh.handshake import HandshakeError, Launch, connection_info, parse_message, port_names
+from gateway_provisioners_ssh.handshake import HandshakeError, LaunchKeys, connection_info, parse_message, port_names
 from installed import install, run, stopped, stopped_within
 from kernels import LaunchFailed, gone, launched_alone, taken_ports, until
 from spark import CACHE, Missing, need, spark_home
@@ -71,19 +71,19 @@ FIELDS = dict(ip='10.0.0.7', transport='tcp', signature_scheme='hmac-sha256', ke
               **{n: 40001+i for i,n in enumerate(port_names)})
 
 def test_both_halves(answers):
-    launches = [Launch(f'k-{i}', encrypt=i==1, connection=FIELDS if i==2 else None) for i in range(3)]
-    launches.append(Launch('ключ "x" \\ '))
+    launches = [LaunchKeys(f'k-{i}', encrypt=i==1, connection=FIELDS if i==2 else None) for i in range(3)]
+    launches.append(LaunchKeys('ключ "x" \\ '))
     got = answers(*(dict(ticket=o.ticket(), kernel_id=o.kernel_id, fields=FIELDS|dict(kernel_id=o.kernel_id)) for o in launches))
     for launch, sent in zip(launches, got):
         message = parse_message(sent['message'].encode())
         assert launch.open(message)==FIELDS|dict(kernel_id=launch.kernel_id)
         assert launch.answer(message).decode().strip()==sent['ack']
-        with pytest.raises(HandshakeError): Launch(launch.kernel_id).open(message)
+        with pytest.raises(HandshakeError): LaunchKeys(launch.kernel_id).open(message)
     again, = answers(dict(ticket=launches[0].ticket(), kernel_id='k-0', fields=FIELDS|dict(kernel_id='k-0')))
     assert again['message']!=got[0]['message'], 'each message has a key of its own'
 
 def test_refused_inputs(answers):
-    good = json.loads(base64.b64decode(Launch('k').ticket()))
+    good = json.loads(base64.b64decode(LaunchKeys('k').ticket()))
     def only(**fields): return base64.b64encode(json.dumps(dict(version=2) | fields).encode()).decode()
     def ticket(**changes): return only(**(good|changes))
     bad = ['', 'abc', '!', base64.b64encode(b'[]').decode(), ticket(version=3), ticket(psk=''), ticket(psk=base64.b64encode(b'short').decode()),
@@ -118,7 +118,7 @@ def test_compiles_for_scala_2_13(needed, tmp_path):
 async def scala_kernel(server, spec, tmp, *extra, env={}, connection=None, encrypt=False, mode='lazy', spell='--{}', response=None, before=(),
                        agent=None, **ticket):
     "A `launched` kernel, and its home `home`, of which nothing is left at the end. `agent` is whom it reports to; `ticket` adds to its ticket."
-    launch = Launch(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
+    launch = LaunchKeys(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
     response = response or await server.address('127.0.0.1')
     (home := tmp/launch.kernel_id).mkdir()
     opts = {'kernel-id': launch.kernel_id, 'response-address': response, 'public-key': launch.public_key, 'port-range': '0..0', 'spark-context-initialization-mode': mode}

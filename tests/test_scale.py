@@ -189,12 +189,12 @@ def test_bad_lists_are_refused_every_time(bad):
 
 async def test_the_order_of_hosts(monkeypatch):
     "Those that were tried in vain come last, in their order; each is looked at when its turn comes"
-    p, asked, resting = provisioner(remote_hosts=list('abcd')), [], {'a', 'c'}
-    pool = SimpleNamespace(resting=lambda host, login: (asked.append(str(host)), str(host) in resting)[1])
+    p, asked, backing_off = provisioner(remote_hosts=list('abcd')), [], {'a', 'c'}
+    pool = SimpleNamespace(backing_off=lambda host, login: (asked.append(str(host)), str(host) in backing_off)[1])
     monkeypatch.setattr('gateway_provisioners_ssh.provisioner.shared', lambda: SimpleNamespace(pool=pool))
     order = p._candidates(SimpleNamespace(order=list('abcd')))
     assert str(next(order)) == 'b' and asked == ['a', 'b']
-    resting.add('d')
+    backing_off.add('d')
     assert list(map(str, order)) == ['a', 'c', 'd']
 
 # Host keys
