@@ -21,7 +21,8 @@ from .launchers.agent import CROWDED, FILES_REMOVED, NO_ROOM
 from .start_request import at_home, check_request, expand_argv, relocate_path
 from .remote import AgentClosed, Refusal, RemoteProcess, spawn, tree_of
 from .response import ResponseServer
-from .settings import HostSettings, LaunchError, SettingError, checked, lacking, seconds
+from .errors import LaunchError, missing_package
+from .settings import HostSettings, SettingError, checked, seconds
 from .tunnel import Forward, KernelPort, known_in_time, reached_at
 
 # %% ../nbs/27_provisioner.ipynb #8dde27f8
@@ -31,7 +32,7 @@ class Shared:
         try:
             from gateway_provisioners_ssh.ssh import Pool
             if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
-        except ImportError as e: raise LaunchError(lacking(e)) from None
+        except ImportError as e: raise LaunchError(missing_package(e)) from None
         self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
         self.trials,self.said,self.board,self.asking = set(),set(),Board(),asyncio.Semaphore(16)
 

@@ -97,12 +97,13 @@ def test_two_commands_stand_first():
     assert (REPO/'.ci/run').read_text().splitlines()[-1] == 'exec bash scripts/test.sh'
     for o in (REPO/'scripts').glob('*.sh'): subprocess.run(['bash', '-n', o], check=True)
 
-def test_options_are_all_in_readme():
+def test_options_are_all_in_the_reference():
     from gateway_provisioners_ssh.provisioner import DistributedProvisioner
-    row = {n: line for line in README.splitlines() if line.startswith('| `') for n in re.findall(r'`(\w+)`', line.split('|')[1])}
-    own = [n for n, t in DistributedProvisioner.class_own_traits(config=True).items()]
-    assert sorted(n for n in own if n not in row) == []
-    assert sorted(n for n in row if not DistributedProvisioner.class_traits().get(n)) == []
+    from gateway_provisioners_ssh.settings import TABLE, reference
+    shown = [''.join(o['data']['text/markdown']) for c in cells(REPO/'nbs/reference/options.ipynb') for o in c.get('outputs', []) if o.get('data')]
+    assert [o for o in map(reference, TABLE.values()) if o not in shown] == [], 'run nbs/reference/options.ipynb'
+    rows = {n for o in shown for n in re.findall(r'^\| `(\w+)`', o, re.M)}
+    assert rows == {*DistributedProvisioner.class_traits(config=True)}
 
 def test_chapters_that_share_a_module_share_no_names():
     "Several notebooks export into one file; a function that is defined twice may only become a method, at once"
