@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread, with_timeout, spawn_task
-from .balance import Board, Ledger, Need, load_balancer, takes_reports
+from .balance import HostReports, Ledger, Need, load_balancer, takes_reports
 from .handshake import ControlKey, HandshakeError, LaunchKeys, LegacyKey, RedactedDict, connection_info, control_nonce, port_names
 from .hosts import Host, HostError, Login, host_names, parse_hosts, this_user
 from .launchers.agent import CROWDED, FILES_REMOVED, NO_ROOM
@@ -33,7 +33,7 @@ class Shared:
             if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
         except ImportError as e: raise LaunchError(lacking(e)) from None
         self.pool,self.ledger,self.legacy,self.servers,self.watched = Pool(),Ledger(),LegacyKey(),{},set()
-        self.trials,self.said,self.board,self.asking = set(),set(),Board(),asyncio.Semaphore(16)
+        self.trials,self.said,self.reports,self.asking = set(),set(),HostReports(),asyncio.Semaphore(16)
 
     def server(self, port, retries, addr_any) -> ResponseServer:
         key = port,retries,addr_any
@@ -236,7 +236,7 @@ async def _reach(self:DistributedProvisioner, host, request, deadline):
         conn = await shared().pool.connection(host, self.login)
         conn.pythons = _pythons(request)
         agent,tree = await asyncio.gather(conn.responsive_session(), self._tree())
-        shared().board.attach(str(conn.host), agent)
+        shared().reports.attach(str(conn.host), agent)
         tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
         return LaunchTarget(conn, agent, tunnel, tree, *await self._response_address(conn, tunnel, self._by_network(tree)))
     try: return await with_timeout(reach(), deadline-time.monotonic())
@@ -392,20 +392,20 @@ def _about(self:DistributedProvisioner, request):
 @patch
 def _most(self:DistributedProvisioner, host):
     "How many kernels there may be on `host` with this one, as far as is known"
-    report = shared().board.at_hand().get(host)
+    report = shared().reports.current().get(host)
     return shared().ledger.load.get(host, 0) + (report.others if report else 0)
 
 # %% ../nbs/27_provisioner.ipynb #f009462e
 @patch
 def _reports(self:DistributedProvisioner, request, hosts):
     "What is known of hosts now; those of which more is wanted are asked, for the next starts"
-    pool,board = shared().pool,shared().board
+    pool,board = shared().pool,shared().reports
     for (host,_),task in list(pool.conns.items()):
         conn = task.result() if task.done() and not task.cancelled() and not task.exception() else None
         if conn and conn.is_up: board.attach(str(host), conn.agent)
     if request.need != Need() or takes_reports(type(load_balancer(self.load_balancing_algorithm))):
         for o in filter(board.is_due, dict.fromkeys(hosts)): spawn_task(self._observe(o, request))
-    return board.at_hand()
+    return board.current()
 
 @patch
 async def _observe(self:DistributedProvisioner, host, request):
@@ -416,9 +416,9 @@ async def _observe(self:DistributedProvisioner, host, request):
             if not conn.is_up and conn.backing_off: return
             if not conn.is_up: conn.pythons = _pythons(request)
             session = await conn.session()
-        shared().board.attach(host, session)
-        shared().board.is_due(host) # it is being asked now
-        await session.request('observe', seconds=shared().board.lease)
+        shared().reports.attach(host, session)
+        shared().reports.is_due(host) # it is being asked now
+        await session.request('observe', seconds=shared().reports.lease)
 
 # %% ../nbs/27_provisioner.ipynb #0d2a5124
 @patch

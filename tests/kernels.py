@@ -63,7 +63,7 @@ class Remote:
 
     def on(self, *hosts, env={}, **kw):
         "A kernel on the first of `hosts` that will have it, and its client; `env` adds to the environment of its start, `kw` is for its manager"
-        balance._balancer.cache_clear()
+        balance.load_balancer.cache_clear()
         return running(self.manager(self.spec('_'.join(['on', *hosts]), hosts=list(hosts)), **kw), env=os.environ | env)
 
     def host(self, km): return self.lab[str(km.provisioner.conn.host)]

@@ -399,7 +399,7 @@ async def test_least_load_counts_kernels_of_other_applications(remote):
     async with application('host1'), application('host1'):
         async with remote.on('host1', 'host2', config=config) as a, remote.on('host1', 'host2', config=config) as b:
             assert [str(o.km.provisioner.conn.host) for o in (a, b)] == ['host2', 'host2']
-            await until(lambda: shared().board.at_hand().get('host1') and shared().board.at_hand()['host1'].others == 2, what='the report of host1')
+            await until(lambda: shared().reports.current().get('host1') and shared().reports.current()['host1'].others == 2, what='the report of host1')
 
 # setup
 
