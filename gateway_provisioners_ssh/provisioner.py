@@ -6,7 +6,7 @@
 __all__ = ['hints', 'Shared', 'shared', 'DistributedProvisioner', 'Request', 'LaunchTarget', 'NoRoom', 'Trial']
 
 # %% ../nbs/27_provisioner.ipynb #44808734
-import abc, asyncio, ipaddress, os, re, signal, socket, sys, threading, time, weakref
+import abc, asyncio, os, re, signal, socket, sys, threading, time, weakref
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
@@ -22,7 +22,7 @@ from .start_request import at_home, check_request, expand_argv, relocate_path
 from .remote import AgentClosed, Refusal, RemoteProcess, spawn, tree_of
 from .response import ResponseServer
 from .settings import HostSettings, LaunchError, SettingError, checked, lacking, seconds
-from .tunnel import Forward, KernelPort
+from .tunnel import Forward, KernelPort, known_in_time, reached_at
 
 # %% ../nbs/27_provisioner.ipynb #8dde27f8
 class Shared:
@@ -222,9 +222,8 @@ async def _request(self:DistributedProvisioner, target, request, launch, user):
         public_key=launch.public_key if by_network else '', resource_dir=place))
     if target.conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     if '/' in argv[0]: argv[0] = os.path.join(greeting['home'], argv[0])
-    lowest,highest = map(int, self.port_range.split('..'))
     return dict(argv=argv, tree=place if target.tree else '', env=request.env, spec_env={k: there(v) for k,v in self.kernel_spec.env.items()}, cwds=request.cwds,
-        ticket=ticket, ports=[lowest, highest] if lowest < highest else None, standby=self._standby(target.tree, argv))
+        ticket=ticket, ports=self._ports, standby=self._standby(target.tree, argv))
 
 # %% ../nbs/27_provisioner.ipynb #0b2c80c3
 @patch
@@ -235,9 +234,10 @@ async def _reach(self:DistributedProvisioner, host, request, deadline):
         nonlocal conn
         conn = await shared().pool.connection(host, self.login)
         conn.pythons = _pythons(request)
+        if self.tunneling_enabled == 'auto' and not conn.local: conn.port_finding(self._ports, self.response_ip) # as soon as the host is there
         agent,tree = await asyncio.gather(conn.responsive_session(), self._tree())
         shared().reports.attach(str(conn.host), agent)
-        tunnel = not conn.local and (self.tunneling_enabled or conn.proxied)
+        tunnel = await self._is_tunnelled(conn, agent, tree, request)
         return LaunchTarget(conn, agent, tunnel, tree, *await self._response_address(conn, tunnel, self._by_network(tree)))
     try: return await with_timeout(reach(), deadline-time.monotonic())
     except asyncio.TimeoutError:
@@ -267,6 +267,29 @@ async def _start_on(self:DistributedProvisioner, host, request, deadline):
             await asyncio.shield(_undo(starting, 0 if isinstance(e, AgentClosed) or silence.done() else 5))
             raise _as_launch_error(target.conn, request, e) from None
         finally: silence.cancel()
+
+# %% ../nbs/27_provisioner.ipynb #c3f19a40
+@patch(as_prop=True)
+def _ports(self:DistributedProvisioner) -> tuple|None:
+    lowest,highest = map(int, self.port_range.split('..'))
+    return (lowest, highest) if lowest < highest else None
+
+@patch
+async def _is_tunnelled(self:DistributedProvisioner, conn, agent, tree, request):
+    "Whether a kernel on the host of `conn` is to be reached through a tunnel; a restart changes that only where its ports are known to be out of reach"
+    if conn.local: return False
+    if conn.proxied or self.tunneling_enabled != 'auto': return bool(conn.proxied or self.tunneling_enabled)
+    if self.forwards: return True
+    sending = spawn_task(agent.ship(tree, request.user if self.impersonation_enabled else '')) if tree else None
+    finding = conn.port_finding(self._ports, self.response_ip)
+    why = await known_in_time(finding, sending) if finding else None
+    if why is None:
+        if self.conn is conn: return False
+        why = 'that is not known yet'
+    if why and (said := (conn.host, why)) not in shared().said:
+        shared().said.add(said)
+        self.log.info('host %s: kernel ports cannot be reached (%s), so connections go through SSH', conn.host, why)
+    return bool(why)
 
 # %% ../nbs/27_provisioner.ipynb #c9a6a603
 @patch
@@ -480,11 +503,6 @@ async def _started(self:DistributedProvisioner, conn, claim, *started):
     return info
 
 # %% ../nbs/27_provisioner.ipynb #e6736e7c
-def _reached_at(conn, fields):
-    "The address to connect to: the one by which we reach the host; if that is our own loopback interface, the kernel knows better"
-    own,ours = ipaddress.ip_address(fields['ip']),ipaddress.ip_address(conn.address)
-    return str(own) if ours.is_loopback and not own.is_unspecified else str(ours)
-
 @patch
 async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunnel, ip=None):
     "Take over a process that has reported; returns its connection information"
@@ -496,7 +514,7 @@ async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunn
     if fields.get('pgid', process.pgid) != process.pgid: process.pgid = fields['pgid']; process.again()
     self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,RedactedDict(fields),False
     shared().watched.add(process)
-    if not ip: ip = '127.0.0.1' if tunnel else _reached_at(conn, fields)
+    if not ip: ip = '127.0.0.1' if tunnel else reached_at(fields['ip'], conn.address)
     self.connection_info = connection_info(fields|dict(ip=ip)|{k:f.port for k,f in self.forwards.items()})
     self.lost = asyncio.ensure_future(_unreachable_watchdog(conn, process, self.kernel_id, self.unreachable_timeout, self.log))
     self.log.info('kernel %s runs on host %s, pid %s', self.kernel_id, conn.host, fields.get('pid', process.pid))

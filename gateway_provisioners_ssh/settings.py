@@ -12,7 +12,7 @@ import os, re, sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from tornado.web import HTTPError
-from traitlets import Bool, Float, Integer, List, Set, TraitError, Unicode
+from traitlets import Bool, CaselessStrEnum, Float, Integer, List, Set, TraitError, Unicode, Union
 from traitlets.config import LoggingConfigurable
 from .balance import load_balancer
 from .hosts import host_names
@@ -67,6 +67,8 @@ def _flag(text):
     if str(text).lower() in ('false', '0', 'no', 'off', '', 'none'): return False
     raise ValueError(f'{text!r} is neither True nor False')
 
+def _flag_or_auto(text): return 'auto' if str(text).lower() == 'auto' else _flag(text)
+
 def _number(kind, least, most):
     def convert(text):
         try: n = kind(text)
@@ -99,6 +101,7 @@ class Setting:
     read:object=str
     per_spec:bool=False
     older:str='' # The variable's name in Enterprise Gateway, where it is another one
+    yields:bool=False # Whether the kernelspec's value counts only where the host application sets none
 
 def from_environment(s:Setting):
     "What the environment says, or the default; raises `SettingError`"
@@ -143,7 +146,7 @@ settings = dict(
     remote_password=Setting('REMOTE_PWD', '', str),
     ssh_port=Setting('SSH_PORT', 22, _port),
     gss_auth=Setting('REMOTE_GSS_SSH', False, _flag),
-    tunneling_enabled=Setting('ENABLE_TUNNELING', False, _flag),
+    tunneling_enabled=Setting('ENABLE_TUNNELING', False, _flag_or_auto, True, yields=True),
     response_ip=Setting('RESPONSE_IP', '', str),
     response_port=Setting('RESPONSE_PORT', 8877, _port),
     response_port_retries=Setting('RESPONSE_PORT_RETRIES', 10, _number(int, 0, 10_000)),
@@ -182,8 +185,9 @@ class HostSettings(LoggingConfigurable):
     remote_password = Unicode(help="""Password to log in with; default: keys and agent only (GP_REMOTE_PWD, which keeps it out of files).""").tag(config=True)
     ssh_port = Integer(help="""SSH port where neither the entry nor the OpenSSH configuration says (GP_SSH_PORT).""").tag(config=True)
     gss_auth = Bool(help="""Log in by Kerberos; needs gateway_provisioners_ssh[gssapi] (GP_REMOTE_GSS_SSH).""").tag(config=True)
-    tunneling_enabled = Bool(help="""Send everything over the SSH connection, so that only the SSH port of a host need be reachable. Hosts
-        behind a jump host or proxy always do (GP_ENABLE_TUNNELING).""").tag(config=True)
+    tunneling_enabled = Union([Bool(), CaselessStrEnum(['auto'])], help="""Send everything over the SSH connection, so that only the SSH port
+        of a host need be reachable; `auto`: only where kernels' ports cannot be reached. Hosts behind a jump host or proxy always do. What a
+        kernelspec sets counts where this is not set (GP_ENABLE_TUNNELING).""").tag(config=True)
     response_ip = Unicode(help="""Address of this machine that launchers report to; default: the one from which the host is reached
         (GP_RESPONSE_IP).""").tag(config=True)
     response_port = Integer(help="""First port to try for that (GP_RESPONSE_PORT).""").tag(config=True)
@@ -237,8 +241,10 @@ def settle(
             self.log.warning('kernelspec %r sets %s, which is for the host application to set (c.DistributedProvisioner.%s): ignored', kernel, k, k)
     source = self.source('unauthorized_users')
     for name,s in settings.items():
+        is_set = self.trait_has_value(name) or found(s.var)[0]
         value,own = checked(s.read, getattr(self, name), f'DistributedProvisioner.{name}'),None
         if s.per_spec and spec.get(name) is not None: own = checked(s.read, spec[name], f'{name} of kernelspec {kernel!r}')
+        if s.yields and is_set: own = None
         if name == 'unauthorized_users': self.refused_by,own = {source: value, 'kernel.json': own or set()},value|(own or set())
         setattr(self, name, own or value)
 

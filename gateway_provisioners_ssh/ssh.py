@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'login_variables', 'fingerprint', 'explain', 'Link', 'open_link', 'SSHConnection', 'session',
-           'responsive_session', 'wait_connected', 'woken', 'close', 'stream_session', 'reverse', 'LocalConnection',
-           'Pool']
+           'responsive_session', 'wait_connected', 'woken', 'close', 'stream_session', 'port_finding', 'reverse',
+           'LocalConnection', 'Pool']
 
 # %% ../nbs/20_ssh.ipynb #08c87487
 import asyncio, atexit, base64, hashlib, inspect, logging, os, random, re, socket, subprocess, time
@@ -18,7 +18,7 @@ from .channels import ChannelIO, Relay, Transport, Wire
 from .hosts import Host, HostError, Login, Route, hops, this_user
 from .liveness import Pace, watch_link
 from .remote import COMMAND, AgentClosed, AgentSession, NoPython, Refusal, local_session
-from .tunnel import StreamSession, Tunnel
+from .tunnel import StreamSession, Tunnel, why_unreachable
 
 # %% ../nbs/20_ssh.ipynb #9a73a7e9
 log = logging.getLogger('gateway_provisioners_ssh')
@@ -227,6 +227,7 @@ class SSHConnection:
         self.pythons = () # Interpreters that may run the agent, before those that every host may have
         self.failures,self.rest_until,self.down_since,self.reverses = 0,0,None,{}
         self.tunnel,self.distrusted = Tunnel(self.stream_session, str(host), self.woken),False # `distrusted`: one end did not accept who the other is
+        self.port_findings = {} # Ranges of ports, and addresses for reports -> see `port_finding`
         self.alarm,self.tried = asyncio.Event(),0 # Ends the pause before the next attempt; when the last one began
 
     def __repr__(self): return f'SSHConnection({str(self.host)!r}, {"up" if self.is_up else "down"})'
@@ -273,6 +274,7 @@ async def _open(self:SSHConnection):
         if self.down_since is None: self.down_since = time.monotonic()
         raise
     self.error,self.failures,self.rest_until,self.down_since,self.reverses = None,0,0,None,{}
+    self.port_findings = {o: self._find_out(*o) for o in self.port_findings}
     agent,link = self.agent,self.link
     if not agent.closed: self.pace.watch(agent, 2*self.login.connect_timeout, self._answered, lambda: self._silent(agent, link))
     return agent
@@ -406,6 +408,21 @@ async def stream_session(self:SSHConnection) -> StreamSession:
 
 _two_sessions = 'Tunnelling needs two sessions on a connection: MaxSessions in its sshd_config must be 2 or more'
 SSHConnection.stream_session = stream_session
+
+# %% ../nbs/20_ssh.ipynb #4b8e6d21
+def port_finding(self:SSHConnection,
+    ports:tuple=None, # Lowest and highest port of kernels; None: any
+    response_ip:str='', # The address of this machine that launchers know, if it is not that of the connection
+) -> asyncio.Task|None: # None: there is no connection now, or it leads over others
+    "What finds out why kernels' ports cannot be reached; the result is empty if they can"
+    if self.port_findings.get((ports, response_ip)) is None:
+        self.port_findings[ports,response_ip] = self._find_out(ports, response_ip) if self.is_up else None
+    return self.port_findings[ports,response_ip]
+
+def _find_out(self:SSHConnection, ports, response_ip):
+    if not self.proxied: return spawn_task(why_unreachable(self.agent, self.address, response_ip or self.local_address, ports))
+
+SSHConnection.port_finding,SSHConnection._find_out = port_finding,_find_out
 
 # %% ../nbs/20_ssh.ipynb #ee8076d4
 async def reverse(self:SSHConnection,
