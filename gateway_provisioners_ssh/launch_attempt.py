@@ -6,7 +6,7 @@
 __all__ = ['hints', 'time_limit', 'hint', 'launch_error', 'NoRoom', 'as_launch_error', 'LaunchTarget', 'Launched',
            'LaunchAttempt', 'interpreters', 'template_options', 'first_of', 'until_silent', 'finish']
 
-# %% ../nbs/25_launch_attempt.ipynb #a1586b2c
+# %% ../nbs/25_launch_attempt.ipynb #c88a096e
 import asyncio, os, re, socket, sys, time
 from contextlib import ExitStack, suppress
 from fastcore.basics import patch
@@ -18,6 +18,7 @@ from .launchers.agent import CROWDED, FILES_REMOVED, NO_ROOM
 from .remote import AgentClosed, Refusal, spawn, tree_of
 from .settings import LaunchError
 from .start_request import StartRequest, at_home, expand_argv, relocate_path
+from .tunnel import known_in_time
 
 # %% ../nbs/25_launch_attempt.ipynb #3ccd354d
 _no_way_back = 'host application (cannot be reached|did not confirm)'
@@ -78,7 +79,7 @@ def as_launch_error(
     if isinstance(e, AgentClosed): return HostError(conn.host, conn.user, str(e))
     return e
 
-# %% ../nbs/25_launch_attempt.ipynb #2daaa1b7
+# %% ../nbs/25_launch_attempt.ipynb #6574e7a5
 class LaunchTarget(NamedTuple):
     "A host that can be used for a start, and the way back from it"
     conn:object # The connection
@@ -98,29 +99,43 @@ class Launched(NamedTuple):
 class LaunchAttempt:
     "One attempt to start one kernel on one host"
     def __init__(self,
-        app, # What launches share: `pool`, `legacy_key`, `cold_warnings`, `response_server`
+        app, # What launches share: `pool`, `legacy_key`, `logged_once`, `response_server`
         options, # The settled settings, as attributes, and `login`, a `Login`
         request:StartRequest, # What to start
         host:Host, # Where
         deadline:float, # Until when: a value of `time.monotonic()`
         limit:int|None=None, # How many kernels the host may have, this one included
         encrypt:bool=False, # Whether the kernel must encrypt its channels
-        last_conn=None, # Of a restart: the connection to the host where the kernel was,
-        last_fields:dict={}, # and what it reported
+        last:Launched|None=None, # Of a restart: the kernel that was, whose key is used again, and on its host its ports
         log=None, # A `logging.Logger`
     ):
         self.app,self.options,self.request,self.host,self.deadline,self.limit = app,options,request,host,deadline,limit
-        self.encrypt,self.last_conn,self.last_fields,self.log,self.conn = encrypt,last_conn,last_fields,log,None
+        self.encrypt,self.last,self.log,self.conn = encrypt,last,log,None
 
     @property
     def left(self) -> float: return max(0, self.deadline - time.monotonic()) # Seconds
+    @property
+    def user(self) -> str: return self.request.user if self.options.impersonation_enabled else '' # Whose agent starts the kernel
 
-# %% ../nbs/25_launch_attempt.ipynb #f6fe8883
+    @property
+    def ports(self) -> tuple|None:
+        "The lowest and highest port that the kernel may have; None: any"
+        lowest,highest = map(int, self.options.port_range.split('..'))
+        return (lowest, highest) if lowest < highest else None
+
+# %% ../nbs/25_launch_attempt.ipynb #c64ad161
 def interpreters(
     argv:list, # A kernelspec's command
 ) -> tuple:
     "The Python that it starts, which then also runs the agent; `~` is the home on the host"
     return tuple(re.sub(r'^\$\{?HOME\}?/', '~/', o) for o in argv[:1] if re.search(r'/python[0-9.]*$', o))
+
+@patch
+def is_news(self:LaunchAttempt, what:str) -> bool:
+    "Whether that was not logged of this host before"
+    news = (self.conn.host, what) not in self.app.logged_once
+    self.app.logged_once.add((self.conn.host, what))
+    return news
 
 @patch
 async def reach(self:LaunchAttempt) -> LaunchTarget:
@@ -133,10 +148,12 @@ async def reach(self:LaunchAttempt) -> LaunchTarget:
 
 @patch
 async def _reach(self:LaunchAttempt):
-    conn = self.conn = await self.app.pool.connection(self.host, self.options.login)
+    conn,options = await self.app.pool.connection(self.host, self.options.login),self.options
+    self.conn = conn
+    if options.tunneling_enabled == 'auto' and not conn.local: conn.port_finding(self.ports, options.response_ip)
     conn.pythons = interpreters(self.request.argv)
     agent,tree = await asyncio.gather(conn.responsive_session(), self._tree())
-    tunnel = not conn.local and (self.options.tunneling_enabled or conn.proxied)
+    tunnel = await self._needs_tunnel(conn, agent, tree)
     return LaunchTarget(conn, agent, tunnel, tree, *await self._way_back(conn, tunnel, tree))
 
 @patch
@@ -144,6 +161,23 @@ async def _tree(self:LaunchAttempt):
     spec = self.request.spec
     try: return await in_thread(tree_of, spec.resource_dir) if spec.resource_dir else None
     except OSError as e: raise LaunchError(f'the files of kernel {spec.display_name!r} cannot be read: {e}') from None
+
+# %% ../nbs/25_launch_attempt.ipynb #0eadecd3
+@patch
+async def _needs_tunnel(self:LaunchAttempt, conn, agent, tree):
+    "Whether a kernel on the host of `conn` is to be reached through a tunnel"
+    auto = self.options.tunneling_enabled == 'auto'
+    if conn.local: return False
+    if conn.proxied or not auto: return bool(conn.proxied or self.options.tunneling_enabled)
+    if self.last and self.last.tunnel: return True
+    sending = spawn_task(agent.ship(tree, self.user)) if tree else None
+    finding = conn.port_finding(self.ports, self.options.response_ip)
+    why = await known_in_time(finding, sending) if finding else None
+    if why is None and self.last and self.last.conn is conn: return False
+    if why is None: why = 'that is not known yet'
+    if why and self.is_news(why):
+        self.log.info('host %s: kernel ports cannot be reached (%s), so connections go through SSH', conn.host, why)
+    return bool(why)
 
 # %% ../nbs/25_launch_attempt.ipynb #b1bf934f
 @patch
@@ -174,12 +208,13 @@ def template_options(
     if {'lazy', 'eager'} & set(re.split('[ =]', ' '.join(argv))): return None # Spark
     return dict(script=script, preload=options.preload, timeout=options.standby_timeout)
 
-# %% ../nbs/25_launch_attempt.ipynb #8299fc33
+# %% ../nbs/25_launch_attempt.ipynb #bc9c71dc
 @patch
 async def make_keys(self:LaunchAttempt) -> LaunchKeys:
     "The keys of this attempt"
-    kept = ('key', 'curve_publickey', 'curve_secretkey') + (port_names if self.last_conn is self.conn else ())
-    again = {k: self.last_fields[k] for k in kept if k in self.last_fields}
+    kept,last = ('key', 'curve_publickey', 'curve_secretkey'),self.last
+    if last and last.conn is self.conn: kept += port_names
+    again = {k: last.fields[k] for k in kept if k in last.fields} if last else {}
     legacy = await in_thread(self.app.legacy_key.make) if self.options.allow_legacy_launchers else None
     return LaunchKeys(self.request.kernel_id, again, self.encrypt, legacy)
 
@@ -197,18 +232,12 @@ async def start_message(self:LaunchAttempt, keys:LaunchKeys) -> dict:
         port_range=self.options.port_range, response_address=target.address, public_key=keys.public_key if by_network else ''))
     if target.conn.local and re.fullmatch(r'python(3(\.\d+)?)?', argv[0]): argv[0] = sys.executable
     if '/' in argv[0]: argv[0] = os.path.join(home, argv[0])
-    lowest,highest = map(int, self.options.port_range.split('..'))
     return dict(argv=argv, tree=place if target.tree else '', env=request.env, cwds=request.cwds,
-        spec_env={k: there(v) for k,v in spec.env.items()}, ports=[lowest, highest] if lowest < highest else None,
+        spec_env={k: there(v) for k,v in spec.env.items()}, ports=self.ports,
         ticket=await in_thread(keys.ticket_fields, by_network) | dict(network=bool(self.options.response_ip)),
         standby=template_options(argv, target.tree, self.options))
 
-@patch(as_prop=True)
-def user(self:LaunchAttempt) -> str:
-    "Whose agent starts the kernel; empty: that of the login"
-    return self.request.user if self.options.impersonation_enabled else ''
-
-# %% ../nbs/25_launch_attempt.ipynb #87392971
+# %% ../nbs/25_launch_attempt.ipynb #1adf1d83
 @patch
 def _about(self:LaunchAttempt):
     "What the agent tells operators of the kernel"
@@ -231,9 +260,9 @@ async def spawn(self:LaunchAttempt, keys:LaunchKeys):
         if str(e) != FILES_REMOVED: raise
         (await target.agent.greeting(self.user))['trees'].clear()
         process = await started()
-    if process.cold and (cold := (target.conn.host, process.cold)) not in self.app.cold_warnings:
-        self.app.cold_warnings.add(cold)
-        self.log.warning('host %s: kernel %s was started cold, without a template: %s', *cold[:1], request.kernel_id, process.cold)
+    if process.cold and self.is_news(process.cold):
+        self.log.warning('host %s: kernel %s was started cold, without a template: %s',
+            target.conn.host, request.kernel_id, process.cold)
     return process
 
 # %% ../nbs/25_launch_attempt.ipynb #e5282ae3

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['pending_starts', 'forget_failed_start', 'fail_own_ready', 'swap_restart_limit', 'watch_confirmation', 'drop_manager',
-           'UnconfirmedKernel', 'wants_encryption', 'complete_class']
+           'UnconfirmedKernel', 'wants_encryption', 'concrete']
 
-# %% ../nbs/26_jupyter_client_workarounds.ipynb #5b6cd801
-import abc, asyncio, weakref
+# %% ../nbs/26_jupyter_client_workarounds.ipynb #6c7b98d5
+import asyncio, weakref
 from contextlib import contextmanager, suppress
 from .background import spawn_task
 
@@ -117,8 +117,10 @@ def wants_encryption(
     policy = str(getattr(km, 'transport_encryption', 'disabled')).lower()
     return policy == 'required' or policy == 'auto' and km._kernel_supports_curve_encryption()
 
-# %% ../nbs/26_jupyter_client_workarounds.ipynb #b00a444f
-def complete_class(cls:type):
-    "Make a subclass of `KernelProvisionerBase` concrete, once `patch` has added all its methods"
-    for k in [k for k in vars(cls) if k.startswith('_orig_')]: delattr(cls, k)
-    abc.update_abstractmethods(cls)
+# %% ../nbs/26_jupyter_client_workarounds.ipynb #ee845559
+def concrete(
+    cls:type, # A subclass of `KernelProvisionerBase`
+) -> type:
+    "Class decorator: allow instances, although `patch` adds methods only later"
+    cls.__abstractmethods__ = frozenset()
+    return cls

@@ -112,17 +112,16 @@ def listening():
 def response_ports():
     "Those of them that wait for launch messages, which last as long as the process"
     out = set()
-    for s in [s for sh in provisioner._shared.values() for s in sh.servers.values()]:
+    for s in provisioner.shared().servers.values():
         for task in s._listening.values():
             if task.done() and not task.cancelled() and not task.exception(): out |= {o.getsockname()[1] for o in task.result().sockets}
     return out
 
-def shared_load(): return {k: v for sh in provisioner._shared.values() for k, v in sh.ledger.load.items()}
+def shared_load(): return provisioner.shared().ledger.load
 
 def forget():
     "Close all connections of this process, so that the next test starts as a new process does"
-    for sh in list(provisioner._shared.values()): asyncio.run(asyncio.wait_for(background().run(sh.close()), 30))
-    provisioner._shared.clear()
+    asyncio.run(asyncio.wait_for(provisioner.close_shared(), 30))
 
 # Kernels and clients
 

@@ -123,7 +123,7 @@ def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
     case()
     p = DistributedProvisioner(kernel_id=kernel_id, kernel_spec=kernelspec(argv, spec_env), remote_hosts=['a', 'ada@b:23'])
     p.impersonation_enabled = impersonate
-    try: r = p._check(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
+    try: r = p.checked_request(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
     except LaunchError as e:
         assert e.status_code in (400, 403) and len(str(e)) < 20_000
         return
