@@ -9,7 +9,7 @@ from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import ControlKey
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import _control, shared
-from gateway_provisioners_ssh.settings import LaunchError
+from gateway_provisioners_ssh.errors import LaunchError
 from gateway_provisioners_ssh.ssh import HostError
 from kernels import Remote, busy, client_of, forget, interrupt, kill, printed, reply_to, value
 from pace import Timer, until, within

@@ -13,7 +13,8 @@ from gateway_provisioners_ssh.hosts import Host, parse_hosts
 from gateway_provisioners_ssh.launchers import agent, server_listener as listener
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.remote import AgentClosed, AgentSession, Refusal, RemoteProcess, local_session, spawn
-from gateway_provisioners_ssh.settings import HostSettings, LaunchError, parse_port_range, settings as options
+from gateway_provisioners_ssh.errors import LaunchError
+from gateway_provisioners_ssh.settings import HostSettings, parse_port_range, settings as options
 from gateway_provisioners_ssh.tunnel import StreamSession
 from test_handshake import bitten, changed, changes, jsons, odd
 
@@ -123,7 +124,7 @@ def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
     case()
     p = DistributedProvisioner(kernel_id=kernel_id, kernel_spec=kernelspec(argv, spec_env), remote_hosts=['a', 'ada@b:23'])
     p.impersonation_enabled = impersonate
-    try: r = p._check(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
+    try: r = p.checked_request(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
     except LaunchError as e:
         assert e.status_code in (400, 403) and len(str(e)) < 20_000
         return

@@ -8,7 +8,7 @@ from traitlets.config import Config
 from gateway_provisioners_ssh import ssh
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.operators import check, site
-from gateway_provisioners_ssh.settings import LaunchError
+from gateway_provisioners_ssh.errors import LaunchError
 from conftest import need
 from hosts import SBIN, sh
 from kernels import LEGACY, forget, interrupt, printed, running, value

@@ -93,7 +93,7 @@ async def test_only_the_hosts_that_are_tried_are_looked_up(spec, hosts, slow_nam
 async def test_an_entry_that_cannot_be_read_is_one_host_less(spec, hosts):
     hosts.client.alias('wrong', Port='lots')
     try:
-        balance._balancer.cache_clear()
+        balance.load_balancer.cache_clear()
         async with running(spec(remote_hosts=['wrong', 'host2'])) as (km, _): assert host_of(km) == 'host2'
         with pytest.raises(LaunchError, match=r"host wrong \(user \w+\): OpenSSH configuration for wrong: .*'lots' is not a number"):
             async with running(spec(remote_hosts=['wrong', 'host2']), dict(KERNEL_REMOTE_HOST='wrong')): pass

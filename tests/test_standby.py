@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import psutil, pytest
 import test_lifecycle
 from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.launchers import agent
 from kernels import Remote, busy, forget, gone, interrupt, left_of, printed, reply_to, running, value
 from pace import Timer, until, within
@@ -69,10 +68,10 @@ class Place:
         "A start request as the provisioner makes it for that kernelspec, without a ticket"
         async def made():
             p = self.remote.provisioner(name)
-            request = p._check(dict(os.environ), list(p.kernel_spec.argv), None)
-            target = await p._reach(Host.parse('localhost'), request, time.monotonic() + 60)
-            m = await p._request(target, request, await p._launch(target.conn), '')
-            self.session = target.agent
+            request = p.checked_request(dict(os.environ), list(p.kernel_spec.argv))
+            attempt = await p.reach('localhost', request, time.monotonic() + 60)
+            m = await attempt.start_message(await attempt.make_keys())
+            self.session = attempt.target.agent
             return {k: m[k] for k in ('argv', 'env', 'spec_env', 'standby')}
         return await background().run(made())
 
