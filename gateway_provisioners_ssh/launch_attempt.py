@@ -16,7 +16,7 @@ from .handshake import HandshakeError, LaunchKeys, port_names
 from .hosts import Host, HostError
 from .launchers.agent import CROWDED, FILES_REMOVED, NO_ROOM
 from .remote import AgentClosed, Refusal, spawn, tree_of
-from .settings import LaunchError
+from .errors import LaunchError
 from .start_request import StartRequest, at_home, expand_argv, relocate_path
 from .tunnel import known_in_time
 

@@ -14,12 +14,13 @@ from types import SimpleNamespace
 from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread, with_timeout, spawn_task
 from .balance import HostChoice, HostReports, Ledger, Need, load_balancer, takes_reports
+from .errors import LaunchError, missing_package
 from .handshake import ControlKey, LegacyKey, RedactedDict, connection_info, control_nonce, port_names
 from .hosts import Host, HostError, Login, host_names, this_user
 from .launch_attempt import LaunchAttempt, Launched, NoRoom, finish, interpreters, launch_error
 from .remote import AgentClosed, Refusal, RemoteProcess
 from .response import ResponseServer
-from .settings import HostSettings, LaunchError, lacking, settings
+from .settings import HostSettings, settings
 from .start_request import StartRequest, check_start
 from .tunnel import Forward, KernelPort, reached_at
 from .workarounds import (UnconfirmedKernel, concrete, drop_manager, fail_own_ready,
@@ -32,7 +33,7 @@ class HostApplication:
         try:
             from gateway_provisioners_ssh.ssh import Pool
             if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
-        except ImportError as e: raise LaunchError(lacking(e)) from None
+        except ImportError as e: raise LaunchError(missing_package(e)) from None
         self.pool,self.servers,self.legacy_key = Pool(),{},LegacyKey() # Ways to hosts, and back
         self.ledger,self.reports,self.observing = Ledger(),HostReports(),asyncio.Semaphore(16) # What is known of hosts
         self.watched,self.unconfirmed = set(),set() # Processes, and kernels that no manager has called ready yet

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, field
 from .balance import Need
 from .hosts import parse_hosts, this_user
-from .settings import LaunchError, SettingError, checked, seconds
+from .errors import LaunchError
+from .settings import SettingError, checked, seconds
 
 # %% ../nbs/24_start_request.ipynb #3172fde7
 def expand_argv(
