@@ -212,10 +212,10 @@ LIGHT = textwrap.dedent('''
     sys.path.insert(0, sys.argv.pop(1))
     import server_listener as L
     try:
-        launch = L.Launch(L.Arguments('A process that takes the place of a kernel and computes nothing').parse_args())
-        L.report_now(launch, launch.write(os.getpid()), os.getpid())
+        launch = L.LaunchContext(L.Arguments('A process that takes the place of a kernel and computes nothing').parse_args())
+        L.report_listening(launch, launch.write(os.getpid()), os.getpid())
         signal.pause()
-    except L.LaunchError as e: L.fail(e)
+    except L.LauncherError as e: L.exit_with(e)
     ''')
 
 OPTIONS = '--kernel-id {kernel_id} --response-address {response_address} --port-range {port_range} --public-key {public_key}'.split()

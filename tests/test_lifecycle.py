@@ -540,8 +540,8 @@ async def test_default_executor_full(remote):
 
 FAKE = """
     import os
-    from server_listener import Arguments, Launch, report
-    launch = Launch(Arguments('Reports a kernel that is none').parse_known_args()[0])
+    from server_listener import Arguments, LaunchContext, report
+    launch = LaunchContext(Arguments('Reports a kernel that is none').parse_known_args()[0])
     fields = launch.write(os.getpid())
     report(launch, fields, os.getpid())
     os.execvp('sleep', ['sleep', '1000'])

@@ -560,14 +560,14 @@ async def test_what_need_not_be_written_or_read_on_the_host(remote, ned, where):
 
 FLOODED = """
 import os, select, socket, sys
-from server_listener import Arguments, Launch, LaunchError, deliver, fail
-launch = Launch(Arguments('A launcher whose connection is one of too many').parse_known_args()[0])
+from server_listener import Arguments, LaunchContext, LauncherError, exit_with, report_by_network
+launch = LaunchContext(Arguments('A launcher whose connection is one of too many').parse_known_args()[0])
 first = socket.create_connection(launch.peer)
 flood = [socket.create_connection(launch.peer) for _ in range(600)]
 select.select([first], [], [])
 socket.create_connection = lambda *args: first
-try: deliver(launch.ticket, launch.kernel_id, launch.peer, {})
-except LaunchError as e: fail(e)
+try: report_by_network(launch.ticket, launch.kernel_id, launch.peer, {})
+except LauncherError as e: exit_with(e)
 """
 
 async def test_a_flood_is_not_taken_for_a_firewall(remote, net, monkeypatch):
