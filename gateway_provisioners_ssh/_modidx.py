@@ -1830,6 +1830,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'gateway_provisioners_ssh/page.py'),
                                                'gateway_provisioners_ssh.page.kernel_row': ( 'page.html#kernel_row',
                                                                                              'gateway_provisioners_ssh/page.py'),
+                                               'gateway_provisioners_ssh.page.kernels_by_host': ( 'page.html#kernels_by_host',
+                                                                                                  'gateway_provisioners_ssh/page.py'),
                                                'gateway_provisioners_ssh.page.notebooks': ( 'page.html#notebooks',
                                                                                             'gateway_provisioners_ssh/page.py'),
                                                'gateway_provisioners_ssh.page.our_kernelspecs': ( 'page.html#our_kernelspecs',

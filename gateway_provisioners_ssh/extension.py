@@ -41,9 +41,9 @@ class _Handler(APIHandler):
         own = "script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'"
         return f'{super().content_security_policy}; {own}' # which says default-src 'none'
 
-# %% ../nbs/35_extension.ipynb #42fed4ab
+# %% ../nbs/35_extension.ipynb #066504b4
 _static = files('gateway_provisioners_ssh')/'static'
-_types = {'page.html': 'text/html', 'page.css': 'text/css', 'page.js': 'text/javascript'}
+_types = {'page.html': 'text/html', 'page.css': 'text/css', 'page.js': 'text/javascript', 'page.svg': 'image/svg+xml'}
 
 class PageHandler(_Handler):
     "The page, and the files that belong to it"
@@ -112,7 +112,7 @@ class KernelsHandler(_Handler):
         self.set_status(204)
         self.finish()
 
-# %% ../nbs/35_extension.ipynb #96bda66c
+# %% ../nbs/35_extension.ipynb #810441b1
 class Page:
     "The page of one server"
     def __init__(self, app): self.app,self.made = app,None
@@ -128,7 +128,7 @@ class Page:
 
     def handlers(self, base_url):
         "For a tornado application"
-        routes = {'': PageHandler, '/events': EventsHandler, '/kernels': KernelsHandler, r'/(page\.css|page\.js)': PageHandler}
+        routes = {'': PageHandler, '/events': EventsHandler, '/kernels': KernelsHandler, r'/(page\.(?:css|js|svg))': PageHandler}
         return [(url_path_join(base_url, 'ssh-hosts') + k, v, dict(page=self)) for k,v in routes.items()]
 
 # %% ../nbs/35_extension.ipynb #025c2d77

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['our_kernelspecs', 'sites_of', 'WatchedHost', 'Watcher', 'host_row', 'kernel_row', 'Overview', 'own_kernels',
-           'refresh', 'notebooks', 'rows', 'act']
+           'refresh', 'notebooks', 'kernels_by_host', 'rows', 'act']
 
 # %% ../nbs/34_page.ipynb #826f7e3c
 import asyncio, time
@@ -27,20 +27,23 @@ def our_kernelspecs(
     found = [KernelSpec(resource_dir=o['resource_dir'], **o['spec']) for o in manager.get_all_specs().values()]
     return [o for o in found if o.metadata.get('kernel_provisioner', {}).get('provisioner_name') == 'distributed-provisioner']
 
-# %% ../nbs/34_page.ipynb #9d2780d5
+# %% ../nbs/34_page.ipynb #a29266c0
 def sites_of(
     app, # A Jupyter server: `config`, `kernel_spec_manager`
     running:dict={}, # Hosts of its kernels, and as which users these run there (with impersonation)
 ) -> tuple: # dict: entry of `remote_hosts` -> `Site` of that host alone; list of str: what cannot be used
     "The hosts to show; reads files"
-    sites,problems = {},[]
+    wholes,problems = [],[]
     def add(**kw):
-        try: whole = site(config=app.config, **kw)
-        except (ValueError, SettingError) as e: return problems.append(str(e))
-        for h in whole.hosts: sites.setdefault(str(h), replace(whole, hosts=[h], users=tuple(sorted(running.get(str(h), ())))))
+        try: wholes.append(site(config=app.config, **kw))
+        except (ValueError, SettingError) as e: problems.append(str(e))
     for o in our_kernelspecs(app.kernel_spec_manager): add(kernel=o.to_dict(), name=o.display_name)
     if 'remote_hosts' in app.config.DistributedProvisioner or found('REMOTE_HOSTS')[0]: add()
-    if other := [o for o in running if o not in sites]: add(hosts=other)
+    wholes.sort(key=lambda o: -len(o.hosts)) # the list that somebody wrote, and not tiles of its hosts, makes the order
+    if other := set(running) - {str(h) for o in wholes for h in o.hosts}: add(hosts=sorted(other))
+    sites = {}
+    for o in wholes:
+        for h in o.hosts: sites.setdefault(str(h), replace(o, hosts=[h], users=tuple(sorted(running.get(str(h), ())))))
     return sites,list(dict.fromkeys(problems))
 
 # %% ../nbs/34_page.ipynb #03604d97
@@ -180,7 +183,7 @@ def host_row(h:WatchedHost) -> dict:
         memory=['' if used is None else f'{size(used)} of {size(total)}', None if used is None else used/total],
         gpus=f'{gpus["free"]} of {gpus["total"]} free' if gpus and gpus['total'] else '', kernels=str(len(h.kernels)))
 
-# %% ../nbs/34_page.ipynb #7a79e028
+# %% ../nbs/34_page.ipynb #f48cb691
 def kernel_row(
     h:WatchedHost,
     k:RunningKernel,
@@ -189,6 +192,7 @@ def kernel_row(
 ) -> dict:
     "A kernel as the page shows it"
     if h.state != 'up': state,tone = 'out of reach','bad'
+    elif not k.running: state,tone = ('dead', 'bad') if getattr(km, 'execution_state', '') == 'dead' else ('starting', 'warn')
     elif km is not None: state = getattr(km, 'execution_state', None) or 'running'; tone = dict(idle='good', busy='busy').get(state, 'warn')
     elif k.orphan: state,tone = 'orphan','warn'
     else: state,tone = ('busy', 'busy') if (k.busy or 0) > .1 else ('idle', 'good')
@@ -199,12 +203,14 @@ def kernel_row(
         age=None if k.age is None else int(k.age), cpu='?' if k.busy is None else f'{100*k.busy:.0f} %', memory=size(k.pss or k.rss), log=h.logs.get(k.key, (None, []))[1],
         actions=['restart', 'stop'] if km is not None else ['stop'])
 
-# %% ../nbs/34_page.ipynb #d15b1e02
+# %% ../nbs/34_page.ipynb #4640c7e7
 class Overview:
     "What the page of one server shows; lives in the server's loop"
     def __init__(self,
         app, # The server: `config`, `kernel_manager`, `kernel_spec_manager`, perhaps `session_manager`
-    ): self.app,self.viewers,self.problems,self.loop,self.watcher = app,set(),[],None,Watcher(self._told)
+    ):
+        self.app,self.viewers,self.problems,self.loop,self.watcher = app,set(),[],None,Watcher(self._told)
+        self.last = {} # Where a kernel of this server was seen last, and what was known of it: id -> (entry, `RunningKernel`)
 
     def _told(self):
         with suppress(RuntimeError): self.loop.call_soon_threadsafe(self._wake) # the loop may be closed by now
@@ -252,18 +258,29 @@ async def notebooks(self:Overview) -> dict: # id of a kernel -> str
 
 Overview.own_kernels,Overview.refresh,Overview.notebooks = own_kernels,refresh,notebooks
 
-# %% ../nbs/34_page.ipynb #3e3dbfce
-async def rows(self:Overview) -> dict: # key -> row, in the order of the page
+# %% ../nbs/34_page.ipynb #c815423e
+def kernels_by_host(self:Overview, own) -> dict: # entry -> list of `RunningKernel`, the oldest first
+    "What is on each host, and where kernels of this server were that are on none"
+    found = {h.name: list(h.kernels) for h in self.watcher.hosts.values()}
+    seen = {k.id: (name, k) for name,ks in found.items() for k in ks if k.id in own}
+    self.last = {k: v for k,v in self.last.items() if k in own} | seen
+    for name,k in (v for id,v in self.last.items() if id not in seen and v[0] in found): found[name].append(replace(k, running=False))
+    return {name: sorted(ks, key=lambda o: -(o.age or 0)) for name,ks in found.items()}
+
+async def rows(self:Overview) -> dict: # key -> row, in the order of the page: hosts, then their kernels
     "All that there is to show"
-    own,hosts = self.own_kernels(),list(self.watcher.hosts.values())
+    own,hosts = self.own_kernels(),dict(self.watcher.hosts)
     names = await self.notebooks() if own else {}
-    out = {f'host {h.name}': host_row(h) for h in hosts}
-    for h in hosts:
-        for k in sorted(h.kernels, key=lambda o: -(o.age or 0)): out[f'kernel {h.name} {k.id}'] = kernel_row(h, k, own.get(k.id), names.get(k.id, ''))
-    if {str(o.provisioner.conn.host) for o in own.values() if o.provisioner.process is not None} - set(self.watcher.hosts) and self.watcher.hosts: spawn_task(self.refresh())
+    where = {str(o.provisioner.conn.host) for o in own.values() if o.provisioner.process is not None}
+    if hosts and where - set(hosts): spawn_task(self.refresh())
+    out = {f'host {h.name}': host_row(h) for h in hosts.values()}
+    for name,ks in self.kernels_by_host(own).items():
+        for k in ks: out[f'kernel {name} {k.id}'] = kernel_row(hosts[name], k, own.get(k.id), names.get(k.id, ''))
     return out
 
-# %% ../nbs/34_page.ipynb #bcec4ced
+Overview.kernels_by_host,Overview.rows = kernels_by_host,rows
+
+# %% ../nbs/34_page.ipynb #15ba1261
 async def act(self:Overview,
     action:str, # `restart` or `stop`
     host:str, # As in the row
@@ -281,4 +298,4 @@ async def _stop_other(self:Overview, h, k):
     for _,trouble in await stop(h.site, [k]):
         if trouble: raise trouble
 
-Overview.rows,Overview.act,Overview._stop_other = rows,act,_stop_other
+Overview.act,Overview._stop_other = act,_stop_other

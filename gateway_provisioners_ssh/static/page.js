@@ -25,7 +25,7 @@ function amount(cell) { // a text, and the same as a bar
   const text = element('span'), bar = element('meter', { min: 0, max: 1, low: 0.7, high: 0.9, optimum: 0 })
   bar.setAttribute('aria-hidden', 'true')
   cell.append(text, bar)
-  return ([words, part]) => { setText(text, words); bar.hidden = part === null; bar.value = part ?? 0 }
+  return ([words, part]) => { cell.classList.toggle('empty', !words); setText(text, words); bar.hidden = part === null; bar.value = part ?? 0 }
 }
 
 function titled(cell) { // a text, with a note below
