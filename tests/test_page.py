@@ -107,6 +107,8 @@ async def test_rows_follow_kernels(machines, lab):
         async with lab.channels(id) as c:
             await c.ready()
             await expect(cell(row, 'state')).to_have_text('idle')
+            await c.send('kernel_info_request')
+            assert 'on host node3' in (await c.wait(lambda m: m['msg_type'] == 'kernel_info_reply'))['content']['banner']   # where there is no page
             msg = await c.start('import os\nos.write(2, b"step 7 of 9\\n")\nwhile True: pass')
             await expect(cell(row, 'state')).to_have_text('busy')
             await expect(cell(row, 'log').locator('summary')).to_have_text('step 7 of 9')

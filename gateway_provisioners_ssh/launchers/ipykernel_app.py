@@ -32,6 +32,9 @@ def app_class(): # A template makes it before it forks
         def write_connection_file(self, **kw): # all ports are bound now
             for s in self.launch.held.values(): s.close()
             report_now(self.launch, self.fields, os.getpid())
+        def init_shell(self):
+            super().init_shell()
+            if self.shell: self.shell.banner2 += f'This kernel runs on host {socket.gethostname()}.\n'
     return LaunchedKernelApp
 
 def kernel_app(
