@@ -41,17 +41,17 @@ class _Handler(APIHandler):
         own = "script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'"
         return f'{super().content_security_policy}; {own}' # which says default-src 'none'
 
-# %% ../nbs/35_extension.ipynb #066504b4
-_static = files('gateway_provisioners_ssh')/'static'
+# %% ../nbs/35_extension.ipynb #f59a7670
 _types = {'page.html': 'text/html', 'page.css': 'text/css', 'page.js': 'text/javascript', 'page.svg': 'image/svg+xml'}
+_texts = {o: (files('gateway_provisioners_ssh')/'static'/o).read_text(encoding='utf-8') for o in _types}
+_page = Template(_texts['page.html'])
 
 class PageHandler(_Handler):
     "The page, and the files that belong to it"
     @authenticated
     @authorized
     def get(self, name='page.html'):
-        text = (_static/name).read_text(encoding='utf-8')
-        if name == 'page.html': text = Template(text).generate(xsrf=self.xsrf_token)
+        text = _page.generate(xsrf=self.xsrf_token) if name == 'page.html' else _texts[name]
         self.set_header('Cache-Control', 'no-cache')
         self.finish(text, set_content_type=f'{_types[name]}; charset=utf-8')
 
