@@ -227,5 +227,5 @@ class Board:
 class _Hearer:
     "Stands among the processes of a session and takes the event `load`"
     def __init__(self, board, host): self.board,self.host = board,host
-    def heard(self, event, m): self.board.reports[self.host] = HostReport.of(m)
-    def again(self): pass
+    def on_event(self, event, m): self.board.reports[self.host] = HostReport.of(m)
+    def on_agent_end(self): pass

@@ -381,7 +381,7 @@ class NoRoom(HostError):
     def crowded(self): return self.what.endswith(CROWDED)
 
 def _pythons(request): return tuple(re.sub(r'^\$\{?HOME\}?/', '~/', o) for o in request.argv[:1] if re.search(r'/python[0-9.]*$', o))
-def _room(request): return {k: v for k,v in dict(most=request.most, memory=request.need.memory, gpus=request.need.gpus).items() if v}
+def _room(request): return {k: v for k,v in dict(max_kernels=request.most, memory=request.need.memory, gpus=request.need.gpus).items() if v}
 
 @patch
 def _about(self:DistributedProvisioner, request):
@@ -493,7 +493,7 @@ async def _adopt(self:DistributedProvisioner, conn, claim, process, fields, tunn
         except BaseException: await asyncio.shield(_undo(_ready(process))); raise
     else: self._close_forwards()
     process.exited.add_done_callback(lambda _: claim.release())
-    if fields.get('pgid', process.pgid) != process.pgid: process.pgid = fields['pgid']; process.again()
+    if fields.get('pgid', process.pgid) != process.pgid: process.pgid = fields['pgid']; process.on_agent_end()
     self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,RedactedDict(fields),False
     shared().watched.add(process)
     if not ip: ip = '127.0.0.1' if tunnel else _reached_at(conn, fields)
@@ -552,7 +552,7 @@ async def _unreachable_watchdog(conn, process, kernel_id, timeout, log):
         left = timeout if down is None else down+timeout-time.monotonic()
         if left <= 0:
             log.error('kernel %s is lost: host %s has been out of reach for %g s', kernel_id, conn.host, timeout)
-            return process.lose()
+            return process.mark_lost()
         await asyncio.wait({process.exited}, timeout=left)
 
 # %% ../nbs/27_provisioner.ipynb #e3423b95
