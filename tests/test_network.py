@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import psutil, pytest
 from gateway_provisioners_ssh.settings import LaunchError
 from conftest import need
-from hosts import SBIN, sh, wait
+from hosts import SBIN, sh
 from kernels import LEGACY, forget, interrupt, printed, running, value
+from pace import wait
 
 HERE = Path(__file__).parent
 
