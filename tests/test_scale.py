@@ -37,7 +37,7 @@ async def link_of(remote, monkeypatch, caplog, what):
         await until(lambda: conn.is_up, 60, 'connected again')
 
 def nothing(conn): pass
-def a_request(conn): background().loop.call_soon_threadsafe(conn.agent.beat, 60)
+def a_request(conn): background().loop.call_soon_threadsafe(conn.agent.heartbeat, 60)
 
 @pytest.mark.parametrize('what', [nothing, a_request], ids=lambda o: o.__name__)
 async def test_the_system_notices_a_dead_link(net_remote, net, monkeypatch, caplog, what):
@@ -105,12 +105,12 @@ class Clock:
         self.now = until
 
 class Session:
-    def __init__(self, clock, log, patience): self.clock, self.log, self.patience, self.heard, self.well, self.lost = clock, log, patience, clock(), True, None
-    def beat(self, patience):
-        if self.well: assert self.clock()-self.heard <= self.patience, 'the agent would have given the session up'
+    def __init__(self, clock, log, idle_timeout): self.clock, self.log, self.idle_timeout, self.last_received, self.well, self.lost = clock, log, idle_timeout, clock(), True, None
+    def heartbeat(self, idle_timeout):
+        if self.well: assert self.clock()-self.last_received <= self.idle_timeout, 'the agent would have given the session up'
         self.log.append(self.clock())
-        self.patience = patience
-        if self.well: self.heard = self.clock()
+        self.idle_timeout = idle_timeout
+        if self.well: self.last_received = self.clock()
     def silent(self): assert self.lost is None; self.lost = self.clock()
 
 events = st.lists(st.tuples(st.floats(0, 30), st.sampled_from(['join', 'join', 'die', 'leave', 'hear']), st.integers(1, 300)), min_size=1, max_size=12)
@@ -131,7 +131,7 @@ def test_whatever_happens_heartbeats_are_bounded_and_nobody_is_forgotten(events)
         for s in alive[:n]:
             if what == 'die': s.well, died[s] = False, clock.now
             if what == 'leave': pace.unwatch(s); s.well = False
-            if what == 'hear': s.heard = clock.now
+            if what == 'hear': s.last_received = clock.now
     end = clock.now
     clock.run(end+1000)
     assert {s for s in sessions if s.lost} == set(died)
@@ -147,7 +147,7 @@ def test_a_sleep_is_not_followed_by_a_burst():
     sessions = [Session(clock, log, 1000) for _ in range(400)]
     for s in sessions: pace.watch(s, 10, lambda: None, s.silent)
     clock.run(300)
-    for s in sessions: s.patience = 1e6   # the host slept too
+    for s in sessions: s.idle_timeout = 1e6   # the host slept too
     clock.now = 10_000
     log.clear()
     clock.run(10_100)

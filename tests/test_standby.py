@@ -544,9 +544,9 @@ async def test_off(place, plain):
     await within(2, left)
 
 async def test_no_more_templates_than_that(place):
-    names = [place.spec(env=dict(GPT=str(i))) for i in range(agent.Agent.most_templates + 2)]
+    names = [place.spec(env=dict(GPT=str(i))) for i in range(agent.MAX_TEMPLATES + 2)]
     for o in names: assert await place.warm(o) == ''
-    await until(lambda: len(place.templates()) == agent.Agent.most_templates)
+    await until(lambda: len(place.templates()) == agent.MAX_TEMPLATES)
     for o, forked in (names[-1], True), (names[0], False):
         async with place.kernel(o) as (_, kc): assert await is_forked(kc) == forked
 
