@@ -249,7 +249,7 @@ def _about(self:LaunchAttempt):
 async def spawn(self:LaunchAttempt, keys:LaunchKeys):
     "The process of the launcher; raises `Refusal`, `AgentClosed`"
     request,options,target = self.request,self.options,self.target
-    room = dict(most=self.limit, memory=request.need.memory, gpus=request.need.gpus)
+    room = dict(max_kernels=self.limit, memory=request.need.memory, gpus=request.need.gpus)
     async def started():
         return await spawn(target.agent, target.conn.wait_connected, f'{options.kernel_log_dir}/kernel-{request.kernel_id}.log',
             self.user, title=f'kernel {request.kernel_id} of {request.user}', about=self._about(),

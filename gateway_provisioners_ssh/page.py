@@ -66,12 +66,12 @@ class WatchedHost:
 class _Listener:
     "Stands among the processes of a session, takes the event `load`, and passes it on to who stood there before"
     def __init__(self, before): self.before,self.report,self.told,self.due = before,{},asyncio.Event(),asyncio.Event()
-    def heard(self, event, m):
+    def on_event(self, event, m):
         self.report = m
         self.told.set()
         self.due.set()
-        self.before.heard(event, m)
-    def again(self): self.before.again()
+        self.before.on_event(event, m)
+    def on_agent_end(self): self.before.on_agent_end()
 
 # %% ../nbs/34_page.ipynb #471e911d
 class Watcher:
@@ -128,7 +128,7 @@ async def _listen(self:Watcher, h, conn, session):
         while not session.closed:
             now = time.monotonic()
             if now >= due: due = now + board.lease/2; spawn_task(session.request('observe', seconds=board.lease))
-            left = self.silence - (now - session.heard)
+            left = self.silence - (now - session.last_received)
             if (state := 'up' if left > 0 else 'silent') != h.state: h.state,h.trouble = state,None; self.told()
             await _either(ear.told, session.over, min(left if left > 0 else due-now, due-now))
             ear.told.clear()
