@@ -490,7 +490,7 @@ def arguments_of(operation):
             elif isinstance(o, ast.Call) and any(map(is_request, o.args)): read(getattr(o.func, 'attr', getattr(o.func, 'id', '')))
     hooks = dict(start=['admit', 'spawn'], forget=['forget']).get(operation, ())
     for f in agent.OPERATIONS[operation], *(f for o in hooks for f in agent.HOOKS[o].values()): read(f.__name__)
-    return found - {'n', 'as', 'size', 'event'} - ({'ticket', 'ports'} if operation == 'standby' else set())   # a template has no ticket
+    return found - {'n', 'op', 'as', 'size', 'event'} - ({'ticket', 'ports'} if operation == 'standby' else set())   # a template has no ticket
 
 def test_the_table_of_operations():
     "Lists every operation, with the arguments that it reads"
