@@ -17,7 +17,7 @@ from .hosts import HostError
 from .operators import KernelLog, RunningKernel, Site, Trouble, as_trouble, kernels_on, read_log, site, size, stop
 from .provisioner import DistributedProvisioner, shared
 from .remote import AgentClosed, Refusal
-from .settings import SettingError, TABLE
+from .settings import SettingError, settings
 
 # %% ../nbs/34_page.ipynb #1ec5edf5
 def our_kernelspecs(
@@ -38,7 +38,7 @@ def sites_of(
         try: wholes.append(site(config=app.config, **kw))
         except (ValueError, SettingError) as e: problems.append(str(e))
     for o in our_kernelspecs(app.kernel_spec_manager): add(kernel=o.to_dict(), name=o.display_name)
-    if 'remote_hosts' in app.config.DistributedProvisioner or TABLE['remote_hosts'].set_by: add()
+    if 'remote_hosts' in app.config.DistributedProvisioner or settings['remote_hosts'].set_by: add()
     wholes.sort(key=lambda o: -len(o.hosts)) # the list that somebody wrote, and not tiles of its hosts, makes the order
     if other := set(running) - {str(h) for o in wholes for h in o.hosts}: add(hosts=sorted(other))
     sites = {}
