@@ -132,7 +132,7 @@ async def run(args, hosts, dir):
     finally:
         server.proc.send_signal(signal.SIGTERM)
         server.proc.wait(60)
-    print(f"{args.kernels} kernels at once, {args.rounds} rounds, {len(here)} + {len(there)} cores; milliseconds, medians")
+    print(f"{args.kernels} kernels at once, {args.rounds} rounds, {len(here)} + {len(there)} cores; medians, in ms")
     for key in rounds[True][0]:
         medians = [1000*statistics.median(o[key] for o in rounds[w]) for w in (True, False) if key in rounds[w][0]]
         print(f"{key:15}", *(f"{words} {m:8.1f}" for words, m in zip(("page open", "  no page"), medians)))
