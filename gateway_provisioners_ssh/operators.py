@@ -208,7 +208,7 @@ def _capacity(report, found):
 # %% ../nbs/31_operators.ipynb #84b49092
 async def _way_back(site, conn, server): # (ip, port) that the host must be able to reach; None where nothing goes that way
     s = site.settings
-    if conn.local or s.tunneling_enabled or conn.proxied or not (s.response_ip or s.allow_legacy_launchers): return None
+    if conn.local or s.tunneling_enabled is True or conn.proxied or not (s.response_ip or s.allow_legacy_launchers): return None
     address = await server.address(s.response_ip or conn.local_address)
     ip,_,port = address.rpartition(':')
     return ip.strip('[]'),int(port)
@@ -261,7 +261,7 @@ async def check(
     async def one(host, conn):
         if conn.local: reports[host].add('reachable', 'this machine, without SSH')
         else: _connected(reports[host])
-        await _tunnel(site, conn, reports[host])
+        await _way_to_kernels(site, conn, reports[host])
         return await check_host(site, conn, reports[host], server)
     def done(host, result):
         report = reports[host]
@@ -272,12 +272,26 @@ async def check(
     finally: await server.close()
     return list(reports.values())
 
-async def _tunnel(site, conn, report):
-    "Where bytes are to be tunnelled, the SSH server must allow a second session on the connection"
-    if conn.local or not (site.settings.tunneling_enabled or conn.proxied): return
+# %% ../nbs/31_operators.ipynb #6f1d2c30
+async def _way_to_kernels(site, conn, report):
+    "Kernels' ports are reached from here, or through a tunnel, which needs a second session on the connection"
+    if conn.local: return
+    tunnel = conn.proxied or site.settings.tunneling_enabled
+    if tunnel is not True: tunnel = not await _are_ports_reached(site, conn, report, tunnel == 'auto') and tunnel
+    if not tunnel: return
     try: (await conn.stream_session()).close()
-    except (HostError, AgentClosed) as e: report.add('tunnel', getattr(e, 'what', str(e)), 'failed', getattr(e, 'fix', 'Try again'))
+    except (HostError, AgentClosed) as e:
+        report.add('tunnel', getattr(e, 'what', str(e)), 'failed', getattr(e, 'fix', 'Try again'))
     else: report.add('tunnel', 'ok')
+
+async def _are_ports_reached(site, conn, report, auto): # bool
+    finding = conn.port_finding(site.ports and tuple(site.ports), site.settings.response_ip)
+    why = await finding if finding else 'the connection broke'
+    said = f'cannot be reached ({why})' if why else 'can be reached'
+    if why and auto: said += ', so connections go through SSH'
+    report.add('kernel ports', said, 'failed' if why and not auto else 'ok', 'Let this machine connect to them there '
+        '(GP_PORT_RANGE says which they are), or set GP_ENABLE_TUNNELING=auto')
+    return not why
 
 # %% ../nbs/31_operators.ipynb #7419218f
 SETUP = 'jupyter ssh-spec setup' # What agents call the commands of `setup`

@@ -52,14 +52,14 @@ def _net(client, tmp_path_factory):
 @pytest.fixture
 def hosts(_loopback):
     "Four hosts on loopback addresses, host1 to host4, made whole after every test; the first kernel of each is for the first of its hosts"
-    balance._balancer.cache_clear()
+    balance.load_balancer.cache_clear()
     yield _loopback
     _loopback.repair()
 
 @pytest.fixture
 def net(_net):
     "Four hosts in network namespaces, node1 to node4, made whole after every test; the first kernel of each is for the first of its hosts"
-    balance._balancer.cache_clear()
+    balance.load_balancer.cache_clear()
     yield _net
     _net.repair()
 

@@ -63,7 +63,7 @@ class Remote:
 
     def on(self, *hosts, env={}, **kw):
         "A kernel on the first of `hosts` that will have it, and its client; `env` adds to the environment of its start, `kw` is for its manager"
-        balance._balancer.cache_clear()
+        balance.load_balancer.cache_clear()
         return running(self.manager(self.spec('_'.join(['on', *hosts]), hosts=list(hosts)), **kw), env=os.environ | env)
 
     def host(self, km): return self.lab[str(km.provisioner.conn.host)]
@@ -112,17 +112,16 @@ def listening():
 def response_ports():
     "Those of them that wait for launch messages, which last as long as the process"
     out = set()
-    for s in [s for sh in provisioner._shared.values() for s in sh.servers.values()]:
+    for s in provisioner.shared().servers.values():
         for task in s._listening.values():
             if task.done() and not task.cancelled() and not task.exception(): out |= {o.getsockname()[1] for o in task.result().sockets}
     return out
 
-def shared_load(): return {k: v for sh in provisioner._shared.values() for k, v in sh.ledger.load.items()}
+def shared_load(): return provisioner.shared().ledger.load
 
 def forget():
     "Close all connections of this process, so that the next test starts as a new process does"
-    for sh in list(provisioner._shared.values()): asyncio.run(asyncio.wait_for(background().run(sh.close()), 30))
-    provisioner._shared.clear()
+    asyncio.run(asyncio.wait_for(provisioner.close_shared(), 30))
 
 # Kernels and clients
 

@@ -56,8 +56,8 @@ HABITS = re.compile(r'/\.(ipython|cache|config|jupyter|npm|ssh)/|/__pycache__/|/
 
 class Machines:
     "node1, node2 and node3, and the homes of root and ada on node1"
-    def __init__(self, client):
-        self.lab = NetLab(3, client)
+    def __init__(self, client, lab=NetLab):
+        self.lab = lab(3, client)
         self.here, self.shared, self.foreign = self.nodes = list(self.lab)
         try:
             self.here.add_user('ada')

@@ -4,7 +4,7 @@ import asyncio, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import psutil, pytest
 from conftest import need
-from gateway_provisioners_ssh.settings import LaunchError
+from gateway_provisioners_ssh.errors import LaunchError
 from kernels import BIN, Remote, forget, interrupt, kill, running, value
 from pace import Timer, until, within
 from installed import interrupted, run

@@ -13,7 +13,8 @@ from gateway_provisioners_ssh.hosts import Host, parse_hosts
 from gateway_provisioners_ssh.launchers import agent, server_listener as listener
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.remote import AgentClosed, AgentSession, Refusal, RemoteProcess, local_session, spawn
-from gateway_provisioners_ssh.settings import HostSettings, LaunchError, parse_port_range, settings as options
+from gateway_provisioners_ssh.errors import LaunchError
+from gateway_provisioners_ssh.settings import HostSettings, parse_port_range, settings as options
 from gateway_provisioners_ssh.tunnel import StreamSession
 from test_handshake import bitten, changed, changes, jsons, odd
 
@@ -83,17 +84,17 @@ def test_port_ranges(text, least):
     except ValueError: return
     lo, hi = map(int, r.split('..'))
     assert (lo, hi) == (0, 0) or 1024 <= lo < hi <= 65535 and hi-lo >= least
-    assert listener.port_range(r) == (range(lo, hi+1) if hi else None)
+    assert listener.parse_port_range(r) == (range(lo, hi+1) if hi else None)
 
 @budget(10_000)
 @given(st.from_regex(r'\[?[0-9a-f.:]{0,12}\]?:?[0-9]{0,6}', fullmatch=True) | st.from_regex(r'[0-9]{0,7}\.\.[0-9]{0,7}', fullmatch=True) | hostile)
 def test_arguments_of_launchers(text):
     case()
-    with contextlib.suppress(listener.LaunchError):
-        ip, port = listener.address(text)
+    with contextlib.suppress(listener.LauncherError):
+        ip, port = listener.parse_address(text)
         assert ip and 0 < port < 65536
-    with contextlib.suppress(listener.LaunchError):
-        assert (r := listener.port_range(text)) is None or 0 <= r[0] < r[-1] < 65536
+    with contextlib.suppress(listener.LauncherError):
+        assert (r := listener.parse_port_range(text)) is None or 0 <= r[0] < r[-1] < 65536
 
 @budget(5_000)
 @given(st.dictionaries(st.sampled_from([*options, 'x']), jsons | hostile | odd | st.lists(hostile, max_size=2), max_size=3))
@@ -123,7 +124,7 @@ def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
     case()
     p = DistributedProvisioner(kernel_id=kernel_id, kernel_spec=kernelspec(argv, spec_env), remote_hosts=['a', 'ada@b:23'])
     p.impersonation_enabled = impersonate
-    try: r = p._check(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
+    try: r = p.checked_request(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
     except LaunchError as e:
         assert e.status_code in (400, 403) and len(str(e)) < 20_000
         return

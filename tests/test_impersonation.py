@@ -6,7 +6,7 @@ import psutil, pytest
 from conftest import need
 from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
-from gateway_provisioners_ssh.settings import LaunchError
+from gateway_provisioners_ssh.errors import LaunchError
 from installed import interrupted, run
 from kernels import Remote, busy, forget, gone, interrupt, kill, printed, reply_to, value
 from pace import Timer, until, within

@@ -3,7 +3,7 @@ import asyncio, contextlib, json, os, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 import pytest
-from gateway_provisioners_ssh.balance import Board, HostReport, LeastLoad, Ledger, LoadBalancer, Need
+from gateway_provisioners_ssh.balance import HostReport, HostReports, LeastLoad, Ledger, LoadBalancer, Need
 from gateway_provisioners_ssh.hosts import parse_hosts
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import Refusal, RemoteProcess, spawn
@@ -304,15 +304,15 @@ async def test_two_applications_at_once_are_exact(weights):
         hosts = {o: await stack.enter_async_context(host_of()) for o in dict.fromkeys(names)}
         calm = ('load=load, cores=cores(groups)', 'load=[0, 0, 0], cores=4'), ('memory=memory(groups), clock', 'memory={}, clock')   # all on one machine
         async def application(i):
-            ledger, board, rule, refused = Ledger(), Board(), LeastLoad(), 0
+            ledger, known, rule, refused = Ledger(), HostReports(), LeastLoad(), 0
             sessions = {k: await v.open(*calm) for k, v in hosts.items()}
-            for k, s in sessions.items(): board.attach(k, s)
+            for k, s in sessions.items(): known.attach(k, s)
             async def start(n):
                 nonlocal refused
                 while True:
-                    claim = ledger.pick(rule, names, board.at_hand())
+                    claim = ledger.pick(rule, names, known.current())
                     h = claim.host
-                    most = ledger.load[h] + board.at_hand()[h].others
+                    most = ledger.load[h] + known.current()[h].others
                     try: return await hosts[h].start('sleep 1000', sessions[h], log=f'{hosts[h].log}-{i}-{n}', room=dict(max_kernels=most))
                     except Refusal as e:
                         assert agent.CROWDED in str(e)

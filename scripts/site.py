@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Renders the documentation to HTML, one page for each notebook, with the sidebar of nbs/sidebar.yml:  python scripts/site.py [DIRECTORY, by default _docs]
+
+Needs nbconvert, which comes with JupyterLab. It shows the saved outputs and executes nothing."""
+import html, os, re, shutil, sys
+from pathlib import Path
+import nbformat, yaml
+from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
+from pygments.formatters import HtmlFormatter
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT/'nbs'
+DOCUMENTS = 'SECURITY.md', 'CHANGELOG.md', 'LICENSE'   # of the top level, which pages link to
+
+def directives(source):
+    "The `#|` lines of a cell, and what follows them"
+    lines = source.splitlines()
+    n = next((i for i, o in enumerate(lines) if not o.startswith('#|')), len(lines))
+    return ' '.join(o[2:].strip() for o in lines[:n]), '\n'.join(lines[n:])
+
+def prepare(nb):
+    "The cells that a reader sees, without directives"
+    out = []
+    for c in nb.cells:
+        if c.cell_type == 'code':
+            flags, c.source = directives(c.source)
+            if re.search(r'\bhide\b|default_exp', flags): continue
+            if 'echo: false' in flags: c.source = ''
+            alt = re.search(r'fig-alt: "([^"]*)"', flags)
+            for o in c.outputs:
+                if alt and 'image/png' in o.get('data', {}): o.metadata.setdefault('image/png', {})['alt'] = alt[1]
+                if 'text' in o: o.text = re.sub(r'\x1b\[[0-9;]*m', '', o.text)
+        out.append(c)
+    nb.cells = out
+    return nb
+
+def anchor(title):
+    "The name by which links lead to a heading"
+    return re.sub(r'[^\w\- ]', '', html.unescape(title).lower()).strip().replace(' ', '-')
+
+def headings(body):
+    "The same HTML with the names of headings that the links use, and without signs at them"
+    def named(m):
+        text = re.sub(r'<a class="anchor-link".*?</a>', '', m[3], flags=re.S)
+        return f'<h{m[1]} id="{anchor(re.sub("<[^>]*>", "", text))}">{text}</h{m[1]}>'
+    return re.sub(r'<h([1-6])([^>]*)>(.*?)</h\1>', named, body, flags=re.S)
+
+def target(page, link):
+    "Where a link of the page at `page` (below nbs/) leads in the site"
+    path, sep, part = link.partition('#')
+    if re.match('[a-z]+:', link) or not path: return link
+    to = Path(os.path.normpath((NBS/page).parent/path))
+    if to.is_relative_to(NBS): to = to.relative_to(NBS)
+    elif to.name in DOCUMENTS: to = Path(to.name)
+    else: return link
+    if to.suffix == '.ipynb' or to.name in DOCUMENTS: to = to.with_suffix('.html')
+    return os.path.relpath(to, Path(page).parent) + sep + part
+
+def links(page, body): return re.sub(r'\b(href|src)="([^"]*)"', lambda m: f'{m[1]}="{target(page, m[2])}"', body)
+
+def title(page):
+    first = nbformat.read(NBS/page, 4).cells[0].source
+    return re.match(r'# (.*)', first)[1]
+
+def sections():
+    "The sidebar: `(section or None, pages)`"
+    for o in yaml.safe_load((NBS/'sidebar.yml').read_text())['website']['sidebar']['contents']:
+        if isinstance(o, str): yield None, [o]; continue
+        listed = [o['contents']] if isinstance(o['contents'], str) else o['contents']
+        yield o['section'], [str(p.relative_to(NBS)) for g in listed for p in sorted(NBS.glob(g))]
+
+def sidebar(page, titles):
+    out = []
+    for name, pages in sections():
+        items = ''.join(f'<li{" class=here" if p == page else ""}><a href="{target(page, os.path.relpath(p, Path(page).parent))}">{html.escape(titles[p])}</a>'
+                        for p in pages)
+        is_open = ' open' if page in pages or not name else ''
+        out.append(f'<details{is_open}><summary>{name}</summary><ul>{items}</ul></details>' if name else f'<ul>{items}</ul>')
+    return ''.join(out)
+
+CSS = '''body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: #222; display: flex; align-items: flex-start; }
+nav { width: 15rem; flex: none; padding: 1rem; font-size: .9rem; position: sticky; top: 0; max-height: 100vh; overflow: auto; box-sizing: border-box; }
+nav ul { list-style: none; margin: .2rem 0 .6rem; padding-left: .6rem; } nav .here a { font-weight: bold; } nav summary { cursor: pointer; }
+main { flex: 1; min-width: 0; max-width: 62rem; padding: 1rem 1.5rem; } main p, main li { max-width: 50rem; } a { color: #1b6ca8; }
+pre { background: #f6f6f6; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; } code { font-size: .9em; overflow-wrap: anywhere; }
+pre code { overflow-wrap: normal; } .jp-OutputArea pre, .output pre { background: none; border-left: 2px solid lightsalmon; margin-left: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+table { border-collapse: collapse; display: block; overflow-x: auto; } td, th { border: 1px solid #ddd; padding: .3rem .6rem; vertical-align: top; text-align: left; }
+img, svg { max-width: 100%; height: auto; } blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid #ccc; color: #555; }
+.prompt { display: none; }
+@media (max-width: 50rem) { body { display: block; } nav { width: auto; position: static; max-height: none; } main { padding: 1rem; } }
+'''
+
+def write(out, page, body, titles, heading):
+    to = (out/page).with_suffix('.html')
+    to.parent.mkdir(parents=True, exist_ok=True)
+    style = os.path.relpath(out/'site.css', to.parent)
+    to.write_text(f'''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{html.escape(heading)}</title>
+<link rel=stylesheet href="{style}"><nav>{sidebar(page, titles)}</nav><main>{headings(links(page, body))}</main></html>''')
+
+def main(out):
+    "Write the site to the directory `out`"
+    out.mkdir(parents=True, exist_ok=True)
+    (out/'site.css').write_text(CSS + HtmlFormatter().get_style_defs('.highlight'))
+    shutil.copytree(NBS/'images', out/'images', dirs_exist_ok=True)
+    titles = {p: title(p) for _, pages in sections() for p in pages}
+    exporter = HTMLExporter(template_name='basic')
+    for page, heading in titles.items():
+        body, _ = exporter.from_notebook_node(prepare(nbformat.read(NBS/page, 4)))
+        write(out, page, body, titles, heading)
+    for name in DOCUMENTS:
+        text = (ROOT/name).read_text()
+        body = markdown2html(text) if name.endswith('.md') else f'<h1>Licence</h1><pre>{html.escape(text)}</pre>'
+        body = re.sub(r'(href="(?!\w+:)[^"#]*)', lambda m: m[1].replace('"nbs/', '"').replace('README.md', 'index.ipynb'), body)
+        write(out, name, body, titles, name)
+
+if __name__ == '__main__': main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_docs'))
