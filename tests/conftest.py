@@ -12,7 +12,7 @@ def need(reason):
     "Skip for `reason`, if there is one; under CI a missing piece is a failure"
     if reason: (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
 
-LONGEST = ('test_spark', 'test_matrix', 'test_faults', 'test_lifecycle', 'test_standby', 'test_operators', 'test_streams', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network', 'test_hosts',
+LONGEST = ('test_spark', 'test_matrix', 'test_page', 'test_faults', 'test_lifecycle', 'test_standby', 'test_operators', 'test_streams', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network', 'test_hosts',
            'test_server', 'test_impersonation')
 
 def group(file):

@@ -444,7 +444,7 @@ def _drop(self:LineServer, c):
 
 # %% ../../nbs/08_agent.ipynb #37f2f751
 OPERATIONS = {}
-HOOKS = {o: {} for o in ('init', 'hello', 'admit', 'spawn', 'forget', 'changed', 'busy', 'exited', 'discarded')}
+HOOKS = {o: {} for o in ('init', 'hello', 'admit', 'spawn', 'forget', 'changed', 'busy', 'exited', 'discarded', 'forward')}
 
 def operation(f):
     "Make a function of agent, client, message and data the operation of its name, without the `_` in front"
@@ -878,12 +878,15 @@ class Client:
         self.send = self.stream.send
 
     def received(self, m, data):
-        "Carry a request out, or pass it to the agent of another user"
-        user = m.get('as')
-        peer = self.peers.get(user) if isinstance(user, str) else None
-        if peer: peer.forward(m, data)
-        elif 'as' in m: self.send(dict(n=m.get('n'), error='no agent of that user', **{'as': user}))
+        "Carry a request out, or have the agent of another user do it"
+        if 'as' in m: self.attempt(m, lambda: self.forward(m, data))
         else: self.attempt(m, lambda: OPERATIONS[m['op']](self.agent, self, m, data))
+
+    def forward(self, m, data):
+        peer = self.peers.get(m['as']) if isinstance(m['as'], str) else None
+        if not peer: raise Refused('no agent of that user')
+        call_hooks('forward', self, m)
+        peer.forward(m, data)
 
     def attempt(self, m, call):
         "Answer the request `m` with what `call` returns, if anything, or with the reason why it failed"
@@ -893,7 +896,9 @@ class Client:
         except Refused as e: self.answer(m, error=str(e))
         except Exception as e: self.answer(m, error='%s: %s' % (type(e).__name__, e))
 
-    def answer(self, m, **result): self.send(dict(n=m.get('n') if type(m.get('n')) is int else None, **result))
+    def answer(self, m, **result):
+        if 'as' in m: result['as'] = m['as']
+        self.send(dict(n=m.get('n') if type(m.get('n')) is int else None, **result))
 
     def disconnected(self):
         self.agent.loop.cancel(self.timer)
@@ -1726,6 +1731,7 @@ def attach(self, number, got, passed): # list: its `state`
 
 KernelEnd.attach = attach
 
+@operation
 def _attach(agent, client, m, data):
     "This session carries the streams of a host application from now on"
     app,mux,known,kept = str(m['app']),Streams(agent, client, str(m['app'])),[],[]
@@ -1740,8 +1746,6 @@ def _attach(agent, client, m, data):
     mux.tell(dict(n=m['n'], ok=dict(streams=known)))
     for o in kept: mux.add(o); o.settle()
     agent.state_changed()
-
-OPERATIONS['attach'] = _attach
 
 # %% ../../nbs/10_streams.ipynb #53b401ea
 @hook('init')
@@ -1805,6 +1809,7 @@ def _route_ip(peer):
         return s.getsockname()[0]
 
 # %% ../../nbs/10_streams.ipynb #5e0f2d15
+@operation
 def _listen(agent, client, m, data):
     "Listen for a moment where a kernel would"
     ip = kernel_ip(client.env, m['peer'])
@@ -1813,13 +1818,11 @@ def _listen(agent, client, m, data):
     if not server: raise Refused('no port of %s can be listened on' % ip)
     def answer(connection, line):
         if line != m['question'].encode(): return b''
-        agent.loop.call_later(0, probed.close)
+        agent.loop.call_later(0, questions.close)
         return m['answer'].encode() + b'\n'
-    probed = LineServer(agent.loop, server, answer)
-    agent.loop.call_later(float(m['seconds']), probed.close)
+    questions = LineServer(agent.loop, server, answer)
+    agent.loop.call_later(float(m['seconds']), questions.close)
     return dict(ip=ip, port=server.getsockname()[1])
-
-OPERATIONS['listen'] = _listen
 
 # %% ../../nbs/11_load.ipynb #4cf08860
 class ChildTask:
@@ -2238,12 +2241,18 @@ def refresh_gpus(self:Agent, env, on_done=lambda: None):
 # %% ../../nbs/11_load.ipynb #fe2f0818
 def _room(m): return m['room'] if isinstance(m.get('room'), dict) else {}
 
+@hook('forward')
+def _check_drained(client, m):
+    "Refuse the start of a kernel where the login has drained the host, whichever user the kernel is for"
+    if m.get('op') != 'start' or m.get('ticket') is None: return # what is no kernel may run on a drained host
+    mark = drained(client)
+    if mark: raise Refused(NO_ROOM + 'the host is drained' + (' by ' + mark['by'] if mark['by'] else ''))
+
 @hook('admit')
 def _check_room(agent, client, m, go_on):
     "Refuse a start where the host is drained, or has too many kernels or too little memory"
-    room,mark = _room(m),drained(client)
-    if m.get('ticket') is None: mark = None # that is no kernel, and may run on a drained host
-    if mark: raise Refused(NO_ROOM + 'the host is drained' + (' by ' + mark['by'] if mark['by'] else ''))
+    _check_drained(client, m)
+    room = _room(m)
     agent.adopt_kernels()
     running = sum(not o.ended for o in agent.kernels.values())
     if type(room.get('max_kernels')) is int and running >= room['max_kernels']:
