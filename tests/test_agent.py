@@ -477,7 +477,8 @@ def test_syntax_floor():
 def arguments_of(operation):
     "The keys of a request that an operation reads, itself or in what it calls with the request"
     functions, found, seen = {}, set(), set()
-    for o in ast.walk(ast.parse(SOURCE)):
+    top = ast.parse(SOURCE).body
+    for o in (*top, *(f for o in top if isinstance(o, ast.ClassDef) for f in o.body)):
         if isinstance(o, (ast.FunctionDef, ast.ClassDef)): functions.setdefault(o.name, []).append(o)
     def is_request(o): return isinstance(o, ast.Name) and o.id == 'm' or isinstance(o, ast.Attribute) and o.attr == 'm'
     def read(name):
