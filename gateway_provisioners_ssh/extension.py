@@ -14,7 +14,7 @@ from jupyter_server.utils import url_path_join
 from tornado.iostream import StreamClosedError
 from tornado.template import Template
 from tornado.web import HTTPError, authenticated
-from .settings import lacking
+from .errors import missing_package
 
 # %% ../nbs/35_extension.ipynb #6cd7f637
 def prewarm(
@@ -82,7 +82,7 @@ class EventsHandler(_Handler):
                     told = await self.tell(told, await overview.rows(), '\n'.join(overview.problems))
                     await asyncio.sleep(self.pause)
                     await self.first(changed, self.over)
-        except ImportError as e: await self.tell(told, {}, lacking(e)); await self.first(self.over)
+        except ImportError as e: await self.tell(told, {}, missing_package(e)); await self.first(self.over)
         except StreamClosedError: pass
 
     async def tell(self, told, rows, problem):

@@ -125,14 +125,14 @@ async def _next_attempt(conn):
 @patch
 async def _listen(self:Watcher, h, conn, session):
     "Keep `h` up to date until the session ends"
-    board,spot,due = shared().board,('', 'load'),0
-    board.attach(h.name, session) # before us, as it would take our place
+    reports,spot,due = shared().reports,('', 'load'),0
+    reports.attach(h.name, session) # before us, as it would take our place
     ear = session.processes[spot] = _Listener(session.processes[spot])
     looking = spawn_task(self._look(h, conn, ear))
     try:
         while not session.closed:
             now = time.monotonic()
-            if now >= due: due = now + board.lease/2; spawn_task(session.request('observe', seconds=board.lease))
+            if now >= due: due = now + reports.lease/2; spawn_task(session.request('observe', seconds=reports.lease))
             left = self.silence - (now - session.last_received)
             if (state := 'up' if left > 0 else 'silent') != h.state: h.state,h.trouble = state,None; self.told()
             await _either(ear.told, session.over, min(left if left > 0 else due-now, due-now))
