@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from traitlets.config import Config
-from kernels import Timer, running, within
+from kernels import running
+from pace import Timer, within
 
 def install(prefix, *options):
     "Write a kernelspec below `prefix`; its name, and kernel.json as it was written."
