@@ -26,9 +26,7 @@ async def in_thread(f, *args, **kwargs):
     return await fut
 
 # %% ../nbs/02_background.ipynb #58402345
-def _retrieve(task):
-    "Have asyncio not complain that nothing awaited the exception of `task`"
-    return task.cancelled() or task.exception()
+def _retrieve(task): return task.cancelled() or task.exception() # or asyncio reports that nothing awaited it
 
 async def with_timeout(
     coro, # A coroutine, which is cancelled when the time is over or the caller is cancelled; or a future

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOOKS', 'check_hooks', 'NonblockingSocket', 'Transport', 'Agent', 'Client', 'listen_to', 'ChannelTransport',
-           'send_exit', 'Forwarder', 'ChannelForwarder']
+           'send_exit', 'Forwarder', 'ChannelForwarder', 'join']
 
 # %% ../nbs/05_channels.ipynb #875e898e
 import asyncio, atexit, errno, os, paramiko, signal, socket, struct, threading
@@ -160,7 +160,6 @@ class _KeysSettled(threading.Event):
     def __init__(self, then):
         super().__init__()
         self.then = then
-
     def set(self):
         super().set()
         self.then()
@@ -209,18 +208,11 @@ class Client(paramiko.SSHClient):
         self._agent = agent
 
 # %% ../nbs/05_channels.ipynb #c9521e80
-class _DataEvent:
-    "What a channel's buffer takes for a `threading.Event`"
-    def __init__(self, wake): self.set = wake
-    def clear(self): pass
-    def is_set(self): return False
-
 class _WindowCondition(threading.Condition):
     "The condition that a channel notifies when its window opens"
     def __init__(self, lock, wake):
         super().__init__(lock)
         self.wake = wake
-
     def notify_all(self):
         super().notify_all()
         self.wake()
@@ -232,7 +224,7 @@ def listen_to(
     "Have a channel tell what changes, instead of a thread that waits for it"
     chan.settimeout(0.0)
     chan.out_buffer_cv = _WindowCondition(chan.lock, wake)
-    chan.in_buffer.set_event(_DataEvent(wake))
+    chan.in_buffer.set_event(SimpleNamespace(set=wake, clear=lambda: None))
 
 # %% ../nbs/05_channels.ipynb #c9521e82
 class ChannelTransport(asyncio.Transport):
@@ -246,19 +238,16 @@ class ChannelTransport(asyncio.Transport):
         self.unsent,self.size,self.then = deque(),0,None # What waits for the window, its bytes, what to do after it
         self.reading,self.paused,self.woken,self.eof,self.closing = True,False,False,False,False
         self.set_write_buffer_limits(2**20)
-        self.set_protocol(protocol)
+        self.protocol = protocol
         listen_to(chan, self._wake)
         self.sock.producers.add(self._pump)
         protocol.connection_made(self)
         self._wake()
 
-    def set_protocol(self, protocol): self.protocol = protocol
     def get_protocol(self): return self.protocol
     def is_closing(self): return self.closing
-    def is_reading(self): return self.reading
     def get_write_buffer_size(self): return self.size
     def set_write_buffer_limits(self, high, low=None): self.high,self.low = high,high//4 if low is None else low
-    def can_write_eof(self): return True
     def pause_reading(self): self.reading = False
     def resume_reading(self):
         self.reading = not self.closing
@@ -383,3 +372,11 @@ class ChannelForwarder(Forwarder):
         super().connection_made(transport)
         self.peer = Forwarder(self)
         ChannelTransport(self.chan, self.peer)
+
+async def join(
+    chan, # An open channel
+    *args, **kwargs # Of the event loop's `create_connection`
+):
+    "Join `chan` to a socket; if that cannot be connected, close `chan` and raise `OSError`"
+    try: await asyncio.get_running_loop().create_connection(lambda: ChannelForwarder(chan), *args, **kwargs)
+    except OSError: chan.close(); raise

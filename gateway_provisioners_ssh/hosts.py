@@ -345,19 +345,18 @@ def route(
     if user and not _USER.fullmatch(user): raise ValueError(f'{user!r} is not a user name to log in with')
     o = _read_config(host, user, port, config)
     some = lambda key: None if o.get(key, 'none').lower()=='none' else o.get(key)
+    expanded = lambda key: some(key) and o.tokens(o.get(key))
     yes = lambda key: o.get(key).lower() in ('yes', 'true')
     files = lambda key, *default: _files(o.opts.get(key, default), o)
     try:
         return Route(hostname=o.hostname(), port=_port(o.get('port'), o.get('port')), user=some('user'),
             identity_files=files('identityfile'), certificate_files=files('certificatefile'),
             identities_only=yes('identitiesonly'), identity_agent=_agent(o.get('identityagent', 'SSH_AUTH_SOCK'), o),
-            proxy_jump=_jumps(o.get('proxyjump', 'none')),
-            proxy_command=some('proxycommand') and o.tokens(o.get('proxycommand')),
+            proxy_jump=_jumps(o.get('proxyjump', 'none')), proxy_command=expanded('proxycommand'),
             known_hosts=files('userknownhostsfile', '~/.ssh/known_hosts', '~/.ssh/known_hosts2') +
                 files('globalknownhostsfile', '/etc/ssh/ssh_known_hosts', '/etc/ssh/ssh_known_hosts2'),
-            host_key_alias=some('hostkeyalias') and o.tokens(o.get('hostkeyalias')),
-            address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'),
-            compression=yes('compression'), ssh_command=_ssh_command(host, config))
+            host_key_alias=expanded('hostkeyalias'), address_family=o.get('addressfamily', 'any').lower(),
+            bind_address=some('bindaddress'), compression=yes('compression'), ssh_command=_ssh_command(host, config))
     except ValueError as e: raise ValueError(f'OpenSSH configuration for {host}: {e}') from None
 
 # %% ../nbs/01_hosts.ipynb #7e0f8fec

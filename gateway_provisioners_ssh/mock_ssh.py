@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'MARK', 'Lane', 'ServerSocket', 'ServerTransport', 'MockConnection', 'stat', 'environs', 'cmdline', 'marked',
-           'kill_marked', 'now_ticks', 'exited', 'Input', 'Output', 'Session', 'Server', 'join', 'in_loop',
-           'call_in_loop', 'new_key', 'MockHost', 'MockHosts']
+           'kill_marked', 'now_ticks', 'exited', 'Input', 'Output', 'Session', 'Server', 'in_loop', 'call_in_loop',
+           'new_key', 'Startable', 'MockHost', 'MockHosts']
 
 # %% ../nbs/07_mock_ssh.ipynb #d816dc84
 import asyncio, atexit, io, logging, os, shlex, shutil, signal, socket, struct, subprocess, sys, tempfile, threading
@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fastcore.basics import patch, store_attr
 from .background import background, in_thread, spawn_task
-from gateway_provisioners_ssh.channels import (ChannelForwarder, ChannelTransport, Forwarder, NonblockingSocket,
-    Transport, send_exit)
+from .channels import ChannelTransport, Forwarder, NonblockingSocket, Transport, join, send_exit
 from .hosts import this_user
 
 # %% ../nbs/07_mock_ssh.ipynb #eae7cf53
@@ -60,7 +59,6 @@ class ServerSocket(NonblockingSocket):
     def __init__(self, sock, after: deque):
         super().__init__(sock, poll_interval=10)
         self.after = after
-
     def recv(self, n):
         while self.after: self.after.popleft()()
         return super().recv(n)
@@ -71,7 +69,6 @@ class ServerTransport(Transport):
         super().__init__(conn.sock)
         self.conn, self.name = conn, f'mock-ssh-{conn.host.name}'
         self.set_log_channel(__name__)
-
     def run(self):
         try: super().run()
         finally:
@@ -83,7 +80,8 @@ class MockConnection(Lane):
     "One client's TCP connection to a host"
     def __init__(self, host):
         super().__init__(host)
-        self.after, self.ssh, self.server, self.closed = deque(), None, None, host.loop.create_future()
+        self.after, self.ssh, self.server, self.served = deque(), None, None, False
+        self.closed = host.loop.create_future()
 
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -98,7 +96,8 @@ class MockConnection(Lane):
 
     async def serve(self):
         "Have paramiko's server at the other end"
-        near, far = socket.socketpair()
+        if self.served: return
+        self.served, (near, far) = True, socket.socketpair()
         _, peer = await self.host.loop.create_connection(lambda: Lane(self.host, self), sock=far)
         if self.transport.is_closing(): near.close(); return peer.transport.abort()
         self.peer, self.sock = peer, ServerSocket(near, self.after)
@@ -205,25 +204,22 @@ class Output(asyncio.Protocol):
 class Session(asyncio.Protocol):
     "One command (or login shell) at the end of the channel `chan`"
     def __init__(self, host, chan, argv, env):
-        self.host, self.chan, self.outputs, self.open = host, chan, {}, {1, 2, 'process'}
+        self.host, self.chan, self.input, self.outputs, self.open = host, chan, None, {}, {1, 2, 'process'}
         self.proc = subprocess.Popen(argv, executable=host.shell, env=env, cwd=host.home, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         host.sessions.add(self)
 
-    async def run(self):
-        "In the loop, once the client has been told that its command runs"
-        self.io, loop, proc = ChannelTransport(self.chan, self), self.host.loop, self.proc
-        self.io.pause_reading()
-        self.input, _ = await loop.connect_write_pipe(lambda: Input(self), proc.stdin)
-        self.io.write(self.host.noise.encode())
-        await loop.connect_read_pipe(lambda: Output(self, 1), proc.stdout)
-        await loop.connect_read_pipe(lambda: Output(self, 2), proc.stderr)
-        if self.io.is_closing(): self.connection_lost(None)
-        self.io.resume_reading()
-        status = await exited(proc)
-        self.host.sessions.discard(self)
-        with suppress(OSError, EOFError, SSHException): send_exit(self.chan, status)
-        self.ended('process')
+    def data_received(self, data):
+        if not self.input.is_closing(): self.input.write(data)
+    def eof_received(self):
+        self.input.close()
+        return True  # it can still answer
+    def pause_writing(self):
+        for o in self.outputs.values(): o.pause_reading()
+    def resume_writing(self):
+        for o in self.outputs.values(): o.resume_reading()
+    def connection_lost(self, exc):
+        for o in filter(None, (self.input, *self.outputs.values())): o.close()
 
     def ended(self, what):
         self.open.discard(what)
@@ -232,25 +228,20 @@ class Session(asyncio.Protocol):
 
 # %% ../nbs/07_mock_ssh.ipynb #41d508d0
 @patch
-def data_received(self: Session, data):
-    if not self.input.is_closing(): self.input.write(data)
-
-@patch
-def eof_received(self: Session):
-    self.input.close()
-    return True  # it can still answer
-
-@patch
-def pause_writing(self: Session):
-    for o in self.outputs.values(): o.pause_reading()
-
-@patch
-def resume_writing(self: Session):
-    for o in self.outputs.values(): o.resume_reading()
-
-@patch
-def connection_lost(self: Session, exc):
-    for o in (self.input, *self.outputs.values()): o.close()
+async def run(self: Session):
+    "Join the command to its channel, in the loop, once the client has been told that it runs"
+    self.io, loop, proc = ChannelTransport(self.chan, self), self.host.loop, self.proc
+    self.io.pause_reading()
+    self.input, _ = await loop.connect_write_pipe(lambda: Input(self), proc.stdin)
+    self.io.write(self.host.noise.encode())
+    await loop.connect_read_pipe(lambda: Output(self, 1), proc.stdout)
+    await loop.connect_read_pipe(lambda: Output(self, 2), proc.stderr)
+    if self.io.is_closing(): self.connection_lost(None)
+    self.io.resume_reading()
+    status = await exited(proc)
+    self.host.sessions.discard(self)
+    with suppress(OSError, EOFError, SSHException): send_exit(self.chan, status)
+    self.ended('process')
 
 # %% ../nbs/07_mock_ssh.ipynb #2401e737
 class Server(paramiko.ServerInterface):
@@ -316,12 +307,8 @@ def check_channel_direct_tcpip_request(self: Server, chanid, origin, destination
     if not self.host.forwarding: return ssh.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
     try: sock = socket.create_connection(destination, timeout=3)
     except OSError: return ssh.OPEN_FAILED_CONNECT_FAILED
-    self._open(('direct', chanid), lambda chan: in_loop(join(chan, sock)))
+    self._open(('direct', chanid), lambda chan: in_loop(join(chan, sock=sock)))
     return ssh.OPEN_SUCCEEDED
-
-async def join(chan: paramiko.Channel, sock: socket.socket):
-    "Join a channel and a TCP connection until both have ended."
-    await asyncio.get_running_loop().create_connection(lambda: ChannelForwarder(chan), sock=sock)
 
 # %% ../nbs/07_mock_ssh.ipynb #26b0ef0d
 @patch
@@ -353,7 +340,7 @@ def _connected(self: Server, listener, address, port):
         except (OSError, EOFError, SSHException): return sock.close()
         self.opened['remote', chan.chanid] = chan
         self.host.count('channels')
-        await join(chan, sock)
+        await join(chan, sock=sock)
     with suppress(OSError): spawn_task(offer(*listener.accept()))
 
 # %% ../nbs/07_mock_ssh.ipynb #7bfbf7de
@@ -373,9 +360,17 @@ def new_key() -> paramiko.Ed25519Key:
     key.pem = pem
     return key
 
+# %% ../nbs/07_mock_ssh.ipynb #6bc8beab
+class Startable:
+    "A context manager, plain or async, of what has `start` and `stop`"
+    def __enter__(self): return self.start()
+    def __exit__(self, *args): self.stop()
+    async def __aenter__(self): return await asyncio.to_thread(self.start)
+    async def __aexit__(self, *args): await asyncio.to_thread(self.stop)
+
 # %% ../nbs/07_mock_ssh.ipynb #7fe5c92b
-class MockHost:
-    "An SSH server on a loopback address of this machine; a context manager, plain or async"
+class MockHost(Startable):
+    "An SSH server on a loopback address of this machine"
     def __init__(self,
         name: str='mock',            # for messages and the names of threads
         address: str='127.0.0.1',    # to listen on; Linux has all of 127.0.0.0/8 to choose from
@@ -399,18 +394,28 @@ class MockHost:
         self.commands, self.seen = [], Counter()  # every command that was executed; totals of what happened
         self.latency, self.frozen, self.hanging, self.auth, self.stopping = 0., False, False, True, False
         self.key = self.host_key  # that it shows; `host_key` is the one that clients were told of
+
+    @property
+    def entry(self) -> str: return f'{self.user}@{self._bracketed}:{self.port}'  # for `remote_hosts`
+    @property
+    def _bracketed(self): return f'[{self.address}]' if ':' in self.address else self.address
+    @property
+    def connections(self) -> int: return len(self.links)  # that are open now
     def __repr__(self): return f'{type(self).__name__}({self.name!r}, {self.entry!r})'
 
 # %% ../nbs/07_mock_ssh.ipynb #9cdac8a5
 @patch(as_prop=True)
-def entry(self: MockHost) -> str: return f'{self.user}@{self._bracketed}:{self.port}'  # for `remote_hosts`
-
-@patch(as_prop=True)
-def _bracketed(self: MockHost): return f'[{self.address}]' if ':' in self.address else self.address
-
-@patch(as_prop=True)
 def known_hosts_line(self: MockHost) -> str:
     return f'[{self.address}]:{self.port} {self.host_key.get_name()} {self.host_key.get_base64()}'
+
+@patch(as_prop=True)
+def channels(self: MockHost) -> int:  # that are open now
+    return sum(len(o.server.channels) for o in list(self.links) if o.server)
+
+@patch
+def processes(self: MockHost) -> dict[int, str]:
+    "Pid and command line of every live process that was started through this host."
+    return {pid: shlex.join(c) for pid in sorted(marked(self.id)) if (c := cmdline(pid))}
 
 @patch
 def count(self: MockHost, what: str):
@@ -443,27 +448,20 @@ def start(self: MockHost) -> MockHost:
 def _bins(self: MockHost) -> Path:  # where `python` is this interpreter
     bins = Path(sys.executable).parent
     if (bins/'python').exists() or self.given_home: return bins
-    mine = Path(self.home)/'bin'
-    mine.mkdir(exist_ok=True)
-    (mine/'python').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (mine/'python').chmod(0o755)
-    return mine
-
-@patch
-def _tmp(self: MockHost) -> str:  # a directory of its own for temporary files, and so an agent of its own
-    (tmp := Path(self.home)/'.tmp').mkdir(exist_ok=True)
-    return str(tmp)
+    (own := Path(self.home)/'bin').mkdir(exist_ok=True)
+    (own/'python').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (own/'python').chmod(0o755)
+    return own
 
 @patch
 def login_env(self: MockHost, conn: MockConnection, more: dict) -> dict:
-    "The environment of a login through `conn`."
-    bins, here, there = self._bins(), conn.remote, conn.local
-    user = conn.ssh.get_username()
-    marks = ' '.join(filter(None, [os.environ.get(MARK), self.id]))
-    login = dict(LANG='C.UTF-8', USER=user, LOGNAME=user, HOME=self.home, SHELL=self.shell, TMPDIR=self._tmp(),
-        PATH=f'{bins}:/usr/local/bin:/usr/bin:/bin',
-        SSH_CLIENT=f'{here[0]} {here[1]} {there[1]}', SSH_CONNECTION=f'{here[0]} {here[1]} {there[0]} {there[1]}')
-    return login | more | self.env | {MARK: marks}
+    "The environment of a login through `conn`; with a TMPDIR of its own it has an agent of its own."
+    (tmp := Path(self.home)/'.tmp').mkdir(exist_ok=True)
+    user, ends = conn.ssh.get_username(), [*map(str, conn.remote), *map(str, conn.local)]
+    login = dict(LANG='C.UTF-8', USER=user, LOGNAME=user, HOME=self.home, SHELL=self.shell, TMPDIR=str(tmp),
+        PATH=f'{self._bins()}:/usr/local/bin:/usr/bin:/bin',
+        SSH_CLIENT=' '.join([*ends[:2], ends[3]]), SSH_CONNECTION=' '.join(ends))
+    return login | more | self.env | {MARK: ' '.join(filter(None, [os.environ.get(MARK), self.id]))}
 
 # %% ../nbs/07_mock_ssh.ipynb #e3f1e8de
 @patch
@@ -532,29 +530,6 @@ def stop(self: MockHost):
     self.loop = None
     atexit.unregister(self.stop)
 
-# %% ../nbs/07_mock_ssh.ipynb #5fbe669b
-@patch
-def processes(self: MockHost) -> dict[int, str]:
-    "Pid and command line of every live process that was started through this host."
-    return {pid: shlex.join(c) for pid in sorted(marked(self.id)) if (c := cmdline(pid))}
-
-@patch(as_prop=True)
-def connections(self: MockHost) -> int:  # that are open now
-    return len(self.links)
-
-@patch(as_prop=True)
-def channels(self: MockHost) -> int:  # that are open now
-    return sum(len(o.server.channels) for o in list(self.links) if o.server)
-
-@patch
-def __enter__(self: MockHost): return self.start()
-@patch
-def __exit__(self: MockHost, *args): self.stop()
-@patch
-async def __aenter__(self: MockHost): return await asyncio.to_thread(self.start)
-@patch
-async def __aexit__(self: MockHost, *args): await asyncio.to_thread(self.stop)
-
 # %% ../nbs/07_mock_ssh.ipynb #a3ff31b9
 @patch
 def client(self: MockHost,
@@ -567,9 +542,7 @@ def client(self: MockHost,
     login = dict(pkey=self.client_key, username=self.user, look_for_keys=False, allow_agent=False,
         timeout=timeout, banner_timeout=timeout, auth_timeout=timeout)
     try: c.connect(self.address, self.port, **login | kw)
-    except BaseException:
-        c.close()
-        raise
+    except BaseException: c.close(); raise
     return c
 
 # %% ../nbs/07_mock_ssh.ipynb #634a8f79
@@ -584,10 +557,8 @@ def thaw(self: MockHost):
 
 @patch
 def delay(self: MockHost, seconds: float): self.latency = seconds  # one way; a round trip takes twice as long
-
 @patch
 def wrong_key(self: MockHost): self.key = new_key()  # for the connections to come
-
 @patch
 def refuse_auth(self: MockHost): self.auth = False
 
@@ -606,8 +577,8 @@ def heal(self: MockHost):
     self.accept()
 
 # %% ../nbs/07_mock_ssh.ipynb #14336577
-class MockHosts:
-    "`n` mock hosts and the files of a client that knows them; a context manager, plain or async; a sequence"
+class MockHosts(Startable):
+    "A sequence of `n` mock hosts, and the files of a client that knows them"
     def __init__(self,
         n: int=3,        # hosts, named mock1 to mockN
         base: int=11,    # the last number of the first address: 127.0.0.11, 127.0.0.12, ...
@@ -630,25 +601,15 @@ class MockHosts:
         self.client_key = new_key()
         atexit.register(self.stop)
         try:
-            for i in range(self.n): self.hosts.append(self._host(i).start())
+            for i in range(self.n):
+                address = f'127.0.0.{self.base+i}' if sys.platform == 'linux' else '127.0.0.1'
+                host = MockHost(f'mock{i+1}', address, client_key=self.client_key, **self.options)
+                self.hosts.append(host.start())
             self._write()
-        except BaseException:
-            self.stop()
-            raise
+        except BaseException: self.stop(); raise
         return self
 
-    def __enter__(self): return self.start()
-    def __exit__(self, *args): self.stop()
-    async def __aenter__(self): return await asyncio.to_thread(self.start)
-    async def __aexit__(self, *args): await asyncio.to_thread(self.stop)
-
 # %% ../nbs/07_mock_ssh.ipynb #2be53807
-@patch
-def _host(self: MockHosts, i):
-    many = sys.platform == 'linux'
-    return MockHost(f'mock{i+1}', f'127.0.0.{self.base+i}' if many else '127.0.0.1',
-        client_key=self.client_key, **self.options)
-
 @patch
 def stop(self: MockHosts):
     "Stop the hosts and remove the files."
