@@ -26,7 +26,7 @@ def prepare(nb):
         if c.cell_type == 'code':
             flags, c.source = directives(c.source)
             if re.search(r'\bhide\b|default_exp', flags): continue
-            if 'echo: false' in flags: c.source = ''
+            if 'echo: false' in flags: c.metadata['transient'] = dict(remove_source=True)
             alt = re.search(r'fig-alt: "([^"]*)"', flags)
             for o in c.outputs:
                 if alt and 'image/png' in o.get('data', {}): o.metadata.setdefault('image/png', {})['alt'] = alt[1]
