@@ -1,5 +1,5 @@
-"""The distribution where nothing else is: for each Python that the package is for, an empty virtual environment and home in which the wheel (built from the
-sdist) is installed, every module is imported, and the demo runs kernels on mock hosts. The Python of the tests themselves is left out: it runs all the others."""
+"""The wheel, built from the sdist, in an empty virtual environment and home of each Python that the package is for:
+every module is imported, and the demo runs kernels on mock hosts. The Python of the tests is left out, as it runs all other tests."""
 import os, pwd, shutil, subprocess, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -11,7 +11,7 @@ PYTHONS = [f'3.{n}' for n in (10, 12, 13, 14) if n != sys.version_info.minor]
 HOME = Path(pwd.getpwuid(os.getuid()).pw_dir)   # HOME is that of the tests
 IMPORT_ALL = '''
 import importlib, pkgutil, sys, gateway_provisioners_ssh as package
-names = [o.name for o in pkgutil.walk_packages(package.__path__, package.__name__ + '.') if 'kernelspecs' not in o.name]
+names = [o.name for o in pkgutil.walk_packages(package.__path__, package.__name__ + '.')]
 for o in names: importlib.import_module(o)
 print(len(names), package.__file__.startswith(sys.prefix))'''
 
@@ -20,7 +20,8 @@ def interpreter(version):
     kept = HOME/'.pyenv/versions', HOME/'.local/share/uv/python'
     found = [shutil.which(f'python{version}'), *(p for d in kept for p in d.glob(f'*{version}*/bin/python{version}'))]
     for o in filter(None, found):
-        r = subprocess.run([o, '-c', 'import sys, venv; print("%d.%d" % sys.version_info[:2])'], capture_output=True, text=True)
+        what = 'import sys, venv; print("%d.%d" % sys.version_info[:2])'
+        r = subprocess.run([o, '-c', what], capture_output=True, text=True)
         if r.stdout.strip() == version: return str(o)
 
 @pytest.fixture
@@ -39,12 +40,13 @@ def run(env, *argv, cwd):
 @pytest.mark.parametrize('version', PYTHONS)
 def test_installed_in_an_empty_environment(version, dist, away):
     if not (python := interpreter(version)):
-        pytest.skip(f'THERE IS NO PYTHON {version} HERE, so nothing is known of it: pyenv install {version}, or Debian packages python{version} python{version}-venv')
+        pytest.skip(f'THERE IS NO PYTHON {version} HERE, so it was not tried. To have it: pyenv install {version}')
     home, env = away
     run(env, python, '-m', 'venv', '--without-pip', home/'venv', cwd=home)
     bin = home/'venv/bin'
     wheel, = dist.glob('*.whl')
-    run(env, sys.executable, '-m', 'pip', '--python', bin/'python', 'install', '--quiet', '--no-compile', f'{wheel}[kernel]', cwd=home)
+    pip = sys.executable, '-m', 'pip', '--python', bin/'python'
+    run(env, *pip, 'install', '--quiet', '--no-compile', f'{wheel}[kernel]', cwd=home)
     modules, own = run(env, bin/'python', '-W', 'error::SyntaxWarning', '-c', IMPORT_ALL, cwd=home).split()
     assert int(modules) > 25 and own == 'True'
     out = run(env | dict(PATH=f'{bin}:{env["PATH"]}'), bin/'jupyter-ssh-spec', 'demo', '--hosts', 2, cwd=home)
