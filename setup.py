@@ -30,7 +30,7 @@ setup(
     install_requires=lines('requirements'),
     extras_require=extras,
     packages=find_packages(include=[pkg, pkg + '.*']),
-    package_data={pkg: ['kernelspecs/**/*', 'launchers/*']},
+    package_data={pkg: ['kernelspecs/**/*', 'launchers/*', 'static/*']},
     data_files=[('etc/jupyter/jupyter_server_config.d', ['jupyter-config/gateway_provisioners_ssh.json'])],
     entry_points={
         'console_scripts': lines('console_scripts'),

@@ -173,8 +173,7 @@ def listening() -> set[int]:
 async def disconnect():
     "End this process's SSH connections and its server for launch messages; other kernels of this process would lose theirs, too."
     from gateway_provisioners_ssh import provisioner
-    if provisioner._shared: await background().run(provisioner.shared().close())
-    provisioner._shared.clear()
+    await provisioner.close_shared()
 
 async def remains(hosts, logs: Path, ports: set[int], patience: float=10.) -> list[str]:
     "What is left, once there was time (seconds) for connections to close: nothing, it is hoped."

@@ -26,9 +26,9 @@ class Refusals:
 
     def note(self,
         reason:str, # A fixed text
-        peer:str, # Address of whoever was refused
+        peer:str, # Address of the sender
     ):
-        "Count a refusal, and log it if that is not too much"
+        "Count a refusal, and log it within the limits"
         self.total[reason] += 1
         if self.clock() - self._since >= self.every: self.sum_up()
         if (reason, peer) in self._seen or len(self._seen) >= self.most: self._silent += 1
@@ -37,7 +37,7 @@ class Refusals:
             self.log.warning('launch message from %s refused: %s', peer, reason)
 
     def sum_up(self):
-        "Tell how many refusals were not logged, and begin anew"
+        "Log how many refusals were not logged, and begin anew"
         if self._silent: self.log.warning('%d more launch messages refused, not logged one by one', self._silent)
         self._seen,self._silent,self._since = set(),0,self.clock()
 
@@ -59,7 +59,7 @@ class _Reception(asyncio.Protocol):
     def eof_received(self):
         answer = self.server._judge(bytes(self.buf), self.peer)
         self.end()
-        if answer: self.transport.write(answer)  # asyncio closes when this is on its way, for we return nothing
+        if answer: self.transport.write(answer)  # asyncio closes when this is sent, since None is returned
 
     def connection_lost(self, exc):
         if self.open and self.buf: self.server.refusals.note('it broke off before its end', self.peer)
@@ -103,7 +103,7 @@ def listening_socket(
     raise OSError(f'no response port is free on {ip}: tried {port} to {last} ({error}). Set GP_RESPONSE_PORT to '
                   f'another port, or GP_RESPONSE_PORT_RETRIES to more than {retries}.')
 
-_backlog = 256 # Connections that the system keeps for us while the loop is busy
+_backlog = 256 # Connections that the system keeps while the loop is busy
 
 def _why_not(ip, e):
     if e.errno != errno.EADDRNOTAVAIL: return f'cannot listen on {ip}: {e.strerror}'
@@ -151,13 +151,15 @@ async def address(
     self:ResponseServer,
     ip:str, # An address of this machine that the launcher's host can reach; with `addr_any`, one that leads here
 ) -> str: # `ip:port`, an IPv6 address in brackets: the value of `{response_address}`
-    "Where launchers can report to; from now on somebody listens there. `OSError` says what to change if that cannot be"
+    "Where launchers can report to, listened on from now on; `OSError` says what to change if that fails"
     try: a = ipaddress.ip_address(ip)
     except ValueError: raise ValueError(f'{ip!r} is not an IP address: set GP_RESPONSE_IP to one') from None
     a = getattr(a, 'ipv4_mapped', None) or a
     v6 = a.version == 6
-    if a.is_unspecified: raise ValueError(f'no launcher can connect to {a}: set GP_RESPONSE_ADDR_ANY=True to listen everywhere')
-    if v6 and a.is_link_local: raise ValueError(f'{a} means nothing on another host: set GP_RESPONSE_IP to a routable address')
+    if a.is_unspecified:
+        raise ValueError(f'no launcher can connect to {a}: set GP_RESPONSE_ADDR_ANY=True to listen everywhere')
+    if v6 and a.is_link_local:
+        raise ValueError(f'{a} means nothing on another host: set GP_RESPONSE_IP to a routable address')
     anywhere = '::' if v6 else '0.0.0.0'
     if a.is_loopback: port = await self._port(str(a), 0, 0)
     else: port = await self._port(anywhere if self.addr_any else str(a), self.port, self.retries)
@@ -195,11 +197,11 @@ class Expectation:
         return self.server.refusals.total[_crowded] - self._before
 
     def forget(self):
-        "Do not take this launch's message any more; the future is cancelled if it is not done"
+        "Refuse this launch's message from now on; the future is cancelled if it is not done"
         same = self.server._expected.get(self.launch.kernel_id, [])
         if self in same: same.remove(self)
         if not same: self.server._expected.pop(self.launch.kernel_id, None)
-        if not self.future.cancel() and not self.future.cancelled(): self.future.exception()  # nobody else may look
+        if not self.future.cancel() and not self.future.cancelled(): self.future.exception()  # else asyncio logs it
 
     def __enter__(self): return self
     def __exit__(self, *_): self.forget()
@@ -208,7 +210,7 @@ class Expectation:
 def expect(
     self:ResponseServer,
     launch:LaunchKeys, # Several launches of one kernel id may be awaited: a message opens for one only
-) -> Expectation: # Its `future` gives the launch's checked fields, or `HandshakeError` if our own launcher sent nonsense
+) -> Expectation: # Its `future` gives the checked fields; `HandshakeError` if the launch's own are malformed
     "Await the message of `launch`; to be called in the event loop"
     return Expectation(self, launch)
 
@@ -239,7 +241,7 @@ def _match_v1(self:ResponseServer, message):
 
 @patch
 def _judge(self:ResponseServer, raw, peer):
-    "The answer to `raw`, after its launch was told; empty if there is none to give"
+    "The answer to `raw`, whose launch gets the fields; empty if it is refused"
     try:
         message = parse_message(raw)
         exp, fields = self._match(message)
@@ -256,7 +258,7 @@ def _judge(self:ResponseServer, raw, peer):
 # %% ../nbs/04_response.ipynb #b0fa28a8
 @patch
 async def close(self:ResponseServer):
-    "Stop listening, drop all connections and forget all launches; whoever awaits one gets `CancelledError`"
+    "Stop listening, drop all connections and forget all launches, whose futures are cancelled"
     tasks = list(self._listening.values())
     self._listening.clear()
     for server in await asyncio.gather(*tasks, return_exceptions=True):

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'ENOUGH', 'StreamSession', 'ClientEnd', 'pass_on', 'pause_writing', 'resume_writing', 'finish', 'end',
-           'SleepWatch', 'sleep_watch', 'Tunnel', 'used', 'add', 'remove', 'settle', 'close', 'KernelPort', 'Forward']
+           'SleepWatch', 'sleep_watch', 'Tunnel', 'used', 'add', 'remove', 'settle', 'close', 'KernelPort', 'Forward',
+           'reached_at', 'why_unreachable', 'known_in_time']
 
 # %% ../nbs/19_tunnel.ipynb #382a475f
-import asyncio, logging, secrets, time
+import asyncio, ipaddress, logging, os, secrets, time
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
-from .background import spawn_task
+from .background import spawn_task, with_timeout
 from .hosts import HostError
 from .launchers.agent import End, Mux, Sender, StreamDecoder, encode
 from .remote import AgentClosed, AgentSession, Refusal
@@ -27,17 +28,17 @@ class StreamSession(AgentSession):
     "A session that carries streams"
     frames = StreamDecoder
     def __init__(self, write, close, name,
-        pending=lambda: 0, # How many bytes wait to be sent
+        unsent=lambda: 0, # How many bytes wait to be sent
     ):
         super().__init__(write, close, name)
-        self.pending,self.mux,self.writing,self.broken,self.resume = pending,Mux(self.room),False,False,None
+        self.unsent,self.mux,self.writing,self.broken,self.resume = unsent,Mux(self.room),False,False,None
 
     def room(self):
         "Write what there is to write, as far as it would not wait; to be called when what waited has gone out"
         if self.closed or self.writing: return
         self.writing = True
         try:
-            while self.pending() < ENOUGH and (frame := self.mux.next()): self._write(b''.join(frame))
+            while self.unsent() < ENOUGH and (frame := self.mux.next()): self._write(b''.join(frame))
         finally: self.writing = False
 
     def _received(self, m, data=b''):
@@ -319,3 +320,49 @@ class Forward:
         self.tunnel.users.discard(self)
         for o in list(self.ends): o.settle()
         self.tunnel.settle()
+
+# %% ../nbs/19_tunnel.ipynb #7a1c0e02
+def reached_at(
+    ip:str, # What the host says it listens on
+    address:str, # By which SSH reaches the host
+) -> str:
+    "The address by which ports of the host are reached"
+    own,ssh = ipaddress.ip_address(ip),ipaddress.ip_address(address)
+    return str(own) if ssh.is_loopback and not own.is_unspecified else str(ssh)
+
+async def why_unreachable(
+    session:AgentSession, # With the host's agent
+    address:str, # By which SSH reaches the host
+    peer:str, # The address of this machine that launchers know
+    ports:tuple=None, # Lowest and highest port of kernels; None: any
+    timeout:float=2, # Seconds until a port that does not answer counts as out of reach
+) -> str: # E.g. 'timed out'; '' if a kernel's ports can be reached
+    "Why connections to kernels' ports cannot be made; raises `AgentClosed`"
+    question,answer = secrets.token_hex(16),secrets.token_hex(16)
+    try:
+        said = await session.request('listen', peer=peer, ports=ports, question=question, answer=answer, seconds=timeout)
+        ip,port = reached_at(said['ip'], address),int(said['port'])
+        if await with_timeout(_ask(ip, port, question), timeout) != answer: return f'another machine answers at {ip}'
+        return ''
+    except AgentClosed: raise
+    except asyncio.TimeoutError: return 'timed out'
+    except OSError as e: return os.strerror(e.errno).lower() if e.errno else str(e)
+    except (Refusal, ValueError, TypeError, KeyError) as e: return str(e)[:300] or type(e).__name__
+
+async def _ask(ip, port, question):
+    reader,writer = await asyncio.open_connection(ip, port, limit=256)
+    try:
+        writer.write(question.encode() + b'\n')
+        return (await reader.read(256)).decode('latin1').strip()
+    finally: writer.close()
+
+# %% ../nbs/19_tunnel.ipynb #7a1c0e04
+async def known_in_time(
+    finding:asyncio.Task, # Of `why_unreachable`
+    meanwhile:asyncio.Task=None, # What has to be waited for in any case
+    moment:float=.05, # Seconds
+) -> str|None: # None: not known
+    "What `finding` finds, if that is soon"
+    await asyncio.wait({finding}, timeout=moment)
+    if meanwhile: await asyncio.wait({finding, meanwhile}, return_when=asyncio.FIRST_COMPLETED)
+    return finding.result() if finding.done() and not finding.cancelled() and not finding.exception() else None

@@ -185,14 +185,13 @@ async def stand_by(job):
     "Have the hosts of all kernelspecs make their templates, and wait until they have; nothing where the job does not say so."
     for name in job["kernels"] if job.get("standby") else ():
         from gateway_provisioners_ssh.background import background
-        from gateway_provisioners_ssh.hosts import Host
         km = Manager(kernel_name=name)
         p = _provisioner(km)
-        request = p._check({**os.environ, **job["env"]}, km.kernel_spec.argv, None)
+        request = p.checked_request({**os.environ, **job["env"]}, km.kernel_spec.argv)
         async def make(host):
-            target = await p._reach(Host.parse(host), request, time.monotonic()+30)
-            said = await p._request(target, request, await p._launch(target.conn), "")
-            return await target.agent.request("standby", **{k: said[k] for k in ("argv", "env", "spec_env", "standby")})
+            attempt = await p.reach(host, request, time.monotonic()+30)
+            said = await attempt.start_message(await attempt.make_keys())
+            return await attempt.target.agent.request("standby", **{k: said[k] for k in ("argv", "env", "spec_env", "standby")})
         for host in p.remote_hosts:
             if why := (await background().run(make(host)))["cold"]: raise RuntimeError(f"{host} cannot stand by: {why}")
 

@@ -13,7 +13,8 @@ the second is the package's own. Memory is what the process has grown by since b
 import argparse, asyncio, json, os, platform, resource, shutil, socket, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
-from hosts import SBIN, sh, wait
+from hosts import SBIN, sh
+from pace import wait
 
 
 def address(i): return f"127.7.{i//250}.{i%250+1}"
@@ -132,11 +133,10 @@ def start_cost(count, times=200):
     for i in range(times):
         t = time.perf_counter()
         p = DistributedProvisioner(kernel_id=f"k{i}", kernel_spec=spec, config=config)
-        request = p._check(dict(KERNEL_USERNAME="bench"), spec.argv, None)
-        claim = p._place(request)
-        next(iter(p._candidates(claim)))
+        choice = p.choose_hosts(p.checked_request(dict(KERNEL_USERNAME="bench"), spec.argv))
+        choice.next()
         took.append(time.perf_counter()-t)
-        claim.release()
+        choice.claim.release()
     return 1000*statistics.median(took)
 
 

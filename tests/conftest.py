@@ -12,7 +12,7 @@ def need(reason):
     "Skip for `reason`, if there is one; under CI a missing piece is a failure"
     if reason: (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
 
-LONGEST = ('test_spark', 'test_matrix', 'test_faults', 'test_lifecycle', 'test_standby', 'test_operators', 'test_streams', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network', 'test_hosts',
+LONGEST = ('test_spark', 'test_matrix', 'test_page', 'test_faults', 'test_lifecycle', 'test_standby', 'test_operators', 'test_streams', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network', 'test_hosts',
            'test_server', 'test_impersonation')
 
 def group(file):
@@ -52,14 +52,14 @@ def _net(client, tmp_path_factory):
 @pytest.fixture
 def hosts(_loopback):
     "Four hosts on loopback addresses, host1 to host4, made whole after every test; the first kernel of each is for the first of its hosts"
-    balance._balancer.cache_clear()
+    balance.load_balancer.cache_clear()
     yield _loopback
     _loopback.repair()
 
 @pytest.fixture
 def net(_net):
     "Four hosts in network namespaces, node1 to node4, made whole after every test; the first kernel of each is for the first of its hosts"
-    balance._balancer.cache_clear()
+    balance.load_balancer.cache_clear()
     yield _net
     _net.repair()
 

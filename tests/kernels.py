@@ -1,6 +1,6 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
 asked to use it, and a look at what a kernel left behind, here and on its host. Also launchers that a test itself starts, and what clients do."""
-import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, time, uuid
+import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, uuid
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from gateway_provisioners_ssh import balance, provisioner
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import connection_info
 from gateway_provisioners_ssh.remote import Refusal, local_session, spawn
-from hosts import wait
+from pace import Timer, until, wait
 
 BIN = Path(sys.executable).parent
 LEGACY = [sys.executable, str(Path(__file__).parent/'legacy_launcher.py'), '--RemoteProcessProxy.kernel-id', '{kernel_id}', '--RemoteProcessProxy.response-address',
@@ -63,7 +63,7 @@ class Remote:
 
     def on(self, *hosts, env={}, **kw):
         "A kernel on the first of `hosts` that will have it, and its client; `env` adds to the environment of its start, `kw` is for its manager"
-        balance._balancer.cache_clear()
+        balance.load_balancer.cache_clear()
         return running(self.manager(self.spec('_'.join(['on', *hosts]), hosts=list(hosts)), **kw), env=os.environ | env)
 
     def host(self, km): return self.lab[str(km.provisioner.conn.host)]
@@ -112,17 +112,16 @@ def listening():
 def response_ports():
     "Those of them that wait for launch messages, which last as long as the process"
     out = set()
-    for s in [s for sh in provisioner._shared.values() for s in sh.servers.values()]:
+    for s in provisioner.shared().servers.values():
         for task in s._listening.values():
             if task.done() and not task.cancelled() and not task.exception(): out |= {o.getsockname()[1] for o in task.result().sockets}
     return out
 
-def shared_load(): return {k: v for sh in provisioner._shared.values() for k, v in sh.ledger.load.items()}
+def shared_load(): return provisioner.shared().ledger.load
 
 def forget():
     "Close all connections of this process, so that the next test starts as a new process does"
-    for sh in list(provisioner._shared.values()): asyncio.run(asyncio.wait_for(background().run(sh.close()), 30))
-    provisioner._shared.clear()
+    asyncio.run(asyncio.wait_for(provisioner.close_shared(), 30))
 
 # Kernels and clients
 
@@ -145,14 +144,6 @@ async def running(km, **kw):
     try:
         async with client_of(km) as kc: yield Running(km, kc)
     finally: await km.shutdown_kernel(now=True)
-
-async def until(cond, timeout=20, what='condition'):
-    "Let the event loop go on until `cond()` is true, and return what it returned"
-    end = time.monotonic() + timeout
-    while not (r := cond()):
-        assert time.monotonic() < end, f'{what}: not within {timeout} s'
-        await asyncio.sleep(.02)
-    return r
 
 async def value(kc, expr, timeout=30):
     "What `expr` is in the kernel"
@@ -206,29 +197,6 @@ async def kill(km, kc):
     os.kill(km.provisioner.fields['pid'], signal.SIGKILL)
     assert await asyncio.wait_for(km.provisioner.wait(), 30) == -9
     return float(t)
-
-def slowness(quiet=.12):
-    "How many times slower this machine is just now than one that has nothing else to do: by the start of an interpreter, `quiet` seconds there"
-    t = Timer()
-    subprocess.run([sys.executable, '-c', 'import asyncio, json'], check=True)
-    return max(1, float(t)/quiet)
-
-async def within(limit, attempt):
-    """A bound in time that is promised: `await attempt()` gives fewer than `limit` seconds. Test machines are busy at times, so one that is late may be an
-    accident, but then neither of two more may be late, for as slow as the machine is before or after them."""
-    if (first := await attempt()) < limit: return
-    slow = await asyncio.to_thread(slowness)
-    more = [await attempt(), await attempt()]
-    slow = max(slow, await asyncio.to_thread(slowness))
-    assert max(more) < limit*slow, (first, *more, slow)
-
-class Timer:
-    "Seconds since it was made: `float(timer)`, or compared"
-    def __init__(self): self.start = time.monotonic()
-    def __float__(self): return time.monotonic() - self.start
-    def __lt__(self, o): return float(self) < o
-    def __gt__(self, o): return float(self) > o
-    def __repr__(self): return f'{float(self):.2f} s'
 
 # Processes and ports
 

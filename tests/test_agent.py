@@ -1,17 +1,17 @@
 "The agent of a host: what it starts, watches and leaves behind, on each Python that a host may have; and what crashes, full disks and other users can do to it."
-import asyncio, base64, contextlib, contextvars, hashlib, json, os, random, shutil, signal, socket, subprocess, sys, tempfile, time, zlib
+import ast, asyncio, base64, contextlib, contextvars, hashlib, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, time, zlib
 from pathlib import Path
 import pytest
 from gateway_provisioners_ssh import remote
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import EXIT_UNKNOWN, AgentClosed, AgentSession, NoPython, Refusal, RemoteProcess, Tree, spawn, tree_of
 from conftest import need
-from kernels import until
+from pace import until
 
 ME, OTHER = 1001, 1002   # users whom nobody else is
 PYTHON = os.path.realpath(sys.executable)
 SOURCE = Path(agent.__file__).read_text()
-QUICK = ('self.idle if self.clients else 1, self.leave', '.1, self.leave'), ('self.loop.later(30, self.tend)', 'self.loop.later(.3, self.tend)')   # what it does now and then, sooner
+QUICK = ('self.idle_timeout if self.clients else 1, self.end_if_idle', '.1, self.end_if_idle'), ('self.loop.call_later(30, self.maintain)', 'self.loop.call_later(.3, self.maintain)')   # what it does now and then, sooner
 
 def changed(*changes):
     "What `agent_source` gives for an agent in whose source each `(old, new)` was replaced"
@@ -36,11 +36,11 @@ class Host:
         self.env = dict(PATH=os.environ['PATH'], HOME=str(self.home), TMPDIR=str(self.tmp))
         self.log, self.sh, self.opened, self.agents, self.started, self.one_at_a_time = str(self.tmp/'kernel.log'), None, [], set(), [], asyncio.Lock()
 
-    async def open(self, *changes, patience=0, **env):
+    async def open(self, *changes, idle_timeout=0, **env):
         "A session with the agent, or with one of another version: `changes` are `(old, new)` in its source"
         p = await asyncio.create_subprocess_exec(*self.prefix, self.shell, '-c', agent.COMMAND, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT, env=self.env | env, start_new_session=True)
-        s = AgentSession(p.stdin.write, p.stdin.close, 'here', patience)
+        s = AgentSession(p.stdin.write, p.stdin.close, 'here', idle_timeout)
         s.process = p
         async def read():
             with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ class Host:
         "The files in the end, once every agent has ended by itself"
         self.close_sessions()
         await until(lambda: not any(map(agent.start_time, self.agents)), 30, 'the end of all agents')
-        return sorted(o.name for o in self.tmp.iterdir() if o.name != 'bin')
+        return sorted(o for o in (str(o.relative_to(self.tmp)) for o in self.tmp.rglob('*')) if o.split('/')[0] != 'bin')
 
     async def close(self):
         for p in self.started:
@@ -474,6 +474,31 @@ def test_syntax_floor():
     r = subprocess.run([vermin, '-t=3.6-', '--no-tips', '--exclude', 'os.pidfd_open', '--violations', agent.__file__], capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
 
+def arguments_of(operation):
+    "The keys of a request that an operation reads, itself or in what it calls with the request"
+    functions, found, seen = {}, set(), set()
+    for o in ast.walk(ast.parse(SOURCE)):
+        if isinstance(o, (ast.FunctionDef, ast.ClassDef)): functions.setdefault(o.name, []).append(o)
+    def is_request(o): return isinstance(o, ast.Name) and o.id == 'm' or isinstance(o, ast.Attribute) and o.attr == 'm'
+    def read(name):
+        if name in seen: return
+        seen.add(name)
+        for o in (o for f in functions.get(name, ()) for o in ast.walk(f)):
+            if isinstance(o, ast.Subscript) and is_request(o.value): found.add(o.slice.value)
+            elif isinstance(o, ast.Compare) and is_request(o.comparators[0]): found.add(o.left.value)
+            elif isinstance(o, ast.Call) and getattr(o.func, 'attr', '') == 'get' and is_request(o.func.value): found.add(o.args[0].value)
+            elif isinstance(o, ast.Call) and any(map(is_request, o.args)): read(getattr(o.func, 'attr', getattr(o.func, 'id', '')))
+    hooks = dict(start=['admit', 'spawn'], forget=['forget']).get(operation, ())
+    for f in agent.OPERATIONS[operation], *(f for o in hooks for f in agent.HOOKS[o].values()): read(f.__name__)
+    return found - {'n', 'op', 'as', 'size', 'event'} - ({'ticket', 'ports'} if operation == 'standby' else set())   # a template has no ticket
+
+def test_the_table_of_operations():
+    "Lists every operation, with the arguments that it reads"
+    cells = json.loads((Path(agent.__file__).parents[2]/'nbs/08_agent.ipynb').read_text())['cells']
+    table = ''.join(next(o['source'] for o in cells if '| request | arguments |' in ''.join(o['source']))).split('| request | arguments |')[1].split('\n\n')[0]
+    rows = {re.findall(r'`(\w+)`', o.split('|')[1])[0]: set(re.findall(r'`(\w+)`', o.split('|')[2])) for o in table.splitlines() if o.startswith('| `')}
+    assert rows == {o: arguments_of(o) for o in agent.OPERATIONS}
+
 def empty_path(host, **links):
     (bin := host.dir/'bin').mkdir()
     for name, to in links.items(): (bin/name).symlink_to(to)
@@ -517,7 +542,7 @@ async def test_login_that_prints(host, banner):
 async def test_login_that_prints_without_end(host):
     login_shell(host, '#!/bin/sh\nyes banner | head -c 1000000\nexec /bin/sh "$@"\n')
     with pytest.raises(AgentClosed, match='it wrote too much.*banner'): await host.open()
-    assert len(host.opened[0].noise) < 2**18
+    assert len(host.opened[0].login_output) < 2**18
 
 async def test_no_login(host):
     host.shell = '/bin/false'
@@ -653,7 +678,7 @@ async def test_a_client_that_never_reads(host):
 async def test_a_silent_client(host):
     "Is dropped after the time that it named; one that speaks is not"
     await host.sessions()
-    silent, other = await host.open(patience=.3), await host.open(patience=.3)
+    silent, other = await host.open(idle_timeout=.3), await host.open(idle_timeout=.3)
     async def beat():
         while True: await other.ping(); await asyncio.sleep(.02)
     beating = asyncio.create_task(beat())
@@ -661,10 +686,10 @@ async def test_a_silent_client(host):
     assert not other.closed and not host.sh.closed
     beating.cancel()
 
-@pytest.mark.parametrize('patience', [1e300, float('inf'), float('nan'), -1, 'x', 10**19, 3e6])
-async def test_odd_patience(host, patience):
+@pytest.mark.parametrize('idle_timeout', [1e300, float('inf'), float('nan'), -1, 'x', 10**19, 3e6])
+async def test_odd_idle_timeout(host, idle_timeout):
     s = await host.sessions()
-    with contextlib.suppress(Refusal): await s.request('ping', patience=patience)
+    with contextlib.suppress(Refusal): await s.request('ping', idle_timeout=idle_timeout)
     await asyncio.gather(*(s.ping() for _ in range(3)))
     assert not (host.private/'errors').exists()
 
@@ -739,7 +764,7 @@ async def test_two_clients_send_one_tree(host):
 
 async def test_sessions_while_the_agent_leaves(host):
     "30 sessions that come and go about the moment in which an agent ends by itself"
-    soon = ('self.idle if self.clients else 1, self.leave', '.02, self.leave')
+    soon = ('self.idle_timeout if self.clients else 1, self.end_if_idle', '.02, self.end_if_idle')
     host.changes = ()
     async def one(seed):
         r = random.Random(seed)
@@ -753,7 +778,7 @@ async def test_sessions_while_the_agent_leaves(host):
 
 async def test_a_large_environment_while_the_agent_leaves(host):
     "More than a socket holds, so that whoever hands it over waits for an agent that wants to leave"
-    soon = ('self.idle if self.clients else 1, self.leave', '0, self.leave')
+    soon = ('self.idle_timeout if self.clients else 1, self.end_if_idle', '0, self.end_if_idle')
     host.changes = ()
     first = await host.open(soon)
     pid = first.hello['pid']
@@ -913,7 +938,7 @@ async def test_no_sudo(host):
         was = was or fds(s.hello['pid'])
     assert fds(s.hello['pid']) == was
     for user in '-x', 5, None, '', ['ada']:
-        with pytest.raises(Refusal, match='no name of a user|not found'): await s._ask('become', b'', '', dict(user=user))
+        with pytest.raises(Refusal, match='no name of a user|not found'): await s._request('impersonate', b'', '', dict(user=user))
 
 async def test_agent_of_another_user_killed(host, sudo):
     p = await as_user(host, 'ada')
@@ -941,13 +966,13 @@ async def test_a_user_cannot_answer_for_others(host, sudo):
     asked = [asyncio.ensure_future(s.request('log', path='/no/such', lines=1)) for _ in range(3)]
     os.kill(s.hello['pid'], signal.SIGCONT)
     assert await asyncio.gather(*asked) == [dict(text='')]*3
-    s.n = 0
+    s.last_number = 0
     for _ in range(9):
         os.kill(s.hello['pid'], signal.SIGSTOP)
-        s._received(dict(n=s.n + 1, ok=dict(forged=1), **{'as': 'eve'}))
+        s._received(dict(n=s.last_number + 1, ok=dict(forged=1), **{'as': 'eve'}))
         fut = asyncio.ensure_future(s.request('log', path='/no/such', lines=1))
         await asyncio.sleep(0)
-        s._received(dict(n=s.n, ok=dict(forged=1), **{'as': 'eve'}))
+        s._received(dict(n=s.last_number, ok=dict(forged=1), **{'as': 'eve'}))
         os.kill(s.hello['pid'], signal.SIGCONT)
         assert await fut == dict(text='')
 
@@ -999,7 +1024,7 @@ async def test_something_in_place_of_the_log(mine, what):
 @pytest.mark.parametrize('what', laid)
 async def test_something_put_in_place_of_the_log_just_then(mine, what):
     "Between the removal of an old log and the making of the new one"
-    wait = ('self.fd = self._new(self.path)\n', 'open("/tmp/now", "w")\n            while not os.path.exists("/tmp/then"): time.sleep(.01)\n            self.fd = self._new(self.path)\n')
+    wait = ('self.fd = self._create(self.path)\n', 'open("/tmp/now", "w")\n            while not os.path.exists("/tmp/then"): time.sleep(.01)\n            self.fd = self._create(self.path)\n')
     with another(mine, f"""print(flush=True)
 import time
 dir = os.path.dirname(log)
@@ -1060,7 +1085,7 @@ async def test_a_request_that_is_too_long(host):
     "Is refused here: at the host it would end the session of all kernels"
     s = await host.sessions()
     with pytest.raises(Refusal, match='too long'): await host.start('exit 0', env=dict(X='x'*2**20))
-    assert not s.closed and not s.processes and not s.asked
+    assert not s.closed and not s.processes and not s.pending
 
 async def test_a_long_title(host):
     p = await host.start('exit 0', title='ü'*100_000, max_bytes=100_000)

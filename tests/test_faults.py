@@ -9,9 +9,10 @@ from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import ControlKey
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import _control, shared
-from gateway_provisioners_ssh.settings import LaunchError
+from gateway_provisioners_ssh.errors import LaunchError
 from gateway_provisioners_ssh.ssh import HostError
-from kernels import Remote, Timer, busy, client_of, forget, interrupt, kill, printed, reply_to, until, value, within
+from kernels import Remote, busy, client_of, forget, interrupt, kill, printed, reply_to, value
+from pace import Timer, until, within
 
 @pytest.fixture
 def remote(hosts, tmp_path, monkeypatch):
@@ -194,10 +195,10 @@ async def test_first_choice_of_host_is_of_no_use(remote, hosts, fault, words):
             said(f'first host {fault.__name__}: ready on the next', t)
             assert km.provisioner.conn.host.name == 'host2' and t < 12
             conn = await background().run(shared().pool.connection(Host.parse('host1'), km.provisioner.login))
-            assert conn.failures == 1 and conn.rest_until > 0
+            assert conn.backoff.failures == 1 and conn.backoff.until > 0
             with pytest.raises(LaunchError, match=f'(?s)host host1.*({words})'):
                 async with remote.on('host1', 'host2', config=conf, env=dict(KERNEL_REMOTE_HOST='host1')): pass
-            assert conn.failures == 2 and conn.rest_until - time.monotonic() > 1, 'pauses grow'
+            assert conn.backoff.failures == 2 and conn.backoff.until - time.monotonic() > 1, 'pauses grow'
             fault(hosts[2])
             with pytest.raises(LaunchError, match='no host could start the kernel') as e:
                 async with remote.on('host1', 'host3', config=conf): pass
@@ -211,10 +212,10 @@ LIGHT = textwrap.dedent('''
     sys.path.insert(0, sys.argv.pop(1))
     import server_listener as L
     try:
-        launch = L.Launch(L.Arguments('A process that takes the place of a kernel and computes nothing').parse_args())
-        L.report_now(launch, launch.write(os.getpid()), os.getpid())
+        launch = L.LaunchContext(L.Arguments('A process that takes the place of a kernel and computes nothing').parse_args())
+        L.report_listening(launch, launch.write(os.getpid()), os.getpid())
         signal.pause()
-    except L.LaunchError as e: L.fail(e)
+    except L.LauncherError as e: L.exit_with(e)
     ''')
 
 OPTIONS = '--kernel-id {kernel_id} --response-address {response_address} --port-range {port_range} --public-key {public_key}'.split()

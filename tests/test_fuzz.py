@@ -13,7 +13,8 @@ from gateway_provisioners_ssh.hosts import Host, parse_hosts
 from gateway_provisioners_ssh.launchers import agent, server_listener as listener
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.remote import AgentClosed, AgentSession, Refusal, RemoteProcess, local_session, spawn
-from gateway_provisioners_ssh.settings import HostSettings, LaunchError, parse_port_range, settings as options
+from gateway_provisioners_ssh.errors import LaunchError
+from gateway_provisioners_ssh.settings import HostSettings, parse_port_range, settings as options
 from gateway_provisioners_ssh.tunnel import StreamSession
 from test_handshake import bitten, changed, changes, jsons, odd
 
@@ -83,17 +84,17 @@ def test_port_ranges(text, least):
     except ValueError: return
     lo, hi = map(int, r.split('..'))
     assert (lo, hi) == (0, 0) or 1024 <= lo < hi <= 65535 and hi-lo >= least
-    assert listener.port_range(r) == (range(lo, hi+1) if hi else None)
+    assert listener.parse_port_range(r) == (range(lo, hi+1) if hi else None)
 
 @budget(10_000)
 @given(st.from_regex(r'\[?[0-9a-f.:]{0,12}\]?:?[0-9]{0,6}', fullmatch=True) | st.from_regex(r'[0-9]{0,7}\.\.[0-9]{0,7}', fullmatch=True) | hostile)
 def test_arguments_of_launchers(text):
     case()
-    with contextlib.suppress(listener.LaunchError):
-        ip, port = listener.address(text)
+    with contextlib.suppress(listener.LauncherError):
+        ip, port = listener.parse_address(text)
         assert ip and 0 < port < 65536
-    with contextlib.suppress(listener.LaunchError):
-        assert (r := listener.port_range(text)) is None or 0 <= r[0] < r[-1] < 65536
+    with contextlib.suppress(listener.LauncherError):
+        assert (r := listener.parse_port_range(text)) is None or 0 <= r[0] < r[-1] < 65536
 
 @budget(5_000)
 @given(st.dictionaries(st.sampled_from([*options, 'x']), jsons | hostile | odd | st.lists(hostile, max_size=2), max_size=3))
@@ -123,7 +124,7 @@ def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
     case()
     p = DistributedProvisioner(kernel_id=kernel_id, kernel_spec=kernelspec(argv, spec_env), remote_hosts=['a', 'ada@b:23'])
     p.impersonation_enabled = impersonate
-    try: r = p._check(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
+    try: r = p.checked_request(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
     except LaunchError as e:
         assert e.status_code in (400, 403) and len(str(e)) < 20_000
         return
@@ -221,7 +222,7 @@ STANDBY = st.fixed_dictionaries({}, optional=dict(script=st.sampled_from([0, 1, 
 ARGUMENTS = st.fixed_dictionaries({}, optional=dict(id=IDS | anything, tree=IDS | anything, path=hostile | anything, mode=anything, done=anything, argv=st.sampled_from([['true'], ['true', 'x'], ['true', '/no/x', 'y']]) | st.lists(hostile, max_size=3) | anything,
     standby=st.just(dict(script=1, preload=[], timeout=5)) | STANDBY,
     env=st.just({}) | anything, spec_env=st.just({}) | anything, cwds=anything, max_bytes=st.just(65536) | anything, title=anything, orphan_timeout=anything, ticket=st.just({}) | anything, ports=anything,
-    lines=st.just(5) | anything, pgid=st.sampled_from([10**19, 2**31, 0, -1, 1, True, 1.5]), signum=st.sampled_from([0, 65, 10**9, -1, 1.5, '9']), patience=st.just(None) | anything, keep_log=anything,
+    lines=st.just(5) | anything, pgid=st.sampled_from([10**19, 2**31, 0, -1, 1, True, 1.5]), signum=st.sampled_from([0, 65, 10**9, -1, 1.5, '9']), idle_timeout=st.just(None) | anything, keep_log=anything,
     user=st.sampled_from(['-u', '']) | odd, x=anything))
 
 @budget(3_000)
@@ -234,12 +235,12 @@ def test_requests_of_any_kind(place, requests):
         try:
             for op, arguments, good, data in requests:
                 case()
-                if op == 'become': arguments = dict(arguments, user='-u')
+                if op == 'impersonate': arguments = dict(arguments, user='-u')
                 arguments = dict(arguments, log=str(place.dir/'kernel.log'))
                 if good: arguments['id'] = 'ab'*8
                 try: list(agent.Decoder().feed(agent.encode(dict(arguments, op=op), data)))
                 except ValueError: continue   # no frame: see the next test
-                with contextlib.suppress(Refusal): await asyncio.wait_for(s._ask(op, data, '', arguments), 30)
+                with contextlib.suppress(Refusal): await asyncio.wait_for(s._request(op, data, '', arguments), 30)
                 assert not s.closed
             for k in (await s.request('list'))['kernels']: await s.request('forget', id=k['id'], keep_log=False)
         finally: s.close()
@@ -380,11 +381,11 @@ def test_frames_from_a_host(noise, greets, frames, step):
         s.feed(text)
         ps = [RemoteProcess(sessions, 'p', '/log'), RemoteProcess(sessions, 'q', '/log', 'ada')]
         for p in ps: s.processes[p.user, p.id] = p
-        asked = [asyncio.ensure_future(s._ask('x', b'', user, {})) for user in ('', 'ada', '')]
+        asked = [asyncio.ensure_future(s._request('x', b'', user, {})) for user in ('', 'ada', '')]
         await asyncio.sleep(0)
         text = b''.join(frames)
         for i in range(0, len(text), step): s.feed(text[i:i+step])
-        assert len(s.decoder.buffer if s.decoder else s.noise) <= 2**21 + 2**18 and len(s.asked) <= 3
+        assert len(s.decoder.buffer if s.decoder else s.login_output) <= 2**21 + 2**18 and len(s.pending) <= 3
         s.eof()
         assert closed == [1] and s.closed and isinstance(s.error, AgentClosed)
         for o in await asyncio.gather(start, *asked, return_exceptions=True): assert isinstance(o, (dict, AgentSession, AgentClosed, Refusal)), repr(o)
@@ -406,7 +407,7 @@ def test_a_host_without_end(step, word, greets):
         if greets: s.feed(s.token.encode() + b'\n' + GOOD_HELLO)
         for _ in range(40):
             s.feed(word*(step + 1))
-            assert len(s.noise) + len(s.decoder.buffer if s.decoder else b'') < 2**21 + 2**20
+            assert len(s.login_output) + len(s.decoder.buffer if s.decoder else b'') < 2**21 + 2**20
             if s.closed: break
     asyncio.run(listen())
 
@@ -438,9 +439,9 @@ class Asked:
                 def terminate(k): self.did.append((k.id, 'end'))
             self.kernels[name] = Kernel()
     def ask(self, line, nonce=NONCE):
-        class Visitor: pass
-        v = Visitor(); v.nonce = nonce
-        return agent.asked(self, v, line)
+        class Connection: pass
+        c = Connection(); c.nonce = nonce
+        return agent.Agent.control_request(self, c, line)
 
 @budget(5_000)
 @given(st.binary(max_size=200) | bitten(GOOD) | jsons.map(lambda o: json.dumps(o).encode()) | changes(['request', 'mac']).map(

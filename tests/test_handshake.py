@@ -2,12 +2,18 @@
 
 A few seconds as it is; `FUZZ=100 pytest tests/test_handshake.py` tries 250 times as many cases."""
 import base64, hashlib, hmac, json, os, re
+from pathlib import Path
+from types import SimpleNamespace
 import pytest
-from Cryptodome.PublicKey import ECC
+from Cryptodome.Protocol import DH
 from hypothesis import given, settings, strategies as st
 from launch_messages import b64, encode, report, seal, seal_v1
-from gateway_provisioners_ssh.handshake import (ControlKey, HandshakeError, LaunchKeys, LegacyKey, RedactedDict,
+import gateway_provisioners_ssh
+from gateway_provisioners_ssh.handshake import (PROTOCOL, ControlKey, HandshakeError, LaunchKeys, LegacyKey, RedactedDict,
                                                 connection_info, control_nonce, max_message, parse_message, port_names)
+from gateway_provisioners_ssh.launchers import agent, server_listener as listener
+
+PKG = Path(gateway_provisioners_ssh.__file__).parent
 
 def budget(n): return settings(max_examples=int(n*float(os.environ.get('FUZZ', 0.4))), deadline=None)
 
@@ -235,23 +241,60 @@ def test_requests_are_one_signed_line(request_, nonce):
     asked = json.loads(line)
     assert asked['mac'] == mac(b'request', nonce, asked['request'].encode())
 
-# a recorded message, for launchers in other languages to be checked against -------------------------------------------
+# vectors and constants that all implementations have in common --------------------------------------------------------
 
-RECORDED = (
-    'eyJ2ZXJzaW9uIjogMiwgImtlcm5lbF9pZCI6ICJiMmIxZjFhNy01YjNjLTRjNTMtOWQyYy0wYzlmMmMxZjRhMTEiLCAiZW5jIjogIjRsRTlVVk'
-    'ZUTFkvcWgzamhEajBBMXFHUGRkSE5ZRUhBYkx0b2g5K3ZqMk09IiwgInNlYWxlZCI6ICJPelhoajJ6YWdHemxzNllMd3ZVTDdOeW9HNi9aTEM1'
-    'VHJFWlZtYndLQXNSUGJxMkJKbFdaTkZYeTNwekVMdmtrSmZMMjArSG5GZXpwT01hZlFmY0RGR1dtV1kyeE8vTlNrK2tqWjkrUVl0cFRBZmc3aV'
-    'dnQnVBbkEyUnp1VDVORHJONWhWTHdVbWxjc1NkaUZEUGlYSG9ubm5COVNaTzRVTHlaQmlQZHI2bEdWOXM0dmFwRk04OEdPK0tCYlQrM3dPeTRR'
-    'UnNkMHFXbENEWlh3OTFtd0l4NW16SlpQbllBYVRGR2hOcE5XZlk0ckJBS1RFdUIxb2gySGIwcEIwY1NuUzg4MkZXZTBHMlh2Qk9PU1gxUzJKZW'
-    'h3QVQyRWtya2tpNmZYc2dWQ3FNVEdXQTVUbGNXRkRTOE0rU1FHVWZqbDhLVWE2Z1BQVE1xcG50V01PaXdRUCsyQ1VzbnBqdVh3aGJhR2Q4aVpK'
-    'MS9SdlZ4YU8rOGp6SDI1L2RsNWMrQ3hxbmJwbDFHUVlHL2lRSXJKeVJ3M3plZ0xVUzF6bEU4Ty90M3Q1b0NNYTNYUG9Cc2dXOFIzOUE3RXNtOU'
-    'JTeFFLbzBLYWtnSUhsVERwdnpmN1Z6ZkJxY0sxVC9jaDlYek9kcGU0TzZLUFYwVVhVeStCNng0eFRzdlU3T0xZK0dscTdUaTBLMkJtZ2V5SWx6'
-    'V3JZdm1ySzRsbmVGcWhDcVBYSkF5L3RJdWVDUXNPd3RtUHlKZ0tDVjA9In0=')
+VECTORS = PROTOCOL['vectors']
+
+def recorded_launch():
+    "A launch with the keys of the recorded message, and what the message must give"
+    vector = VECTORS['launch']
+    launch = LaunchKeys(vector['kernel_id'])
+    launch._psk = bytes.fromhex(vector['psk'])
+    launch._key = DH.import_x25519_private_key(bytes.fromhex(vector['private_key']))
+    return launch, vector
 
 def test_recorded_message():
-    "Sealed once under a receiver key from the seed 42..42, a secret of 01..01, and the kernel id below"
-    recorded = LaunchKeys('b2b1f1a7-5b3c-4c53-9d2c-0c9f2c1f4a11')
-    recorded._key, recorded._psk = ECC.construct(curve='Curve25519', seed=b'\x42'*32), b'\x01'*32
-    message = parse_message(RECORDED.encode())
-    assert recorded.open(message) == report(recorded.kernel_id)
-    assert recorded.answer(message) == b'96184733441bd28d7608b7342bad156b64f23722cd7b37f9b13969b997f93a13\n'
+    launch, vector = recorded_launch()
+    message = parse_message(vector['message'].encode())
+    assert launch.open(message) == vector['fields']
+    assert launch.answer(message).decode() == vector['answer'] + '\n'
+
+def test_the_python_launcher_seals_for_the_recorded_keys():
+    launch, vector = recorded_launch()
+    ticket = listener.Ticket.take({PROTOCOL['ticket_variable']: launch.ticket()})
+    raw, enc = listener.seal(ticket, launch.kernel_id, vector['fields'])
+    message = parse_message(raw)
+    assert launch.open(message) == vector['fields']
+    assert listener.is_confirmed(ticket, enc, launch.answer(message))
+    assert listener.is_confirmed(ticket, parse_message(vector['message'].encode())['enc'], vector['answer'].encode())
+
+def test_recorded_control_request():
+    "The host application makes that request of that greeting, and the agent answers it with that reply"
+    vector, signals = VECTORS['control'], []
+    nonce, key = control_nonce(vector['greeting'].encode()), ControlKey(vector['key'])
+    assert key.request(nonce, dict(signum=2)).decode() == vector['request'] + '\n'
+    kernel = SimpleNamespace(record=dict(control=dict(key=vector['key'])), ended=False, signal=signals.append)
+    asked = SimpleNamespace(kernels=dict(k=kernel))
+    reply = agent.asked(asked, SimpleNamespace(nonce=nonce), vector['request'].encode())
+    assert reply.decode() == vector['reply'] + '\n' and signals == [2]
+    assert key.open_reply(nonce, reply) == dict(alive=True)
+
+def test_scripts_repeat_the_constants_as_they_are():
+    "Scripts on hosts cannot read the file; the Scala launcher can, which test_scala puts to these vectors"
+    p, R = PROTOCOL, (PKG/'kernelspecs/r/launch_IRkernel.R').read_text()
+    assert (listener.VERSION, listener.TICKET) == (p['version'], p['ticket_variable'])
+    labels = [p[k].encode() for k in ('hpke_info', 'aad_prefix', 'answer_label')]
+    assert [listener.INFO, listener.AAD, listener.ANSWER] == labels
+    assert [*listener.CHANNELS] == p['channels'] and [*listener.CURVE] == p['curve_fields']
+    assert [*listener.OPTIONS] == re.findall('"(.*?)"', re.search(r'listener_options <- c\((.*?)\)', R)[1]) == p['options']
+    assert re.findall('"(.*?)"', re.search(r'spark_modes <- c\((.*?)\)', R)[1]) == p['spark_modes']
+    python = (PKG/'launchers/ipykernel_app.py').read_text()
+    option, modes = p['spark_option'].replace('-', '_'), tuple(p['spark_modes'])
+    assert f'{option}=dict(choices={modes!r}' in python and f'"{p["spark_option"]}"' in R
+
+def test_nothing_of_it_is_written_twice():
+    "Each source has the name of the variable right, and only those that cannot read the file have the other constants"
+    sources = {str(o.relative_to(PKG)): o.read_text() for o in PKG.rglob('*') if o.suffix in ('.py', '.R', '.scala', '.sh')}
+    assert {v for o in sources.values() for v in re.findall(r'KERNEL_LAUNCH_(?!TIMEOUT)\w+', o)} == {PROTOCOL['ticket_variable']}
+    assert {k: o.count(PROTOCOL['hpke_info']) for k, o in sources.items() if PROTOCOL['hpke_info'] in o} == {'launchers/server_listener.py': 1}
+    assert not [k for k, o in sources.items() if 'iopub' in o and k.endswith('.scala')]

@@ -224,7 +224,7 @@ def test_plug_ins_by_name(monkeypatch):
             if isinstance(self.obj, Exception): raise self.obj
             return self.obj
     eps = [EP(name='reverse', value='p:Reverse', obj=Reverse), EP(name='broken', value='p:Gone', obj=ImportError('no p')), EP(name='odd', value='p:dict', obj=dict), EP(name='round-robin', value='p:Evil', obj=Reverse)]
-    for f in (balance.load_balancers, balance._balancer): f.cache_clear()
+    for f in (balance.load_balancers, balance.load_balancer): f.cache_clear()
     monkeypatch.setattr(balance, 'entry_points', lambda group: eps if group=='gateway_provisioners_ssh.load_balancers' else [])
     assert set(load_balancers()) == {'reverse', 'broken', 'odd', 'round-robin', 'least-connection', 'least-load'}
     assert load_balancer('reverse').order(['a', 'b'], {}) == ['b', 'a'] and load_balancer('reverse') is load_balancer('reverse')
@@ -232,7 +232,7 @@ def test_plug_ins_by_name(monkeypatch):
     with pytest.raises(ValueError, match='broken.*p:Gone.*no p'): load_balancer('broken')
     with pytest.raises(ValueError, match='odd.*no method'): load_balancer('odd')
     with pytest.raises(ValueError, match='broken, least-connection, least-load, odd, reverse, round-robin'): load_balancer('nope')
-    for f in (balance.load_balancers, balance._balancer): f.cache_clear()
+    for f in (balance.load_balancers, balance.load_balancer): f.cache_clear()
 
 def test_built_in_rules_are_declared_as_entry_points():
     assert {o.name: o.load() for o in balance.entry_points(group=balance.GROUP) if o.name in balance.BUILT_IN} == balance.BUILT_IN

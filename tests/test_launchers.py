@@ -12,18 +12,20 @@ from Cryptodome.PublicKey import ECC
 from jupyter_client import BlockingKernelClient
 import gateway_provisioners_ssh
 from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.handshake import PROTOCOL, port_names
 from gateway_provisioners_ssh.remote import local_session, spawn
 from kernels import gone, left_of, taken_ports
 from spark import until
 
 LAUNCHERS = Path(gateway_provisioners_ssh.__file__).parent/'launchers'
-CHANNELS = 'shell_port', 'iopub_port', 'stdin_port', 'control_port', 'hb_port'
 LIGHT = '''import socket, sys, json, time, signal, os
 info = json.load(open(sys.argv[1]))
 for k in ('shell', 'iopub', 'stdin', 'control', 'hb'):
     s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind((info['ip'], info[k + '_port'])); s.listen(); globals()[k] = s
 signal.signal(signal.SIGINT, lambda *_: os.write(1, b'interrupted\\n'))
 while True: time.sleep(100)''' # a kernel as far as ports and signals go
+
+INFO, AAD, ANSWER, REQUEST, REPLY = (PROTOCOL[o].encode() for o in ('hpke_info', 'aad_prefix', 'answer_label', 'request_label', 'reply_label'))
 
 def b64(b): return base64.b64encode(b).decode()
 
@@ -49,9 +51,9 @@ class Host:
             msg = json.loads(base64.b64decode(raw))
             assert (msg['version'], msg['kernel_id'], sorted(msg)) == (2, self.kernel_id, ['enc', 'kernel_id', 'sealed', 'version'])
             enc, kid = base64.b64decode(msg['enc']), self.kernel_id.encode()
-            opener = HPKE.new(receiver_key=self.key, aead_id=HPKE.AEAD.AES128_GCM, enc=enc, psk=(kid, self.psk), info=b'gateway_provisioners_ssh launch v2')
-            plain = opener.unseal(base64.b64decode(msg['sealed']), b'2:' + kid)
-            right = hmac.new(self.psk, b'ack' + enc, hashlib.sha256).hexdigest().encode() + b'\n'
+            opener = HPKE.new(receiver_key=self.key, aead_id=HPKE.AEAD.AES128_GCM, enc=enc, psk=(kid, self.psk), info=INFO)
+            plain = opener.unseal(base64.b64decode(msg['sealed']), AAD + kid)
+            right = hmac.new(self.psk, ANSWER + enc, hashlib.sha256).hexdigest().encode() + b'\n'
             conn.sendall(right if answer is None else answer)
         return json.loads(plain)
 
@@ -66,14 +68,14 @@ def control(info):
 
 def signed(info, nonce, request):
     text = request if isinstance(request, str) else json.dumps(request)
-    return json.dumps(dict(request=text, mac=sign(bytes.fromhex(info['control_key']), b'request', nonce, text.encode()))).encode() + b'\n'
+    return json.dumps(dict(request=text, mac=sign(bytes.fromhex(info['control_key']), REQUEST, nonce, text.encode()))).encode() + b'\n'
 
 def ask(info, request):
     "The answer of the agent's control port to a proper request"
     with control(info) as (s, f, nonce):
         s.sendall(signed(info, nonce, request))
         got = json.loads(f.readline())
-        assert hmac.compare_digest(got['mac'], sign(bytes.fromhex(info['control_key']), b'reply', nonce, got['reply'].encode()))
+        assert hmac.compare_digest(got['mac'], sign(bytes.fromhex(info['control_key']), REPLY, nonce, got['reply'].encode()))
         return json.loads(got['reply'])
 
 REPORTED = """
@@ -270,7 +272,7 @@ def free_range(n):
     "The first and the last of `n` ports in a row that nobody uses"
     with taken_ports(n) as lo: return lo, lo+n-1
 
-def ports(info): return [info[o] for o in CHANNELS]
+def ports(info): return [info[o] for o in port_names]
 
 def test_forty_kernels_at_once_fill_a_range_exactly(launch):
     lo, hi = free_range(200)
@@ -294,7 +296,7 @@ def test_a_restart_keeps_ports_and_key_past_time_wait(launch):
     k = launch().up()
     with client(k.info) as c: assert run(c, 'print(1)').text == '1\n'
     os.killpg(k.proc.pid, signal.SIGKILL)
-    connection = {o: k.info[o] for o in (*CHANNELS, 'key')}
+    connection = {o: k.info[o] for o in (*port_names, 'key')}
     again = launch(Host(k.host.kernel_id, connection=connection)).up()
     assert {o: again.info[o] for o in connection} == connection
     with client(again.info) as c: assert run(c, 'print(2)').text == '2\n'
@@ -312,7 +314,7 @@ def test_wrong_port_ranges(launch, text):
 
 def test_addresses(spec):
     code = ('import sys, json; sys.path.insert(0, sys.argv[1]); import server_listener as s; peer, ssh = sys.argv[2:]\n'
-            'try: print(s.bind_ip(peer, dict(SSH_CONNECTION=ssh)))\nexcept s.LaunchError as e: print(e)')
+            'try: print(s.bind_ip(peer, dict(SSH_CONNECTION=ssh)))\nexcept s.LauncherError as e: print(e)')
     def bind_ip(peer, ssh=''): return subprocess.run([sys.executable, '-I', '-c', code, spec, peer, ssh], capture_output=True, text=True, check=True).stdout.strip()
     assert bind_ip('127.0.0.1', '10.0.0.1 1 10.0.0.2 22') == bind_ip('::1') == bind_ip('127.0.5.5') == '127.0.0.1'
     assert bind_ip('10.0.0.1', '10.0.0.1 1 10.0.0.2 22') == bind_ip('10.0.0.1', '::ffff:10.0.0.1 1 ::ffff:10.0.0.2 22') == '10.0.0.2'
@@ -447,10 +449,10 @@ def test_forged_replayed_and_malformed_requests(answering):
     kill = json.dumps(dict(signum=9))
     text = lambda mac: lambda nonce: json.dumps(dict(request=kill, mac=mac(nonce))).encode() + b'\n'
     assert refused(line) # the same request again
-    assert refused(text(lambda n: sign(bytes(32), b'request', n, kill.encode())))
-    assert refused(text(lambda n: sign(key, b'reply', n, kill.encode())))
-    assert refused(text(lambda n: sign(key, b'request', n, kill.encode())[:-1]))
-    assert refused(text(lambda n: sign(key, b'request', n, kill.encode()).upper().replace('0', '٠')))
+    assert refused(text(lambda n: sign(bytes(32), REQUEST, n, kill.encode())))
+    assert refused(text(lambda n: sign(key, REPLY, n, kill.encode())))
+    assert refused(text(lambda n: sign(key, REQUEST, n, kill.encode())[:-1]))
+    assert refused(text(lambda n: sign(key, REQUEST, n, kill.encode()).upper().replace('0', '٠')))
     for junk in (b'\n', b'{}\n', b'[' * 4000 + b'\n', b'\xff\xfe\n', b'{"request": 1, "mac": 2}\n', b'{"signum": 9}\n', b'"\n', b'null\n', b'x' * 5000, os.urandom(4000) + b'\n'):
         assert refused(junk)
     for odd in ('null', '[]', '{"signum": true}', '{"signum": -1}', '{"signum": 65}', '{"signum": "9"}', '{"signum": 9.0}', '{}', '{"shutdown": 0}'):
@@ -518,8 +520,8 @@ ACTIVE = 'print(list(sc.statusTracker().getActiveJobsIds()))'
 def test_spark_lazy(launch, spark_env, tmp_path):
     k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('local[2]')).up()
     with client(k.info) as c:
-        assert run(c, 'print(type(sc).__name__); sqlCtx = "mine"').text == 'Waiting\n' # the first reply is there before Spark is
-        assert run(c, 'import pyspark; print(isinstance(sc, pyspark.SparkContext), "parallelize" in dir(sc), type(sc).__name__)').text == 'True True Waiting\n'
+        assert run(c, 'print(type(sc).__name__); sqlCtx = "mine"').text == 'LazySparkProxy\n' # the first reply is there before Spark is
+        assert run(c, 'import pyspark; print(isinstance(sc, pyspark.SparkContext), "parallelize" in dir(sc), type(sc).__name__)').text == 'True True LazySparkProxy\n'
         assert "'local[2]'" in run(c, 'sc.master').text
         assert 'Row(two=2)' in run(c, 'sql("select 1+1 as two").collect()').text
         until('the real ones', lambda: run(c, 'print(type(sc).__name__, type(spark).__name__, type(sqlContext).__name__)').text == 'SparkContext SparkSession SQLContext\n')

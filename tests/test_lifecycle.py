@@ -9,9 +9,10 @@ from nbclient import NotebookClient
 from gateway_provisioners_ssh import background as bg
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
-from gateway_provisioners_ssh.settings import LaunchError
-from hosts import interruptible, wait
-from kernels import BIN, Remote, Timer, client_of, forget, interrupt, kill, printed, taken_ports, until, value, within
+from gateway_provisioners_ssh.errors import LaunchError
+from hosts import interruptible
+from kernels import BIN, Remote, client_of, forget, interrupt, kill, printed, taken_ports, value
+from pace import Timer, until, wait, within
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):
@@ -511,7 +512,7 @@ async def test_cancelled_in_a_tunnel(remote, monkeypatch):
         loop.call_soon_threadsafe(reached.set)
         await asyncio.sleep(60)
     with remote.nothing_left(), monkeypatch.context() as m:
-        m.setattr(DistributedProvisioner, '_aim', aim)
+        m.setattr(DistributedProvisioner, '_retarget_forwards', aim)
         task = asyncio.ensure_future(remote.manager().start_kernel())
         await asyncio.wait_for(reached.wait(), 20)
         task.cancel()
@@ -539,8 +540,8 @@ async def test_default_executor_full(remote):
 
 FAKE = """
     import os
-    from server_listener import Arguments, Launch, report
-    launch = Launch(Arguments('Reports a kernel that is none').parse_known_args()[0])
+    from server_listener import Arguments, LaunchContext, report
+    launch = LaunchContext(Arguments('Reports a kernel that is none').parse_known_args()[0])
     fields = launch.write(os.getpid())
     report(launch, fields, os.getpid())
     os.execvp('sleep', ['sleep', '1000'])
@@ -650,10 +651,10 @@ async def test_shutdown_before_the_start_got_a_turn(remote):
         for _ in range(2):   # the second time there was a start before
             bg.background().loop.call_soon_threadsafe((turn := threading.Event()).wait, 30)
             start = asyncio.ensure_future(started_by(p))
-            request = await until(lambda: p.starting)
+            starting = await until(lambda: p.starting)
             stop = asyncio.ensure_future(p.cleanup())
-            await until(lambda: request.called_off)
-            assert request.task is None and not stop.done()
+            await until(lambda: starting.cancelled)
+            assert starting.task is None and not stop.done()
             turn.set()
             await stop
             assert p.starting is None

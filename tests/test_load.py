@@ -3,11 +3,11 @@ import asyncio, contextlib, json, os, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 import pytest
-from gateway_provisioners_ssh.balance import Board, HostReport, LeastLoad, Ledger, LoadBalancer, Need
+from gateway_provisioners_ssh.balance import HostReport, HostReports, LeastLoad, Ledger, LoadBalancer, Need
 from gateway_provisioners_ssh.hosts import parse_hosts
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import Refusal, RemoteProcess, spawn
-from kernels import until
+from pace import until
 from test_agent import OTHER_VERSION, VERSIONS, group_ended, host, host_of, interpreter, logged, sources
 
 async def listed(session, **kw): return (await session.request('list', **kw))['kernels']
@@ -25,8 +25,8 @@ def nvidia_smi(host, text='0, GPU-a, L4, 23034, 100, 0\n1, GPU-b, L4, 23034, 100
 class Reports:
     "Takes the event `load` of a session"
     def __init__(self, session): session.processes['', 'load'], self.all = self, []
-    def heard(self, event, m): self.all.append(m)
-    def again(self): pass
+    def on_event(self, event, m): self.all.append(m)
+    def on_agent_end(self): pass
 
 # Figures
 
@@ -53,7 +53,7 @@ def test_cores_of_a_control_group(tmp_path):
 async def test_the_agent_goes_on_while_a_look_hangs(host):
     "A child does what may take long, is ended when it takes too long, and leaves neither process nor descriptor"
     with nvidia_smi(host, seconds=1000):
-        s = await host.open(("Aside(agent, work, answer, 30)", "Aside(agent, work, answer, 1)"))
+        s = await host.open(("ChildTask(agent, work, answer, 30)", "ChildTask(agent, work, answer, 1)"))
         fds = len(os.listdir(f'/proc/{s.hello["pid"]}/fd'))
         looks = [asyncio.ensure_future(s.request('stats', gpus=True)) for _ in range(3)]
         for _ in range(20): await s.ping()
@@ -76,7 +76,7 @@ async def test_every_python(host, version):
         assert s.hello['python'].startswith(version + '.')
         said = await s.request('stats', log_dir=str(host.tmp), ports=[40000, 50000], command=python, is_python=True, gpus=True, connect=['127.0.0.1', 1])
         assert said['command']['python'].startswith(version + '.') and len(said['gpus']) == 3 and said['memory']['total'] and 'refused' in said['connect'].lower()
-        p = await host.start('echo "<$CUDA_VISIBLE_DEVICES>"; sleep 1000', s, room=dict(most=1, memory=1, gpus=2))
+        p = await host.start('echo "<$CUDA_VISIBLE_DEVICES>"; sleep 1000', s, room=dict(max_kernels=1, memory=1, gpus=2))
         await s.request('follow', id=p.id, name='follow-1')
         await logged(p, '<0,1>')
         k, = await listed(s, measure=True)
@@ -167,8 +167,8 @@ async def test_who_watches_a_stopped_kernel_is_told(host):
 
 class Output:
     def __init__(self, session, name): session.processes['', name], self.text, self.over = self, '', asyncio.Event()
-    def heard(self, event, m): self.text += m['text']; m.get('over') and self.over.set()
-    def again(self): self.over.set()
+    def on_event(self, event, m): self.text += m['text']; m.get('over') and self.over.set()
+    def on_agent_end(self): self.over.set()
 
 async def test_follow_through_rotation_and_to_the_end(host):
     s = await host.open()
@@ -232,9 +232,9 @@ async def test_at_most_so_many(host):
     a, b = await host.open(), await host.open()
     heard = Reports(b)
     p = await host.start('sleep 1000', a)
-    with pytest.raises(Refusal, match='no room for a kernel: 1 kernels run there already'): await b.request('start', id='0'*16, log=host.log, room=dict(most=1), **KERNEL)
+    with pytest.raises(Refusal, match='no room for a kernel: 1 kernels run there already'): await b.request('start', id='0'*16, log=host.log, room=dict(max_kernels=1), **KERNEL)
     assert (heard.all[-1]['kernels'], heard.all[-1]['mine']) == (1, 0)   # told before it was refused
-    q = await host.start('sleep 1000', b, log=host.log + '2', room=dict(most=2))
+    q = await host.start('sleep 1000', b, log=host.log + '2', room=dict(max_kernels=2))
     for o in p, q: await o.release(False)
 
 async def test_gpus_are_reserved_across_applications_and_crashes(host):
@@ -277,7 +277,7 @@ async def test_a_start_that_is_called_off_while_it_waits_for_gpus(host):
     host.close_sessions()
 
 async def test_reports_come_by_themselves(host):
-    often = 'Agent.settle = 5,news', 'Agent.settle = .1,news'
+    often = 'LOAD_INTERVAL = 5', 'LOAD_INTERVAL = .1'
     a, b = await host.open(often), await host.open(often)
     heard = Reports(b)
     await b.request('observe', seconds=100)
@@ -304,16 +304,16 @@ async def test_two_applications_at_once_are_exact(weights):
         hosts = {o: await stack.enter_async_context(host_of()) for o in dict.fromkeys(names)}
         calm = ('load=load, cores=cores(groups)', 'load=[0, 0, 0], cores=4'), ('memory=memory(groups), clock', 'memory={}, clock')   # all on one machine
         async def application(i):
-            ledger, board, rule, refused = Ledger(), Board(), LeastLoad(), 0
+            ledger, known, rule, refused = Ledger(), HostReports(), LeastLoad(), 0
             sessions = {k: await v.open(*calm) for k, v in hosts.items()}
-            for k, s in sessions.items(): board.attach(k, s)
+            for k, s in sessions.items(): known.attach(k, s)
             async def start(n):
                 nonlocal refused
                 while True:
-                    claim = ledger.pick(rule, names, board.at_hand())
+                    claim = ledger.pick(rule, names, known.current())
                     h = claim.host
-                    most = ledger.load[h] + board.at_hand()[h].others
-                    try: return await hosts[h].start('sleep 1000', sessions[h], log=f'{hosts[h].log}-{i}-{n}', room=dict(most=most))
+                    most = ledger.load[h] + known.current()[h].others
+                    try: return await hosts[h].start('sleep 1000', sessions[h], log=f'{hosts[h].log}-{i}-{n}', room=dict(max_kernels=most))
                     except Refusal as e:
                         assert agent.CROWDED in str(e)
                         claim.release(); refused += 1

@@ -1,13 +1,18 @@
 """What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out of a network that lets
 nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
-import asyncio, contextlib, json, os, re, shutil, socket, subprocess, sys, textwrap, time
+import asyncio, contextlib, functools, json, os, re, shutil, socket, subprocess, sys, textwrap, time
 from pathlib import Path
 from types import SimpleNamespace
 import psutil, pytest
-from gateway_provisioners_ssh.settings import LaunchError
+from traitlets.config import Config
+from gateway_provisioners_ssh import ssh
+from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.operators import check, site
+from gateway_provisioners_ssh.errors import LaunchError
 from conftest import need
-from hosts import SBIN, sh, wait
+from hosts import SBIN, sh
 from kernels import LEGACY, forget, interrupt, printed, running, value
+from pace import wait
 
 HERE = Path(__file__).parent
 
@@ -186,6 +191,154 @@ async def test_proxy_command(remote, net, far):
         assert await after_a_break(kc, '6*7') == 42
     await asyncio.to_thread(forget)
     wait(lambda: not [h for h in net if h.connections()], what='the proxy command ended')
+
+# Direct where that works
+
+AUTO = dict(tunneling_enabled='auto')
+
+def way_of(km): return 'direct' if km.get_connection_info()['ip'] != '127.0.0.1' else 'tunnel'
+
+async def found(km):
+    "Why kernels' ports on the host of this kernel cannot be reached, once that is known"
+    p = km.provisioner
+    async def ask(): return await p.conn.port_finding(p._ports, p.response_ip)
+    return await asyncio.wait_for(background().run(ask()), 60)
+
+async def way_found(remote, *hosts, **config):
+    "The way to a second kernel, when what stands in the way to the first is known; and that"
+    async with remote.on(*hosts, config=AUTO | config) as (km, kc):
+        assert await value(kc, '6*7') == 42
+        why = await found(km)
+        async with remote.on(*hosts, config=AUTO | config) as (other, client):
+            assert await value(client, '6*7') == 42
+            return way_of(other), why
+
+def filtered(host, verdict):
+    "Let the host do this with packets to TCP ports other than 22"
+    host.ns.nft(f'table inet fw {{ chain input {{ type filter hook input priority 0; ct state established,related accept; iifname "lo" accept; '
+                f'tcp dport 22 accept; meta l4proto tcp {verdict}; }}\n}}\n')
+
+@pytest.mark.parametrize('verdict, why', [('drop', 'timed out'), ('reject with tcp reset', 'connection refused'),
+    ('reject with icmpx type admin-prohibited', 'no route to host')], ids=['dropped', 'reset', 'prohibited'])
+async def test_auto_behind_a_firewall(remote, net, caplog, verdict, why):
+    caplog.set_level('INFO')
+    filtered(net[0], verdict)
+    with remote.nothing_left(): assert await way_found(remote, 'node1') == ('tunnel', why)
+    assert f'host node1: kernel ports cannot be reached ({why}), so connections go through SSH' in caplog.text
+
+async def test_auto_without_a_firewall(remote, net):
+    with remote.nothing_left(): assert await way_found(remote, 'node1') == ('direct', '')
+
+async def test_auto_tries_the_ports_that_kernels_get(remote, net):
+    "A firewall lets the ports of a range pass, and no others"
+    net[0].firewall((22, '41000-42000'))
+    assert await way_found(remote, 'node1', port_range='41000..42000') == ('direct', '')
+    assert await way_found(remote, 'node1', port_range='43000..44000') == ('tunnel', 'timed out')
+    assert await way_found(remote, 'node1') == ('tunnel', 'timed out')
+
+ECHO = """import socketserver
+class Echo(socketserver.StreamRequestHandler):
+    def handle(self): self.wfile.write(self.rfile.readline())
+print('there', flush=True)
+socketserver.ThreadingTCPServer(('', 7777), Echo).serve_forever()"""
+
+@pytest.fixture
+def front(net):
+    "node2, whose port 22 leads to node1: what answers on all of its other ports is not node1"
+    c, ns = net.client, net[1].ns
+    ns.run('sh', '-c', 'echo 1 > /proc/sys/net/ipv4/ip_forward')
+    ns.nft(f"""table ip gw {{
+        chain pre {{ type nat hook prerouting priority -100; tcp dport 22 dnat to {net[0].address}; meta l4proto tcp redirect to :7777; }}
+        chain post {{ type nat hook postrouting priority 100; ip daddr {net[0].address} masquerade; }}
+    }}\n""")
+    echo = ns.popen(sys.executable, '-c', ECHO, stdout=subprocess.PIPE)
+    assert echo.stdout.readline() == b'there\n'
+    c.alias('front', HostName=net[1].address, HostKeyAlias=net[0].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts)
+    yield
+    echo.kill(); echo.wait(); echo.stdout.close()
+    del c.aliases['front']
+    c.write()
+
+async def test_auto_where_another_machine_answers(remote, net, front):
+    assert await way_found(remote, 'front') == ('tunnel', f'another machine answers at {net[1].address}')
+
+BEHIND_NAT = """import asyncio, json, os, sys
+from kernels import forget, value
+from laptop import kernel_on
+async def main():
+    ways = []
+    for _ in range(2):
+        async with kernel_on('node1') as (km, kc):
+            p = km.provisioner
+            assert await value(kc, '6*7') == 42
+            ways.append(km.get_connection_info()['ip'])
+            why = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(ask(p), background().loop))
+    print(json.dumps([ways[1], why]))
+async def ask(p): return await p.conn.port_finding(p._ports, p.response_ip)
+from gateway_provisioners_ssh.background import background
+asyncio.run(main())
+forget()"""
+
+@pytest.mark.parametrize('ports, why', [((22,), 'timed out'), (None, '')], ids=['to port 22 only', 'to all ports'])
+def test_auto_behind_nat(remote, net, ports, why):
+    env = net.client.environ() | {k: v for k, v in os.environ.items() if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))}
+    app = net.laptop(ports).popen(sys.executable, '-c', BEHIND_NAT, env=env | dict(PATH=os.environ['PATH'], PYTHONPATH=str(HERE), GP_ENABLE_TUNNELING='auto'),
+        stdout=subprocess.PIPE, text=True)
+    assert json.loads(app.communicate(timeout=120)[0]) == ['127.0.0.1' if why else net[0].address, why]
+
+async def test_auto_after_a_reconnection(remote, net):
+    "What was found holds for one connection: this machine may be in another network by the next. Kernels keep their way, also when they are restarted"
+    async with remote.on('node1', config=AUTO | dict(connect_timeout=2)) as (km, kc):
+        assert await found(km) == ''
+        async with remote.on('node1', config=AUTO | dict(connect_timeout=2)) as (direct, _):
+            assert way_of(direct) == 'direct'
+            filtered(net[0], 'reject with tcp reset')
+            net[0].drop()
+            assert await found_again(direct) == 'connection refused'
+            async with remote.on('node1', config=AUTO | dict(connect_timeout=2)) as (tunnelled, client):
+                assert (way_of(tunnelled), way_of(direct)) == ('tunnel', 'direct')
+                net[0].no_firewall()
+                net[0].drop()
+                assert await found_again(direct) == ''
+                for o in tunnelled, direct: await o.restart_kernel(now=True)
+                assert (way_of(tunnelled), way_of(direct)) == ('tunnel', 'direct')
+                await client.wait_for_ready(timeout=60)
+                assert await value(client, '6*7') == 42
+
+async def found_again(km):
+    "The same as `found`, over the next connection"
+    p = km.provisioner
+    async def ask(old):
+        while p.conn.port_findings.get((p._ports, p.response_ip)) is old or not p.conn.is_up: await asyncio.sleep(.01)
+        return await p.conn.port_finding(p._ports, p.response_ip)
+    return await asyncio.wait_for(background().run(ask(p.conn.port_findings[p._ports, p.response_ip])), 60)
+
+async def test_auto_does_not_delay_the_first_start(remote, net, monkeypatch):
+    "Behind a firewall that drops packets the first kernel is there while it is still being tried"
+    monkeypatch.setattr(ssh, 'why_unreachable', functools.partial(ssh.why_unreachable, timeout=120))
+    filtered(net[0], 'drop')
+    async with remote.on('node1', config=AUTO) as (km, kc):
+        p = km.provisioner
+        assert not p.conn.port_findings[p._ports, p.response_ip].done()
+        assert way_of(km) == 'tunnel' and await value(kc, '6*7') == 42
+
+async def test_check_says_whether_ports_can_be_reached(net):
+    "A firewall in the way is a fault of the host only where there is to be no tunnel"
+    filtered(net[0], 'reject with tcp reset')
+    async def said(host, way):
+        async with site([host], Config(DistributedProvisioner=dict(tunneling_enabled=way)), python=sys.executable) as s: report, = await check(s)
+        return [(o.state, o.text) for o in report.findings if o.what in ('kernel ports', 'tunnel')]
+    refused = 'cannot be reached (connection refused)'
+    assert await said('node1', 'auto') == [('ok', refused + ', so connections go through SSH'), ('ok', 'ok')]
+    assert await said('node1', False) == [('failed', refused)]
+    assert await said('node1', True) == [('ok', 'ok')]
+    assert await said('node2', 'auto') == await said('node2', False) == [('ok', 'can be reached')]
+
+async def test_auto_behind_a_jump_host(remote, net, far):
+    far(ProxyJump='node1,node2')
+    async with remote.on('far', config=AUTO) as (km, kc):
+        assert way_of(km) == 'tunnel' and list(km.provisioner.conn.port_findings.values()) == [None]
+        assert await value(kc, WHENCE) == net[1].address
 
 # Ways in
 
@@ -407,14 +560,14 @@ async def test_what_need_not_be_written_or_read_on_the_host(remote, ned, where):
 
 FLOODED = """
 import os, select, socket, sys
-from server_listener import Arguments, Launch, LaunchError, deliver, fail
-launch = Launch(Arguments('A launcher whose connection is one of too many').parse_known_args()[0])
+from server_listener import Arguments, LaunchContext, LauncherError, exit_with, report_by_network
+launch = LaunchContext(Arguments('A launcher whose connection is one of too many').parse_known_args()[0])
 first = socket.create_connection(launch.peer)
 flood = [socket.create_connection(launch.peer) for _ in range(600)]
 select.select([first], [], [])
 socket.create_connection = lambda *args: first
-try: deliver(launch.ticket, launch.kernel_id, launch.peer, {})
-except LaunchError as e: fail(e)
+try: report_by_network(launch.ticket, launch.kernel_id, launch.peer, {})
+except LauncherError as e: exit_with(e)
 """
 
 async def test_a_flood_is_not_taken_for_a_firewall(remote, net, monkeypatch):

@@ -10,9 +10,10 @@ from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.operators import Trouble, check, download, drain, find_log, kernels, platforms, site
 from gateway_provisioners_ssh.provisioner import shared
 from gateway_provisioners_ssh.remote import spawn
-from gateway_provisioners_ssh.settings import LaunchError
+from gateway_provisioners_ssh.errors import LaunchError
 from test_impersonation import kernel_of, remote as impersonated
-from kernels import BIN, Remote, client_of, forget, running, taken_ports, until, value
+from kernels import BIN, Remote, client_of, forget, running, taken_ports, value
+from pace import until
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):
@@ -399,7 +400,7 @@ async def test_least_load_counts_kernels_of_other_applications(remote):
     async with application('host1'), application('host1'):
         async with remote.on('host1', 'host2', config=config) as a, remote.on('host1', 'host2', config=config) as b:
             assert [str(o.km.provisioner.conn.host) for o in (a, b)] == ['host2', 'host2']
-            await until(lambda: shared().board.at_hand().get('host1') and shared().board.at_hand()['host1'].others == 2, what='the report of host1')
+            await until(lambda: shared().reports.current().get('host1') and shared().reports.current()['host1'].others == 2, what='the report of host1')
 
 # setup
 

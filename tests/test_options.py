@@ -9,8 +9,10 @@ from gateway_provisioners_ssh import balance
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.hosts import Host, HostError
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
-from gateway_provisioners_ssh.settings import LaunchError, settings
-from kernels import HABITS, LEGACY, Timer, forget, interrupt, until, value
+from gateway_provisioners_ssh.errors import LaunchError
+from gateway_provisioners_ssh.settings import settings
+from kernels import HABITS, LEGACY, forget, interrupt, value
+from pace import Timer, until
 import kernels
 
 @pytest.fixture
@@ -91,7 +93,7 @@ async def test_only_the_hosts_that_are_tried_are_looked_up(spec, hosts, slow_nam
 async def test_an_entry_that_cannot_be_read_is_one_host_less(spec, hosts):
     hosts.client.alias('wrong', Port='lots')
     try:
-        balance._balancer.cache_clear()
+        balance.load_balancer.cache_clear()
         async with running(spec(remote_hosts=['wrong', 'host2'])) as (km, _): assert host_of(km) == 'host2'
         with pytest.raises(LaunchError, match=r"host wrong \(user \w+\): OpenSSH configuration for wrong: .*'lots' is not a number"):
             async with running(spec(remote_hosts=['wrong', 'host2']), dict(KERNEL_REMOTE_HOST='wrong')): pass
@@ -373,21 +375,15 @@ async def test_hostile_argv_in_a_kernelspec(spec, tmp_path, hosts):
 
 # Every variable has its Enterprise Gateway name
 
-SAMPLES = dict(remote_hosts='h1,h2', load_balancing_algorithm='least-connection', authorized_users='a,b', unauthorized_users='c', port_range='40000..42000',
-    launch_timeout='7', impersonation_enabled='True', remote_user='u', remote_password='p', ssh_port='2222', gss_auth='true', tunneling_enabled='1',
-    response_ip='10.0.0.1', response_port='9000', response_port_retries='3', response_addr_any='yes', prohibited_local_ips='10\\..*', kernel_log_dir='/var/log',
-    kernel_log_max_bytes='99999', allow_legacy_launchers='True', connect_timeout='2', unreachable_timeout='60', orphan_timeout='5', inherited_envs='A,B', ssh_config='/c',
-    standby='off', standby_timeout='60', preload='numpy,pandas', prewarm='True', stream_buffer='100000', stream_spool='5000000')
-
 @pytest.mark.parametrize('name', settings)
 def test_variables_and_their_fall_back(name, monkeypatch):
     s = settings[name]
-    monkeypatch.delenv(f'GP_{s.var}', raising=False)
+    monkeypatch.delenv(f'GP_{s.variable}', raising=False)
     plain = getattr(DistributedProvisioner(kernel_id='42'), name)
-    monkeypatch.setenv(f'EG_{s.var}', SAMPLES[name])
+    monkeypatch.setenv(f'EG_{s.variable}', s.example)
     got = getattr(DistributedProvisioner(kernel_id='42'), name)
-    assert got == s.read(SAMPLES[name]) != plain
-    monkeypatch.setenv(f'GP_{s.var}', str(s.default))
+    assert got == s.kind(s.example) != plain
+    monkeypatch.setenv(f'GP_{s.variable}', str(s.default))
     assert getattr(DistributedProvisioner(kernel_id='42'), name) == plain
     conf = DistributedProvisioner(kernel_id='42', config=Config(DistributedProvisioner={name: got}))
     assert getattr(conf, name) == got

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest, yaml
 from packaging.requirements import Requirement
 from hosts import REPO
-from kernels import within
+from pace import within
 
 PKG = 'gateway_provisioners_ssh'
 CFG = ConfigParser(delimiters=['='], interpolation=None)
@@ -138,8 +138,11 @@ def test_readme_is_short(): assert len(README.splitlines()) <= 120
 
 def test_options_are_all_in_the_reference():
     from gateway_provisioners_ssh.provisioner import DistributedProvisioner
-    page = '\n\n'.join(map(shown, cells(REPO/'nbs/reference/options.ipynb')))
-    assert [n for n in DistributedProvisioner.class_own_traits(config=True) if f'`{n}`' not in page] == []
+    from gateway_provisioners_ssh.settings import TABLE, reference
+    shown = [''.join(o['data']['text/markdown']) for c in cells(REPO/'nbs/reference/options.ipynb') for o in c.get('outputs', []) if o.get('data')]
+    assert [o for o in map(reference, TABLE.values()) if o not in shown] == [], 'run nbs/reference/options.ipynb'
+    rows = {n for o in shown for n in re.findall(r'^\| `(\w+)`', o, re.M)}
+    assert rows == {*DistributedProvisioner.class_traits(config=True)}
 
 def test_chapters_that_share_a_module_share_no_names():
     "Several notebooks export into one file; a function that is defined twice may only become a method, at once"

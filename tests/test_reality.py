@@ -25,7 +25,7 @@ without a file is one of this file.
 | GP_LAUNCH_TIMEOUT, KERNEL_LAUNCH_TIMEOUT, GP_CONNECT_TIMEOUT, all shorter | test_options.py, test_lifecycle.py, test_hosts.py | the defaults: test_jupyter_server, where they are not reached |
 | `unreachable_timeout`, `orphan_timeout`: seconds in the place of minutes and days | test_options.py, test_faults.py | the same code runs with a larger number; no test waits that long |
 | names of supervisors' directories recorded (`shell.secrets`) | kernels.py | here |
-| methods of ours wrapped to come in at a certain moment (`_adopt`, `_aim`, `_judge`, `ticket`) | test_lifecycle.py, test_faults.py, redact.py | the wrapped method runs, too |
+| methods of ours wrapped to come in at a certain moment (`_adopt`, `_retarget_forwards`, `_judge`, `ticket`) | test_lifecycle.py, test_faults.py, redact.py | the wrapped method runs, too |
 | `post_launch`, cells and kernelspec of the demo, `os.rename`, Toree's jars: made to fail | test_given_up.py, test_demo.py, test_specs_cli.py | unchanged in every other test |
 | system directories of Jupyter and SSH (`SYSTEM_JUPYTER_PATH`, `SYSTEM_CONFIG`) | test_specs_cli.py, test_hosts_balance.py | those of this machine: test_jupyter_server, test_ssh_without_any_configuration |
 | `java` that optimizes less | test.sh | `pytest tests/test_scala.py` in another environment than that of test.sh |
@@ -38,8 +38,8 @@ import nbformat, psutil, pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
 from conftest import need
-from hosts import wait
-from kernels import BIN, HABITS, until
+from pace import until, wait
+from kernels import BIN, HABITS
 from test_server import Channels
 
 class Home:

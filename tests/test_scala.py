@@ -8,9 +8,10 @@ import psutil, pytest
 from Cryptodome.Protocol import HPKE
 from Cryptodome.Protocol.DH import import_x25519_private_key
 from gateway_provisioners_ssh import toree
-from gateway_provisioners_ssh.handshake import HandshakeError, LaunchKeys, connection_info, parse_message, port_names
+from gateway_provisioners_ssh.handshake import PROTOCOL, HandshakeError, LaunchKeys, connection_info, parse_message, port_names
 from installed import install, run, stopped, stopped_within
-from kernels import LaunchFailed, gone, launched_alone, taken_ports, until
+from kernels import LaunchFailed, gone, launched_alone, taken_ports
+from pace import until
 from spark import CACHE, Missing, need, spark_home
 
 HERE = Path(__file__).parent
@@ -49,20 +50,13 @@ def answers(spec, needed, tmp_path_factory):
         return [json.loads(o) for o in got.stdout.splitlines()]
     return ask
 
-VECTOR = dict( # RFC 9180, appendix A.1.2: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-128-GCM, mode PSK, sequence number 0
-    info='4f6465206f6e2061204772656369616e2055726e', psk='0247fd33b913760fa1fa51e1892d9f307fbe65eb171e8132c2af18555a738b82',
-    psk_id='456e6e796e20447572696e206172616e204d6f726961', skEm='463426a9ffb42bb17dbe6044b9abd1d4e4d95f9041cef0e99d7824eef2b6f588',
-    pkEm='0ad0950d9fb9588e59690b74f1237ecdf1d775cd60be2eca57af5a4b0471c91b', pkRm='9fed7e8c17387560e92cc6462a68049657246a09bfa8ade7aefe589672016366',
-    aad='436f756e742d30', pt='4265617574792069732074727574682c20747275746820626561757479')
-SK_R = 'c5eb01eb457fe6c6f57577c5413b931550a162c71a03ac8d196babbd4e5ce0fd'
-SEALED = dict(key='15026dba546e3ae05836fc7de5a7bb26', base_nonce='9518635eba129d5ce0914555', enc=VECTOR['pkEm'],
-    ct='e52c6fed7f758d0cf7145689f21bc1be6ec9ea097fef4e959440012f4feb73fb611b946199e681f4cfc34db8ea')
+VECTOR = PROTOCOL['vectors']['rfc9180']
 
 def test_rfc_9180(answers):
     other = {**VECTOR, 'aad': '436f756e742d31', 'pt': '00'*1000}
     first, second, short, weak = answers(VECTOR, other, {**VECTOR, 'psk': '00'*31}, {**VECTOR, 'pkRm': '00'*32})
-    assert first==SEALED
-    opened = HPKE.new(receiver_key=import_x25519_private_key(bytes.fromhex(SK_R)), aead_id=HPKE.AEAD.AES128_GCM, info=bytes.fromhex(VECTOR['info']),
+    assert first=={o: VECTOR[o] for o in ('key', 'base_nonce', 'enc', 'ct')}
+    opened = HPKE.new(receiver_key=import_x25519_private_key(bytes.fromhex(VECTOR['skRm'])), aead_id=HPKE.AEAD.AES128_GCM, info=bytes.fromhex(VECTOR['info']),
                       psk=(bytes.fromhex(VECTOR['psk_id']), bytes.fromhex(VECTOR['psk'])), enc=bytes.fromhex(second['enc']))
     assert opened.unseal(bytes.fromhex(second['ct']), b'Count-1')==bytes(1000)
     assert '32 bytes' in short['error'] and 'error' in weak, 'too short a secret, and a key that leads to a shared secret everybody knows, are refused'
@@ -109,7 +103,7 @@ def test_compiles_for_scala_2_13(needed, tmp_path):
             assert not got.returncode, f'Scala 2.13 could not be fetched with Maven:\n{got.stdout + got.stderr}'
             (jars/'.complete').touch()
     jackson = ':'.join(map(str, spark.home.glob('jars/jackson-[acd]*-2.*.jar')))
-    said = compile_scala(java, f'{jars}/*:{jackson}', tmp_path/'out.jar', [toree.sources/f'{o}.scala' for o in ('Hpke', 'Handshake', 'Ports', 'Self')], '-release', '8')   # old Javas say why they will not do
+    said = compile_scala(java, f'{jars}/*:{jackson}', tmp_path/'out.jar', [toree.sources/f'{o}.scala' for o in ('Hpke', 'Handshake', 'Ports', 'Protocol', 'Self')], '-release', '8')   # old Javas say why they will not do
     assert 'warning' not in said
 
 # One kernel, launched by run.sh ----------------------------------------------------------------------------------------

@@ -9,13 +9,15 @@ from jupyter_client.kernelspec import KernelSpec
 from traitlets.config import Config
 from gateway_provisioners_ssh import hosts as hosts_mod, ssh
 from gateway_provisioners_ssh.background import background
+from gateway_provisioners_ssh.balance import backing_off_last
 from gateway_provisioners_ssh.channels import Wire
 from gateway_provisioners_ssh.hosts import Host, Login, host_names, parse_hosts
 from gateway_provisioners_ssh.liveness import Pace
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.settings import SettingError
 from gateway_provisioners_ssh.ssh import Pool
-from kernels import Remote, Timer, forget, until, value
+from kernels import Remote, forget, value
+from pace import Timer, until
 
 # Links
 
@@ -35,7 +37,7 @@ async def link_of(remote, monkeypatch, caplog, what):
         await until(lambda: conn.is_up, 60, 'connected again')
 
 def nothing(conn): pass
-def a_request(conn): background().loop.call_soon_threadsafe(conn.agent.beat, 60)
+def a_request(conn): background().loop.call_soon_threadsafe(conn.agent.heartbeat, 60)
 
 @pytest.mark.parametrize('what', [nothing, a_request], ids=lambda o: o.__name__)
 async def test_the_system_notices_a_dead_link(net_remote, net, monkeypatch, caplog, what):
@@ -74,16 +76,16 @@ async def test_a_link_that_the_system_gave_up_ends_for_its_reader():
     "paramiko would take the system's `TimeoutError` for a pause, and go on"
     for error in TimeoutError(110, 'Connection timed out'), OSError(113, 'No route to host'):
         a, b = socket.socketpair()
-        wire = Wire(a)
+        sock = NonblockingSocket(a)
         def recv(n): raise error
-        wire.sock = SimpleNamespace(recv=recv, shutdown=a.shutdown, close=a.close)
-        assert (wire.recv(1), wire.silent) == (b'', True)
-        wire.close(); b.close()
+        sock.sock = SimpleNamespace(recv=recv, shutdown=a.shutdown, close=a.close)
+        assert (sock.recv(1), sock.timed_out) == (b'', True)
+        sock.close(); b.close()
     a, b = socket.socketpair()
-    wire = Wire(a, wake=.01)
-    with pytest.raises(TimeoutError): wire.recv(1)   # but a pause is a pause
-    assert not wire.silent
-    wire.close(); b.close()
+    sock = NonblockingSocket(a, poll_interval=.01)
+    with pytest.raises(TimeoutError): sock.recv(1)   # but a pause is a pause
+    assert not sock.timed_out
+    sock.close(); b.close()
 
 # Pace
 
@@ -103,12 +105,12 @@ class Clock:
         self.now = until
 
 class Session:
-    def __init__(self, clock, log, patience): self.clock, self.log, self.patience, self.heard, self.well, self.lost = clock, log, patience, clock(), True, None
-    def beat(self, patience):
-        if self.well: assert self.clock()-self.heard <= self.patience, 'the agent would have given the session up'
+    def __init__(self, clock, log, idle_timeout): self.clock, self.log, self.idle_timeout, self.last_received, self.well, self.lost = clock, log, idle_timeout, clock(), True, None
+    def heartbeat(self, idle_timeout):
+        if self.well: assert self.clock()-self.last_received <= self.idle_timeout, 'the agent would have given the session up'
         self.log.append(self.clock())
-        self.patience = patience
-        if self.well: self.heard = self.clock()
+        self.idle_timeout = idle_timeout
+        if self.well: self.last_received = self.clock()
     def silent(self): assert self.lost is None; self.lost = self.clock()
 
 events = st.lists(st.tuples(st.floats(0, 30), st.sampled_from(['join', 'join', 'die', 'leave', 'hear']), st.integers(1, 300)), min_size=1, max_size=12)
@@ -129,7 +131,7 @@ def test_whatever_happens_heartbeats_are_bounded_and_nobody_is_forgotten(events)
         for s in alive[:n]:
             if what == 'die': s.well, died[s] = False, clock.now
             if what == 'leave': pace.unwatch(s); s.well = False
-            if what == 'hear': s.heard = clock.now
+            if what == 'hear': s.last_received = clock.now
     end = clock.now
     clock.run(end+1000)
     assert {s for s in sessions if s.lost} == set(died)
@@ -145,7 +147,7 @@ def test_a_sleep_is_not_followed_by_a_burst():
     sessions = [Session(clock, log, 1000) for _ in range(400)]
     for s in sessions: pace.watch(s, 10, lambda: None, s.silent)
     clock.run(300)
-    for s in sessions: s.patience = 1e6   # the host slept too
+    for s in sessions: s.idle_timeout = 1e6   # the host slept too
     clock.now = 10_000
     log.clear()
     clock.run(10_100)
@@ -187,15 +189,13 @@ def test_bad_lists_are_refused_every_time(bad):
     for f in parse_hosts, host_names:
         with pytest.raises(ValueError): f(bad)
 
-async def test_the_order_of_hosts(monkeypatch):
+def test_the_order_of_hosts():
     "Those that were tried in vain come last, in their order; each is looked at when its turn comes"
-    p, asked, backing_off = provisioner(remote_hosts=list('abcd')), [], {'a', 'c'}
-    pool = SimpleNamespace(backing_off=lambda host, login: (asked.append(str(host)), str(host) in backing_off)[1])
-    monkeypatch.setattr('gateway_provisioners_ssh.provisioner.shared', lambda: SimpleNamespace(pool=pool))
-    order = p._candidates(SimpleNamespace(order=list('abcd')))
+    asked, backing_off = [], {'a', 'c'}
+    order = backing_off_last('abcd', lambda host: (asked.append(host), host in backing_off)[1])
     assert str(next(order)) == 'b' and asked == ['a', 'b']
     backing_off.add('d')
-    assert list(map(str, order)) == ['a', 'c', 'd']
+    assert list(order) == ['a', 'c', 'd']
 
 # Host keys
 

@@ -2,7 +2,7 @@
 seen computing on a cluster of tests/spark.py or on the host itself. (R and Scala with Spark: test_spark_r.py, test_spark_scala.py.)"""
 import time
 import pytest
-from gateway_provisioners_ssh.settings import LaunchError
+from gateway_provisioners_ssh.errors import LaunchError
 from installed import install, interrupted, interrupted_within, remote_kernel, run
 
 LEFT = [r'kernel-.*\.log', r'/\.ipython/']   # what kernels leave on a host: their logs, and IPython's profile

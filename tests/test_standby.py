@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import psutil, pytest
 import test_lifecycle
 from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.launchers import agent
-from kernels import Remote, Timer, busy, forget, gone, interrupt, left_of, printed, reply_to, running, until, value, within
+from kernels import Remote, busy, forget, gone, interrupt, left_of, printed, reply_to, running, value
+from pace import Timer, until, within
 
 class Place:
     "Kernels of this machine, with an agent, a home and temporary files of the tests' own"
@@ -33,10 +33,10 @@ class Place:
             with contextlib.suppress(psutil.Error): p.kill()
         shutil.rmtree(self.tmp, ignore_errors=True)
 
-    def spec(self, python=sys.executable, more=(), **kw):
-        "A kernelspec of another name each time; `more` arguments for the launcher, `kw`: `env`, and what is for its provisioner"
+    def spec(self, python=sys.executable, flags=(), more=(), **kw):
+        "A kernelspec with a new name; `flags` of the interpreter, `more` arguments of the launcher, `kw`: `env` and options"
         self.n += 1
-        return self.remote.spec(f'standby{self.n}', lambda a: [str(python), *a[1:], *more], ['localhost'], **kw)
+        return self.remote.spec(f'standby{self.n}', lambda a: [str(python), *flags, *a[1:], *more], ['localhost'], **kw)
 
     def kernel(self, name, config={}, **kw): return running(self.remote.manager(name, config=config), **kw)
 
@@ -68,10 +68,10 @@ class Place:
         "A start request as the provisioner makes it for that kernelspec, without a ticket"
         async def made():
             p = self.remote.provisioner(name)
-            request = p._check(dict(os.environ), list(p.kernel_spec.argv), None)
-            target = await p._reach(Host.parse('localhost'), request, time.monotonic() + 60)
-            m = await p._request(target, request, await p._launch(target.conn), '')
-            self.session = target.agent
+            request = p.checked_request(dict(os.environ), list(p.kernel_spec.argv))
+            attempt = await p.reach('localhost', request, time.monotonic() + 60)
+            m = await attempt.start_message(await attempt.make_keys())
+            self.session = attempt.target.agent
             return {k: m[k] for k in ('argv', 'env', 'spec_env', 'standby')}
         return await background().run(made())
 
@@ -120,13 +120,14 @@ def unix():
     return len({o.split()[6] for o in open('/proc/net/unix').read().split('\n')[1:] if o} & {os.readlink(f'/proc/self/fd/{o}')[8:-1] for o in os.listdir('/proc/self/fd') if kind(o).startswith('socket')})
 def lines(name, *keys): return [o for o in open(f'/proc/self/{name}').read().split('\n') if o.split(':')[0] in keys]
 mask = os.umask(0); os.umask(mask)
-fds = [o for o in os.listdir('/proc/self/fd') if not re.search('-journal|/profile_default$', kind(o))]   # but for those by which the history is being written
+fds = {o: kind(o) for o in os.listdir('/proc/self/fd')}
+fds = {o: k for o, k in fds.items() if not re.search('-journal|/profile_default$|^the listing', k)}   # the history may be written now
 print(json.dumps(dict(sockets_of_this_machine=unix(), flags=sys.flags, path=sys.path, argv=sys.argv, orig_argv=sys.orig_argv, warnoptions=sys.warnoptions, xoptions=sys._xoptions, executable=sys.executable, prefix=sys.prefix,
     environ=dict(os.environ), proc_environ=sorted(o for o in open('/proc/self/environ').read().split('\0') if o and not o.startswith('KERNEL_LAUNCH_SECRET=')),
     cmdline=open('/proc/self/cmdline').read().strip('\0').split('\0'), comm=open('/proc/self/comm').read(), cwd=os.getcwd(), umask=mask, limits=[resource.getrlimit(i) for i in range(16)],
     locale=[locale.setlocale(i) for i in range(6)], encodings=[sys.getdefaultencoding(), sys.getfilesystemencoding(), locale.getpreferredencoding()], time_zone=[time.tzname, time.timezone],
     signals=[str(signal.getsignal(i)) for i in range(1, 65)], mask=list(signal.pthread_sigmask(0, [])), status=lines('status', 'SigBlk', 'SigIgn', 'SigCgt', 'NoNewPrivs', 'CapEff', 'Cpus_allowed', 'Uid', 'Groups', 'Threads'),
-    descriptors=sorted({kind(o) for o in fds}), inheritable=sorted(kind(o) for o in fds if kind(o) != 'the listing' and os.get_inheritable(int(o))),
+    descriptors=sorted(set(fds.values())), inheritable=sorted(k for o, k in fds.items() if os.get_inheritable(int(o))),
     threads=sorted(re.sub(r'-\d+', '', o.name) for o in threading.enumerate()), main_thread=[threading.main_thread().name, threading.main_thread().native_id == os.getpid(), threading.main_thread() is threading.current_thread()],
     session=os.getsid(0) == os.getpid(), group=os.getpgrp() == os.getpid(), parent=open(f'/proc/{os.getppid()}/comm').read(), nice=os.nice(0), scheduler=os.sched_getscheduler(0), oom=open('/proc/self/oom_score_adj').read(),
     streams=[[o.name, o.mode, o.encoding, o.errors, o.line_buffering] for o in (sys.__stdin__, sys.__stdout__, sys.__stderr__)], filters=[str(o) for o in warnings.filters], gc=[gc.isenabled(), gc.get_threshold(), gc.get_debug()],
@@ -140,9 +141,13 @@ def blurred(facts, km):
     text = facts.replace(km.kernel_id, 'ID')
     return json.loads(re.sub(r'/k-[0-9a-f]{16}/', '/K/', re.sub(r'MCowBQYDK2VuAyEA[\w+/=]+', 'PUBLIC_KEY', text)))
 
-@pytest.mark.parametrize('env', [{}, dict(LANG='C.UTF-8', TZ='Pacific/Chatham', PYTHONWARNINGS='error::BytesWarning', PYTHONHASHSEED='7', PYTHONUTF8='1', PYTHONDONTWRITEBYTECODE='1', PYTHONOPTIMIZE='1')], ids=['plain', 'variables'])
-async def test_it_is_a_process_like_a_cold_one(place, env):
-    name, facts = place.spec(env=env), {}
+VARIABLES = dict(LANG='C.UTF-8', TZ='Pacific/Chatham', PYTHONWARNINGS='error::BytesWarning', PYTHONHASHSEED='7', PYTHONUTF8='1',
+                 PYTHONDONTWRITEBYTECODE='1', PYTHONOPTIMIZE='1')
+
+@pytest.mark.parametrize('env, flags', [({}, ()), (VARIABLES, ()), ({}, ('-Xutf8=0', '-Werror::BytesWarning', '-bO'))],
+                         ids=['plain', 'variables', 'flags'])
+async def test_it_is_a_process_like_a_cold_one(place, env, flags):
+    name, facts = place.spec(env=env, flags=flags), {}
     for kind in 'cold', 'forked':
         async with kernel_of_kind(place, name, kind) as (km, kc): facts[kind] = blurred((await printed(kc, FACTS))[0], km)
     def only(a, b): return [o for o in a if a.count(o) > b.count(o)] if isinstance(a, list) else a
@@ -410,6 +415,7 @@ async def test_a_template_that_fails(place, tmp_path, how):
         assert not await is_forked(kc)
         await one_kernel(place, km)
         assert gone(t.pid)
+        if how == 'stopped': assert km.provisioner.process.cold == 'its template did not fork within 0.5 s'
     assert await place.warm(name) == ''
     async with place.kernel(name) as (km, kc):
         assert await is_forked(kc)
@@ -538,9 +544,9 @@ async def test_off(place, plain):
     await within(2, left)
 
 async def test_no_more_templates_than_that(place):
-    names = [place.spec(env=dict(GPT=str(i))) for i in range(agent.Agent.most_templates + 2)]
+    names = [place.spec(env=dict(GPT=str(i))) for i in range(agent.MAX_TEMPLATES + 2)]
     for o in names: assert await place.warm(o) == ''
-    await until(lambda: len(place.templates()) == agent.Agent.most_templates)
+    await until(lambda: len(place.templates()) == agent.MAX_TEMPLATES)
     for o, forked in (names[-1], True), (names[0], False):
         async with place.kernel(o) as (_, kc): assert await is_forked(kc) == forked
 

@@ -378,7 +378,7 @@ async def test_streams_of_an_application_that_is_gone(mock):
             reader, writer = await asyncio.open_connection('127.0.0.1', f.port)
             writer.write(json.dumps(dict(seed=1, parts=1000, size=100, pause=.1)).encode() + b'\n')
             await reader.readexactly(1000)
-            gone.closed = True   # as if it had been killed: nobody says goodbye
+            gone.state.on('close')   # as if it had been killed: nobody says goodbye
             mock[0].drop()
             while gone.is_up or gone.tunnel.session: await asyncio.sleep(.01)
         await keeper.wait_connected()

@@ -14,7 +14,7 @@ object HandshakeCheck {
 
   /** Key, nonce and sealed message for given keys, the ephemeral one included, as test vectors have them. */
   private def vector(in: JsonNode) = {
-    val ephemeral = new KeyPair(publicKey(hex(in, "pkEm")), privateKey(hex(in, "skEm")))
+    val ephemeral = new KeyPair(publicKey(hex(in, "enc")), privateKey(hex(in, "skEm")))
     val to = publicKey(hex(in, "pkRm"))
     val (key, nonce) = Hpke.schedule(to, hex(in, "psk"), hex(in, "psk_id"), hex(in, "info"), ephemeral)
     val box = Hpke.seal(to, hex(in, "psk"), hex(in, "psk_id"), hex(in, "info"), hex(in, "aad"), hex(in, "pt"), ephemeral)

@@ -4,9 +4,9 @@
 #       [--spark-context-initialization-mode lazy|eager|none]
 #
 # Every option may also be spelled --RemoteProcessProxy.NAME. The one-time ticket of the launch is in the environment
-# (KERNEL_LAUNCH_SECRET). server_listener.py beside this file takes it, chooses the ports, reports the kernel when it is up
-# and ends; R runs the kernel and nothing else. Needed here: base R and the package IRkernel; for server_listener.py a
-# Python 3; for Spark the package SparkR, which is in Spark's own download.
+# (KERNEL_LAUNCH_SECRET). server_listener.py beside this file takes it, chooses the ports, reports the kernel when it is
+# up, and ends; R runs the kernel and nothing else. The host needs base R and the package IRkernel; for
+# server_listener.py a Python 3; for Spark the package SparkR, which is in Spark's own download.
 
 local({
 
@@ -17,15 +17,16 @@ fail <- function(...) {
 
 # Arguments ------------------------------------------------------------------------------------------------------------
 
-for_listener <- c("kernel-id", "port-range", "response-address", "public-key")
-known <- c(for_listener, "spark-context-initialization-mode", "cluster-type", "customAppName",
-           "kernel-class-name", "connection-file")   # these two mean nothing here, and are in specifications all the same
+listener_options <- c("kernel-id", "response-address", "port-range", "public-key")
+spark_modes <- c("lazy", "eager", "none")
+known <- c(listener_options, "spark-context-initialization-mode", "cluster-type", "customAppName",
+           "kernel-class-name", "connection-file")   # without effect here, but some kernelspecs have them
 
 parse_args <- function(argv) {
   opts <- list("port-range" = "0..0", "spark-context-initialization-mode" = "none")
   while (length(argv)) {
     arg <- argv[1]; argv <- argv[-1]
-    if (!startsWith(arg, "--")) next               # a connection file's name, in old specifications; there is none
+    if (!startsWith(arg, "--")) next               # old kernelspecs name a connection file, which is not used
     name <- sub("=.*", "", sub("^--(RemoteProcessProxy[.])?", "", arg))
     if (!name %in% known) fail("unknown argument ", sub("=.*", "", arg))
     if (grepl("=", arg, fixed = TRUE)) opts[[name]] <- sub("^[^=]*=", "", arg)
@@ -37,38 +38,39 @@ parse_args <- function(argv) {
   for (name in c("kernel-id", "response-address", "public-key"))
     if (is.null(opts[[name]])) fail("argument --", name, " is missing")
   mode <- opts[["spark-context-initialization-mode"]]
-  if (!mode %in% c("lazy", "eager", "none")) fail("--spark-context-initialization-mode is lazy, eager or none, not ", mode)
+  if (!mode %in% spark_modes) fail("--spark-context-initialization-mode is lazy, eager or none, not ", mode)
   opts
 }
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(FALSE), value = TRUE)[1])
-here <- dirname(normalizePath(gsub("~+~", " ", here, fixed = TRUE)))   # Rscript writes blanks like that
+here <- dirname(normalizePath(gsub("~+~", " ", here, fixed = TRUE)))   # Rscript writes ~+~ for a blank
 
 # The report -----------------------------------------------------------------------------------------------------------
-# server_listener.py runs beside R, in a session of its own, until it has reported the kernel; if the launch cannot go on it
-# says why and ends R. The agent of this host removes R's temporary directory, with which R itself cannot bother when it
-# is killed.
+# server_listener.py runs beside R, in a session of its own, until it has reported the kernel; if the launch cannot go
+# on, it logs the reason and ends R. The agent of this host removes R's temporary directory, which R itself does not do
+# when it is killed.
 
 reporter_script <- '
 for p in "${PYSPARK_PYTHON:-python3}" "${PYSPARK_PYTHON:-python}"; do
   "$p" -c "import sys; sys.exit(sys.version_info < (3, 8))" 2>/dev/null && exec "$p" "$@"
 done
-echo "launch_IRkernel.R: server_listener.py needs a Python 3.8 or newer, which is neither of ${PYSPARK_PYTHON:-python3, python}:" \
-     "set PYSPARK_PYTHON to one" >&2
+echo "launch_IRkernel.R: server_listener.py needs a Python 3.8 or newer, which is neither of" \
+     "${PYSPARK_PYTHON:-python3, python}: set PYSPARK_PYTHON to one" >&2
 kill -TERM $R_PID'
 
 start_reporter <- function(opts, file) {
   vars <- c(R_PID = Sys.getpid())
-  argv <- c("setsid", "sh", "-c", reporter_script, "sh", file.path(here, "server_listener.py"), "--parent-pid", Sys.getpid(),
-            "--connection-file", file, "--remove", tempdir(), "--curve", rbind(paste0("--", for_listener), unlist(opts[for_listener])))
+  argv <- c("setsid", "sh", "-c", reporter_script, "sh", file.path(here, "server_listener.py"),
+            "--parent-pid", Sys.getpid(), "--connection-file", file, "--remove", tempdir(), "--curve",
+            rbind(paste0("--", listener_options), unlist(opts[listener_options])))
   system(paste(c(paste0(names(vars), "=", shQuote(vars)), shQuote(argv), "</dev/null"), collapse = " "), wait = FALSE)
 }
 
 # A process group of its own -------------------------------------------------------------------------------------------
 # Interrupts go to the kernel's process group. Under spark-submit that group is the JVM's, which an interrupt would end,
-# so R leaves it. R has no function for that; the C library, which is loaded already, has.
+# so R leaves it by calling the C library, which is loaded already: R has no function for that.
 
-lead_group <- function() {
+lead_process_group <- function() {
   group <- function() strsplit(sub(".*[)] ", "", readLines("/proc/self/stat", 1)), " ")[[1]][3]
   if (!file.exists("/proc/self/stat") || group() == Sys.getpid()) return()
   libc <- sub(".* ", "", grep("/(libc[.-]|ld-musl)[^ ]*$", readLines("/proc/self/maps"), value = TRUE)[1])
@@ -97,13 +99,13 @@ spark_session <- function(name) suspendInterrupts({
   list(spark = session, sc = sc)
 })
 
-# SparkR waits for the JVM's answer to each call. An interrupt would break the wait off and leave the answer to be taken
-# for that of the next call, while the jobs went on. So it cancels them, over a second connection to the backend in the
-# JVM, and the answer of the call that was broken off, an error then, is read before R goes on.
+# SparkR waits for the JVM's answer to each call. An interrupt would break off the wait; the jobs would go on, and their
+# answer would be read as that of the next call. So an interrupt cancels the jobs, over a second connection to the
+# backend in the JVM, and the answer of the interrupted call, which is an error then, is read before R goes on.
 
 cancel_on_interrupt <- function() {
   port <- Sys.getenv("EXISTING_SPARKR_BACKEND_PORT")
-  if (!nzchar(port)) return()                     # SparkR started the JVM itself: only it knows the way there
+  if (!nzchar(port)) return()                     # SparkR has started the JVM itself, and does not tell the port
   sparkr <- asNamespace("SparkR")
   int <- function(x) writeBin(as.integer(x), raw(), endian = "big")
   string <- function(x) c(int(nchar(x, "bytes") + 1), charToRaw(x), as.raw(0))
@@ -113,7 +115,7 @@ cancel_on_interrupt <- function() {
   answer <- function(con, meanwhile = function() NULL) {
     repeat {
       while (!socketSelect(list(con), timeout = 0.1)) meanwhile()
-      if (!identical(status <- sparkr$readInt(con), 1L)) break            # a sign of life
+      if (!identical(status <- sparkr$readInt(con), 1L)) break            # 1 is a heartbeat
     }
     if (identical(status, 0L)) sparkr$readObject(con) else sparkr$readString(con)
   }
@@ -128,25 +130,27 @@ cancel_on_interrupt <- function() {
   assign("invokeJava", function(...) tryCatch(call(...), interrupt = function(e) {
     suspendInterrupts({
       cancel()
-      answer(sparkr$.sparkREnv$.sparkRCon, meanwhile = cancel)            # its job may begin only now: it is planned first
+      answer(sparkr$.sparkREnv$.sparkRCon, meanwhile = cancel)            # a job that was planned may begin only now
     })
     signalCondition(e)
   }), envir = sparkr)
 }
 
-# `spark` and `sc`, and the two names under which SparkR's own functions look for them, make the context when first
-# used. A context that cannot be made is an error of the cell that asked for it; the next use tries again.
+# `spark` and `sc`, and the two names under which SparkR's own functions look them up, make the context when first
+# used. A context that cannot be made is an error of the cell that used it; the next use tries again.
 
-lazily <- function(init) {
+define_lazily <- function(init) {
   places <- list(spark = globalenv(), sc = globalenv())
-  if (isNamespaceLoaded("SparkR")) places[c(".sparkRsession", ".sparkRjsc")] <- list(get(".sparkREnv", asNamespace("SparkR")))
+  if (isNamespaceLoaded("SparkR"))
+    places[c(".sparkRsession", ".sparkRjsc")] <- list(get(".sparkREnv", asNamespace("SparkR")))
   bound <- function(name) exists(name, places[[name]], inherits = FALSE)
   unbind <- function() for (name in Filter(bound, names(places)))
     if (bindingIsActive(name, places[[name]])) rm(list = name, envir = places[[name]])
   make <- function() {
     unbind()
-    on.exit(bind())       # whatever went wrong, an interrupt too: what is not there yet stays to be made
-    made <- tryCatch(init(), error = function(e) stop("the Spark context could not be made: ", conditionMessage(e), call. = FALSE))
+    on.exit(bind())       # after an error or an interrupt, what is missing stays to be made
+    failed <- function(e) stop("the Spark context could not be made: ", conditionMessage(e), call. = FALSE)
+    made <- tryCatch(init(), error = failed)
     for (name in c("spark", "sc")) if (!bound(name)) assign(name, made[[name]], envir = globalenv())
     on.exit()
     made
@@ -172,15 +176,15 @@ init_spark <- function(opts) {
     message("launch_IRkernel.R: ", missing)
     init <- function() stop(missing)
   }
-  if (mode == "lazy") return(lazily(init))
+  if (mode == "lazy") return(define_lazily(init))
   made <- tryCatch(init(), error = function(e) fail("the Spark context could not be made: ", conditionMessage(e)))
   for (n in names(made)) assign(n, made[[n]], envir = globalenv())
 }
 
 # The kernel -----------------------------------------------------------------------------------------------------------
 
-# IRkernel knows nothing of encryption. Its sockets can: what it calls to bind them is made to give them the key first.
-encrypt <- function(secretkey) {
+# IRkernel has no encryption, but its sockets have: the function that it calls to bind them sets the key first.
+encrypt_sockets <- function(secretkey) {
   so <- pbdZMQ::ZMQ.SO()
   imports <- parent.env(asNamespace("IRkernel"))
   bind <- get("zmq.bind", imports)
@@ -194,11 +198,11 @@ encrypt <- function(secretkey) {
 
 make_kernel <- function(file) {
   secretkey <- jsonlite::fromJSON(file)$curve_secretkey
-  if (!is.null(secretkey)) encrypt(secretkey)
+  if (!is.null(secretkey)) encrypt_sockets(secretkey)
   get("Kernel", asNamespace("IRkernel"))$new(connection_file = file)
 }
 
-# An interrupt that comes while no cell runs must not end R, which it would: this R is not interactive.
+# An interrupt while no cell runs would end R, since this R is not interactive.
 run <- function(kernel) repeat tryCatch(kernel$run(), interrupt = function(e) NULL)
 
 opts <- parse_args(commandArgs(TRUE))
@@ -210,7 +214,7 @@ if (!requireNamespace("IRkernel", quietly = TRUE))
        "): apt-get install r-cran-irkernel, or in R: install.packages('IRkernel')")
 init_spark(opts)
 while (!file.exists(file)) Sys.sleep(.01)
-lead_group()
+lead_process_group()
 run(tryCatch(make_kernel(file), error = function(e) fail("IRkernel could not be started: ", conditionMessage(e))))
 
 })

@@ -6,12 +6,12 @@ import java.security.spec.X509EncodedKeySpec
 import javax.crypto.{Cipher, KeyAgreement, Mac}
 import javax.crypto.spec.{GCMParameterSpec, SecretKeySpec}
 
-/** What `Hpke.seal` returns: the sender's public key of this one message, and the sealed bytes. */
+/** What `Hpke.seal` returns: the ephemeral public key of the sender, and the sealed bytes. */
 final class Sealed(val enc: Array[Byte], val ciphertext: Array[Byte])
 
 /** Hybrid public key encryption (RFC 9180), the sending half of one suite and one mode:
   * DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-128-GCM, with a pre-shared key.
-  * The JDK (11 and later) brings the primitives; this puts them together as the RFC's pseudocode does. */
+  * The JDK (11 and later) has the primitives; they are combined as in the RFC's pseudocode. */
 object Hpke {
   private val kem   = Array[Byte](0, 0x20)
   private val suite = bytes("HPKE") ++ kem ++ Array[Byte](0, 1, 0, 1)
@@ -21,7 +21,7 @@ object Hpke {
 
   def hmac(key: Array[Byte], data: Array[Byte]*): Array[Byte] = {
     val mac = Mac.getInstance("HmacSHA256")
-    // HMAC pads its key with zeros, so 32 of them are the empty key, which the JDK refuses
+    // HMAC pads its key with zeros, so 32 of them stand for the empty key, which the JDK refuses
     mac.init(new SecretKeySpec(if (key.isEmpty) new Array[Byte](32) else key, "HmacSHA256"))
     data.foreach(d => mac.update(d))
     mac.doFinal()
@@ -30,14 +30,15 @@ object Hpke {
   private def extract(salt: Array[Byte], suiteId: Array[Byte], label: String, ikm: Array[Byte]) =
     hmac(salt, bytes("HPKE-v1"), suiteId, bytes(label), ikm)
 
-  /** HKDF-Expand of at most 32 bytes: one block is all this suite ever needs. */
+  /** HKDF-Expand of at most 32 bytes, which is all that this suite needs. */
   private def expand(prk: Array[Byte], suiteId: Array[Byte], label: String, info: Array[Byte], n: Int) =
     hmac(prk, Array[Byte](0, n.toByte), bytes("HPKE-v1"), suiteId, bytes(label), info, Array[Byte](1)).take(n)
 
   def freshKey(): KeyPair = KeyPairGenerator.getInstance("X25519").generateKeyPair()
 
   /** An X25519 public key from its SubjectPublicKeyInfo in DER. */
-  def publicKey(spki: Array[Byte]): PublicKey = KeyFactory.getInstance("X25519").generatePublic(new X509EncodedKeySpec(spki))
+  def publicKey(spki: Array[Byte]): PublicKey =
+    KeyFactory.getInstance("X25519").generatePublic(new X509EncodedKeySpec(spki))
 
   /** The 32 bytes that RFC 7748 calls the u-coordinate: the tail of the SubjectPublicKeyInfo. */
   private def raw(key: PublicKey): Array[Byte] = key.getEncoded.takeRight(32)
@@ -52,7 +53,8 @@ object Hpke {
   }
 
   /** AES-128-GCM key and base nonce for a message to `to` (RFC 9180, section 5.1, mode_psk). */
-  def schedule(to: PublicKey, psk: Array[Byte], pskId: Array[Byte], info: Array[Byte], ephemeral: KeyPair): (Array[Byte], Array[Byte]) = {
+  def schedule(to: PublicKey, psk: Array[Byte], pskId: Array[Byte], info: Array[Byte],
+               ephemeral: KeyPair): (Array[Byte], Array[Byte]) = {
     require(psk.length >= 32, "the one-time secret must have 32 bytes or more")
     val none = Array.empty[Byte]
     val context = modePsk ++ extract(none, suite, "psk_id_hash", pskId) ++ extract(none, suite, "info_hash", info)
@@ -60,8 +62,8 @@ object Hpke {
     (expand(secret, suite, "key", context, 16), expand(secret, suite, "base_nonce", context, 12))
   }
 
-  /** Seals one message, the first and only one of its context: only the holder of `to`'s private key can open it,
-    * and only if it holds `psk` too, which also tells it that the sender does. */
+  /** Seals one message, the only one of its context: it opens with `to`'s private key and `psk`, and so proves to the
+    * receiver that the sender has `psk`. */
   def seal(to: PublicKey, psk: Array[Byte], pskId: Array[Byte], info: Array[Byte], aad: Array[Byte], plain: Array[Byte],
            ephemeral: KeyPair = freshKey()): Sealed = {
     val (key, nonce) = schedule(to, psk, pskId, info, ephemeral)

@@ -11,7 +11,11 @@ final case class PortRange(lower: Int, upper: Int) {
   /** The ports to try: each once, from a random one on; 0, which is any, without a range. */
   def candidates: Iterator[Int] =
     if (lower == upper) Iterator(0)
-    else { val n = upper - lower + 1; val start = ThreadLocalRandom.current.nextInt(n); (0 until n).iterator.map(i => lower + (start + i) % n) }
+    else {
+      val n = upper - lower + 1
+      val start = ThreadLocalRandom.current.nextInt(n)
+      (0 until n).iterator.map(i => lower + (start + i) % n)
+    }
 }
 
 object PortRange {
@@ -22,13 +26,13 @@ object PortRange {
   }
 }
 
-/** A port that is ours from now until Toree listens on it.
+/** A port that is reserved until Toree listens on it.
   *
-  * The socket is bound but never listens. It is bound while exclusive, so the port was free; then it is marked
-  * reusable, and such a port can be bound again only by a socket marked so too: ZeroMQ's listener is, the reservations
-  * of other launchers at the moment they bind are not. So no other launcher on this host can take it in between. */
+  * The socket is bound but never listens. It is bound without SO_REUSEADDR, so the port was free; then SO_REUSEADDR is
+  * set, and the port can be bound again only by sockets that have it too. ZeroMQ's listener does; the reservations of
+  * other launchers, when they bind, do not. So no other launcher on this host can take the port in between. */
 final class Reservation private (channel: SocketChannel, val port: Int) {
-  /** Whether somebody listens on the port: then, and only then, a reusable socket cannot be bound to it. No bytes flow. */
+  /** Whether a socket listens on the port: then, and only then, another cannot be bound to it. Nothing is sent. */
   def listening(ip: InetAddress): Boolean = {
     val probe = SocketChannel.open()
     try { Reservation.reusable(probe, true); probe.bind(new InetSocketAddress(ip, port)); false }
@@ -38,9 +42,11 @@ final class Reservation private (channel: SocketChannel, val port: Int) {
 }
 
 object Reservation {
-  private def reusable(channel: NetworkChannel, yes: Boolean): Unit = { channel.setOption[java.lang.Boolean](StandardSocketOptions.SO_REUSEADDR, yes); () }
+  private def reusable(channel: NetworkChannel, yes: Boolean): Unit = {
+    channel.setOption[java.lang.Boolean](StandardSocketOptions.SO_REUSEADDR, yes); ()
+  }
 
-  private def held(ip: InetAddress, port: Int, exclusive: Boolean): Option[Reservation] = {
+  private def bind(ip: InetAddress, port: Int, exclusive: Boolean): Option[Reservation] = {
     val channel = SocketChannel.open()
     try {
       reusable(channel, !exclusive)
@@ -50,28 +56,35 @@ object Reservation {
     } catch { case _: IOException => channel.close(); None }
   }
 
-  /** The port of the kernel before a restart, if it can be had. Connections that have just ended may linger there. */
-  def again(ip: InetAddress, port: Int): Option[Reservation] =
-    if (port < 1 || port > 65535) None else held(ip, port, exclusive = true).orElse(held(ip, port, exclusive = false))
+  /** The port that the kernel had before a restart, if it is free. Its former connections may still be in TIME_WAIT. */
+  def former(ip: InetAddress, port: Int): Option[Reservation] =
+    if (port < 1 || port > 65535) None else bind(ip, port, exclusive = true).orElse(bind(ip, port, exclusive = false))
 
   def fresh(ip: InetAddress, range: PortRange): Reservation =
-    range.candidates.map(held(ip, _, exclusive = true)).collectFirst { case Some(x) => x }.getOrElse(throw new LaunchError(
-      if (held(ip, 0, exclusive = true).isEmpty) s"cannot bind to ${ip.getHostAddress}: is it an address of this host? Let kernels be tunnelled (GP_ENABLE_TUNNELING=true) if not"
-      else s"fewer than 5 ports are free in ${range.lower}..${range.upper} on ${ip.getHostAddress}: widen the port range (port_range, GP_PORT_RANGE) or end what uses it"))
+    range.candidates.map(bind(ip, _, exclusive = true)).collectFirst { case Some(x) => x }.getOrElse {
+      val at = ip.getHostAddress
+      throw new LaunchError(
+        if (bind(ip, 0, exclusive = true).isEmpty)
+          s"cannot bind to $at: is it an address of this host? " +
+            "Let kernels be tunnelled (GP_ENABLE_TUNNELING=true) if not"
+        else s"fewer than 5 ports are free in ${range.lower}..${range.upper} on $at: " +
+          "widen the port range (port_range, GP_PORT_RANGE) or end what uses it")
+    }
 }
 
 object BindAddress {
   private def unmapped(ip: String) = ip.stripPrefix("::ffff:")
   private def usable(ip: String) = Some(unmapped(ip)).filter(o => o.nonEmpty && !o.contains(':'))
 
-  /** Where a kernel listens that reports to `response`: loopback for one that is tunnelled or local; else the address
-    * at which the host application reached this host, and failing that the one from which this host reaches it. */
+  /** The address that a kernel listens on which reports to `response`: loopback if it is tunnelled or local; else the
+    * address at which the host application reached this host, or that from which this host reaches it. */
   def choose(response: InetAddress, sshConnection: Option[String]): InetAddress = {
     val sshd = sshConnection.toList.map(_.trim.split("\\s+")).collect { case Array(_, _, ip, _) => ip }
       .filterNot(ip => Try(InetAddress.getByName(unmapped(ip)).isLoopbackAddress).getOrElse(true))
     if (response.isLoopbackAddress) InetAddress.getByName("127.0.0.1")
-    else (sshd ++ routed(response)).flatMap(usable(_)).headOption.map(InetAddress.getByName).getOrElse(throw new LaunchError(
-      s"no IPv4 address of this host reaches ${response.getHostAddress}: let kernels be tunnelled (GP_ENABLE_TUNNELING=true) or set an IPv4 response address (GP_RESPONSE_IP)"))
+    else (sshd ++ routed(response)).flatMap(usable(_)).headOption.map(InetAddress.getByName).getOrElse(
+      throw new LaunchError(s"no IPv4 address of this host reaches ${response.getHostAddress}: " +
+        "let kernels be tunnelled (GP_ENABLE_TUNNELING=true) or set an IPv4 response address (GP_RESPONSE_IP)"))
   }
 
   private def routed(to: InetAddress): Option[String] = Try {

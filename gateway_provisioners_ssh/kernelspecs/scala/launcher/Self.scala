@@ -1,6 +1,6 @@
 package launcher
 
-import java.io.{File, RandomAccessFile}
+import java.io.{File, OutputStream, RandomAccessFile}
 import java.lang.management.ManagementFactory
 import java.nio.charset.StandardCharsets.{ISO_8859_1, UTF_8}
 import java.nio.file.{Files, Path, Paths}
@@ -10,13 +10,13 @@ import scala.util.Try
 
 /** Lines for the kernel's log. */
 object Log {
-  def say(text: String): Unit = System.err.println(s"[launcher ${Self.pid}] ${text.replaceAll("\\s+", " ")}")
+  def write(text: String): Unit = System.err.println(s"[launcher ${Self.pid}] ${text.replaceAll("\\s+", " ")}")
 }
 
-/** The environment this process was started with, as far as it must not stay. */
+/** The environment this process was started with. */
 object Environment {
-  /** Takes a variable out of this process: its value, which afterwards neither `System.getenv`, nor child processes,
-    * nor `/proc/PID/environ` show any more where the JVM and the system allow that. */
+  /** Removes a variable and returns its value. Afterwards `System.getenv`, child processes and `/proc/PID/environ` do
+    * not show it any more, where the JVM and the system allow that. */
   def take(name: String): Option[String] = {
     val value = Option(System.getenv(name)).filter(_.nonEmpty)
     if (value.isDefined) { Try(forget(name)); Try(blank(name)) }
@@ -51,17 +51,18 @@ object Environment {
 /** This process. */
 object Self {
   private val line = Try(new String(Files.readAllBytes(Paths.get("/proc/self/stat")), ISO_8859_1)).getOrElse("")
-  /** What the system tells of this process, from its state on (proc(5), `stat`); nothing where there is no /proc. */
+  /** The fields of `/proc/self/stat` from the state on (proc(5)); empty where there is no /proc. */
   val stat: Array[String] = line.substring(line.lastIndexOf(')') + 1).trim.split(' ')
-  val pid: Long = Try(line.takeWhile(_ != ' ').toLong).getOrElse(ManagementFactory.getRuntimeMXBean.getName.takeWhile(_ != '@').toLong)
+  val pid: Long = Try(line.takeWhile(_ != ' ').toLong).getOrElse(
+    ManagementFactory.getRuntimeMXBean.getName.takeWhile(_ != '@').toLong)
   val pgid: Long = Try(stat(2).toLong).getOrElse(pid)
 
   private val failing = new AtomicBoolean()
 
-  /** One line that says why, and the end of this process; at once even if a shutdown hook hangs. What fails because
-    * the process ends is not told. */
-  def fail(reason: => String, status: Int = 1): Nothing = {
-    if (failing.compareAndSet(false, true)) Log.say(reason)
+  /** Logs the reason in one line and ends this process, within five seconds even if a shutdown hook hangs. Failures
+    * that follow from the end are not logged. */
+  def exit(reason: => String, status: Int = 1): Nothing = {
+    if (failing.compareAndSet(false, true)) Log.write(reason)
     val halt = new Thread(() => { Thread.sleep(5000); Runtime.getRuntime.halt(status) })
     halt.setDaemon(true)
     halt.start()
@@ -69,50 +70,56 @@ object Self {
   }
 }
 
-/** What must not outlive this process, however it ends. */
-object Leftovers {
-  private val nowhere = new File("/dev/null")
+/** Files that must not outlive this process, however it ends. */
+object TemporaryFiles {
+  private val devNull = new File("/dev/null")
   private val all = new java.util.concurrent.CopyOnWriteArrayList[Path]()
   private val script = "while IFS= read -r p; do set -- \"$@\" \"$p\"; done; rm -rf -- \"$@\""
-  private lazy val guard = Try(new ProcessBuilder("setsid", "sh", "-c", script, "sh").redirectOutput(nowhere).redirectError(nowhere).start())
+  private lazy val remover = Try(
+    new ProcessBuilder("setsid", "sh", "-c", script, "sh").redirectOutput(devNull).redirectError(devNull).start())
 
-  /** Has `path` removed when this process is gone, even if it was killed: by a shell in a session of its own, which
+  /** Has `path` removed when this process has ended, even if it was killed: by a shell in a session of its own, which
     * reads from a pipe that only this process holds open. Without `setsid` on the host, an orderly end removes it. */
   def remove(path: Path): Unit = synchronized {
     all.add(path.toAbsolutePath)
-    if (!path.toString.contains('\n') && guard.flatMap(g => Try { g.getOutputStream.write(s"$path\n".getBytes(UTF_8)); g.getOutputStream.flush() }).isFailure)
+    def tell(pipe: OutputStream) = { pipe.write(s"$path\n".getBytes(UTF_8)); pipe.flush() }
+    if (!path.toString.contains('\n') && remover.flatMap(r => Try(tell(r.getOutputStream))).isFailure)
       Runtime.getRuntime.addShutdownHook(new Thread(() => delete(path)))
   }
 
-  /** All that was named so far, for the agent to remove when this process is gone. */
+  /** All paths to remove, for the agent. */
   def paths: Seq[String] = all.toArray.toSeq.map(_.toString)
 
-  /** Ends the shell: the agent does its work from now on, which spares a kernel a process. */
-  def handOver(): Unit = guard.foreach(_.destroy())
+  /** Ends the shell, since the agent removes the files: one process less for each kernel. */
+  def leaveToAgent(): Unit = remover.foreach(_.destroy())
 
   private def delete(path: Path): Unit = Try {
     val all = Files.walk(path)
-    try all.sorted(java.util.Comparator.reverseOrder[Path]).forEach(p => { Files.deleteIfExists(p); () }) finally all.close()
+    try all.sorted(java.util.Comparator.reverseOrder[Path]).forEach(p => { Files.deleteIfExists(p); () })
+    finally all.close()
   }
 
-  /** Has the directory removed that spark-submit made before this launcher began: it is among those of this user that
-    * Spark itself means to delete. */
-  def ofSparkSubmit(): Unit = Try {
-    val deletes = Class.forName("org.apache.spark.util.ShutdownHookManager").getMethod("hasShutdownDeleteDir", classOf[File])
+  /** Has the directory removed that spark-submit made before this launcher began. It is among those that Spark would
+    * delete at an orderly end. */
+  def removeThoseOfSparkSubmit(): Unit = Try {
+    val hooks = Class.forName("org.apache.spark.util.ShutdownHookManager")
+    val deletes = hooks.getMethod("hasShutdownDeleteDir", classOf[File])
     Option(new File(sys.props("java.io.tmpdir")).listFiles((_, name) => name.startsWith("spark-"))).toList.flatten
       .filter(d => deletes.invoke(null, d) == true).foreach(d => remove(d.toPath))
   }
 
-  /** A directory for all temporary files of this JVM from now on: Spark copies jars there and spills to it. */
-  def temporaryDirectory(): Unit = {
-    val base = Option(System.getenv("TMPDIR")).map(Paths.get(_)).filter(Files.isWritable(_)).getOrElse(Paths.get(sys.props("java.io.tmpdir")))
-    val dir = Files.createDirectory(base.resolve(s"toree-${Self.pid}-${Hex.encode(Secrets.bytes(4))}"), Private.directory)
+  /** Makes a directory for all temporary files of this JVM: Spark copies jars there and spills to it. */
+  def makeDirectory(): Unit = {
+    val given = Option(System.getenv("TMPDIR")).map(Paths.get(_)).filter(Files.isWritable(_))
+    val base = given.getOrElse(Paths.get(sys.props("java.io.tmpdir")))
+    val name = s"toree-${Self.pid}-${Hex.encode(Secrets.bytes(4))}"
+    val dir = Files.createDirectory(base.resolve(name), Private.directory)
     remove(dir)
     sys.props("java.io.tmpdir") = dir.toString
   }
 }
 
-/** Modes for what only this user may read. */
+/** Modes of files that only this user may read. */
 object Private {
   private def mode(text: String) = PosixFilePermissions.asFileAttribute(PosixFilePermissions.fromString(text))
   val directory = mode("rwx------")
