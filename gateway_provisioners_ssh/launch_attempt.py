@@ -16,7 +16,7 @@ from .handshake import HandshakeError, LaunchKeys, port_names
 from .hosts import Host, HostError
 from .launchers.agent import CROWDED, FILES_REMOVED, NO_ROOM
 from .remote import AgentClosed, Refusal, spawn, tree_of
-from .settings import LaunchError
+from .errors import LaunchError
 from .start_request import StartRequest, at_home, expand_argv, relocate_path
 from .tunnel import known_in_time
 
@@ -252,7 +252,7 @@ def _about(self:LaunchAttempt):
 async def spawn(self:LaunchAttempt, keys:LaunchKeys):
     "The process of the launcher; raises `Refusal`, `AgentClosed`"
     request,options,target = self.request,self.options,self.target
-    room,log = dict(most=self.limit, **vars(request.need)),f'{options.kernel_log_dir}/kernel-{request.kernel_id}.log'
+    room,log = dict(max_kernels=self.limit, **vars(request.need)),f'{options.kernel_log_dir}/kernel-{request.kernel_id}.log'
     async def started():
         return await spawn(target.agent, target.conn.wait_connected, log, self.user, about=self._about(),
             title=f'kernel {request.kernel_id} of {request.user}', room={k: v for k,v in room.items() if v},

@@ -488,8 +488,8 @@ async def read_log(
 class _Heard:
     "Takes the events of a follower from a session"
     def __init__(self): self.queue = asyncio.Queue()
-    def heard(self, event, m): self.queue.put_nowait('' if m.get('over') else str(m.get('text', '')) or None)
-    def again(self): self.queue.put_nowait('')
+    def on_event(self, event, m): self.queue.put_nowait('' if m.get('over') else str(m.get('text', '')) or None)
+    def on_agent_end(self): self.queue.put_nowait('')
 
 async def follow_log(
     site:Site,
@@ -499,7 +499,7 @@ async def follow_log(
     conn = await site.pool.connection(Host.parse(log.host), site.login)
     session,name,heard = await conn.session(),'follow-'+secrets.token_hex(8),_Heard()
     session.processes[log.runs_as, name] = heard
-    session.over.add_done_callback(lambda _: heard.again())
+    session.over.add_done_callback(lambda _: heard.on_agent_end())
     try:
         which = dict(id=log.key) if log.key else dict(path=log.path)
         await ask(site, conn, 'follow', user=log.runs_as, name=name, **which)

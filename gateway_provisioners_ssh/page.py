@@ -14,7 +14,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_core.utils import ensure_async
 from .background import background, in_thread, spawn_task
 from .hosts import Host, HostError
-from .operators import KernelLog, RunningKernel, Site, Trouble, as_trouble, kernels_on, read_log
+from .operators import HOST_ERRORS, KernelLog, RunningKernel, Site, Trouble, as_trouble, kernels_on, read_log
 from .operators import site, size, stop
 from .provisioner import DistributedProvisioner, shared
 from .remote import AgentClosed, Refusal
@@ -109,7 +109,7 @@ async def _watch(self:Watcher, h):
             async with shared().asking: session = await conn.session()
             await self._listen(h, conn, session)
             raise AgentClosed(f'the connection to {h.name} broke')
-        except (HostError, Refusal, AgentClosed, asyncio.TimeoutError) as e: trouble = as_trouble(e, h.site)
+        except HOST_ERRORS as e: trouble = as_trouble(e)
         h.state,h.trouble = 'down',trouble
         self.told()
         await _next_attempt(conn)

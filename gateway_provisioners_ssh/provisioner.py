@@ -14,13 +14,14 @@ from types import SimpleNamespace
 from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread, with_timeout, spawn_task
 from .balance import HostChoice, HostReports, Ledger, Need, load_balancer, takes_reports
+from .errors import LaunchError, missing_package
 from gateway_provisioners_ssh.handshake import (ControlKey, LegacyKey, RedactedDict, connection_info, control_nonce,
     port_names)
 from .hosts import Host, HostError, Login, host_names, this_user
 from .launch_attempt import LaunchAttempt, Launched, NoRoom, finish, interpreters, launch_error
 from .remote import AgentClosed, Refusal, RemoteProcess
 from .response import ResponseServer
-from .settings import HostSettings, LaunchError, lacking, settings
+from .settings import HostSettings, settings
 from .start_request import StartRequest, check_start
 from .tunnel import Forward, KernelPort, reached_at
 from .workarounds import (UnconfirmedKernel, concrete, drop_manager, fail_own_ready,
@@ -33,7 +34,7 @@ class HostApplication:
         try:
             from gateway_provisioners_ssh.ssh import Pool
             if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
-        except ImportError as e: raise LaunchError(lacking(e)) from None
+        except ImportError as e: raise LaunchError(missing_package(e)) from None
         self.pool,self.servers,self.legacy_key = Pool(),{},LegacyKey() # Ways to hosts, and back
         self.ledger,self.reports,self.observing = Ledger(),HostReports(),asyncio.Semaphore(16) # What is known of hosts
         self.watched,self.unconfirmed = set(),set() # Processes, and kernels that no manager has called ready yet
@@ -217,7 +218,7 @@ async def _adopt(self:DistributedProvisioner, claim, launched, ip=''):
         except BaseException: await asyncio.shield(finish(process.release(keep_log=False), 5)); raise
     else: self._close_forwards()
     process.exited.add_done_callback(lambda _: claim.release())
-    if fields.get('pgid', process.pgid) != process.pgid: process.pgid = fields['pgid']; process.again()
+    if fields.get('pgid', process.pgid) != process.pgid: process.pgid = fields['pgid']; process.on_agent_end()
     self.claim,self.conn,self.process,self.fields,self.requested = claim,conn,process,RedactedDict(fields),False
     shared().watched.add(process)
     ip = ip or ('127.0.0.1' if tunnel else reached_at(fields['ip'], conn.address))
@@ -255,7 +256,7 @@ async def _unreachable_watchdog(conn, process, kernel_id, timeout, log):
         left = timeout if down is None else down+timeout-time.monotonic()
         if left <= 0:
             log.error('kernel %s is lost: host %s has been out of reach for %g s', kernel_id, conn.host, timeout)
-            return process.lose()
+            return process.mark_lost()
         await asyncio.wait({process.exited}, timeout=left)
 
 # %% ../nbs/27_provisioner.ipynb #e3423b95
