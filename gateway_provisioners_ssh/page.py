@@ -106,7 +106,7 @@ async def _watch(self:Watcher, h):
         conn = None
         try:
             conn = await h.site.pool.connection(h.host, h.site.login)
-            async with shared().asking: session = await conn.session()
+            async with shared().observing: session = await conn.session()
             await self._listen(h, conn, session)
             raise AgentClosed(f'the connection to {h.name} broke')
         except HOST_ERRORS as e: trouble = as_trouble(e)
@@ -116,9 +116,9 @@ async def _watch(self:Watcher, h):
 
 async def _next_attempt(conn):
     "Return when a host may be tried again, or somebody else has connected"
-    reviving = getattr(conn, 'reviving', None)
-    pause = max(1, getattr(conn, 'rest_until', 0) - time.monotonic())
-    if reviving and not reviving.done(): await asyncio.wait({reviving}, timeout=pause)
+    reconnecting,backoff = (getattr(conn, o, None) for o in ('reconnecting', 'backoff')) # this machine has none
+    pause = max(1, backoff.until - time.monotonic()) if backoff else 1
+    if reconnecting and not reconnecting.done(): await asyncio.wait({reconnecting}, timeout=pause)
     else: await asyncio.sleep(pause)
 
 # %% ../nbs/34_page.ipynb #1fb1f018

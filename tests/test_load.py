@@ -332,15 +332,15 @@ async def test_a_host_under_load_gets_no_kernels_while_others_are_idle():
     apart = ('load=load, cores=cores(groups)', RUNNABLE), ('memory=memory(groups), clock', 'memory={}, clock'), ('Agent.settle = 5,news', 'Agent.settle = .1,news')
     async with contextlib.AsyncExitStack() as stack:
         hosts = {f'h{i}': await stack.enter_async_context(host_of()) for i in range(3)}
-        ledger, board, rule = Ledger(), Board(), LeastLoad()
+        ledger, known, rule = Ledger(), HostReports(), LeastLoad()
         sessions = {k: await v.open(*apart) for k, v in hosts.items()}
         for k, s in sessions.items():
-            board.attach(k, s)
+            known.attach(k, s)
             await s.request('observe', seconds=600)
-        def load(k): return board.at_hand()[k].load or 0
+        def load(k): return known.current()[k].load or 0
         async def started(n):
             for _ in range(n):
-                claim = ledger.pick(rule, list(hosts), board.at_hand())
+                claim = ledger.pick(rule, list(hosts), known.current())
                 await hosts[claim.host].start('sleep 1000', sessions[claim.host], log=f'{hosts[claim.host].log}-{ledger.load[claim.host]}')
             return Counter(ledger.load)
         computing = [subprocess.Popen(['sh', '-c', 'while :; do :; done'], env=hosts['h1'].env) for _ in range(6)]
