@@ -13,7 +13,8 @@ the second is the package's own. Memory is what the process has grown by since b
 import argparse, asyncio, json, os, platform, resource, shutil, socket, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
-from hosts import SBIN, sh, wait
+from hosts import SBIN, sh
+from pace import wait
 
 
 def address(i): return f"127.7.{i//250}.{i%250+1}"

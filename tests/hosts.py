@@ -11,6 +11,7 @@ import contextlib, ctypes, fcntl, heapq, os, pwd, random, re, secrets, select, s
 from collections import namedtuple
 from pathlib import Path
 from shlex import quote
+from pace import wait
 
 BASE = Path(f'/tmp/gpt-hosts-{os.getuid()}')   # of all labs of this user; short, for the sake of Unix sockets below it
 REPO = Path(__file__).resolve().parents[1]
@@ -57,14 +58,6 @@ def sh(*args, check=True, **kw):
     r = subprocess.run([str(o) for o in args], capture_output=True, text=True, stdin=None if 'input' in kw else subprocess.DEVNULL, **kw)
     if check and r.returncode: raise RuntimeError(f"{' '.join(map(str, args))}: status {r.returncode}: {r.stderr.strip()}")
     return r.stdout
-
-def wait(cond, timeout=10, what='condition', pause=0.02):
-    "Call `cond` until it is true, and return what it returned; TimeoutError after `timeout` seconds"
-    end = time.monotonic() + timeout
-    while not (r := cond()):
-        if time.monotonic() > end: raise TimeoutError(f'{what}: not within {timeout} s')
-        time.sleep(pause)
-    return r
 
 def interruptible():
     "As `preexec_fn`: SIGINT has its default effect in the new process, also where this one ignores it, as a shell's background commands do"

@@ -1,6 +1,6 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
 asked to use it, and a look at what a kernel left behind, here and on its host. Also launchers that a test itself starts, and what clients do."""
-import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, time, uuid
+import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, uuid
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from gateway_provisioners_ssh import balance, provisioner
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import connection_info
 from gateway_provisioners_ssh.remote import Refusal, local_session, spawn
-from hosts import wait
+from pace import Timer, until, wait
 
 BIN = Path(sys.executable).parent
 LEGACY = [sys.executable, str(Path(__file__).parent/'legacy_launcher.py'), '--RemoteProcessProxy.kernel-id', '{kernel_id}', '--RemoteProcessProxy.response-address',
@@ -146,14 +146,6 @@ async def running(km, **kw):
         async with client_of(km) as kc: yield Running(km, kc)
     finally: await km.shutdown_kernel(now=True)
 
-async def until(cond, timeout=20, what='condition'):
-    "Let the event loop go on until `cond()` is true, and return what it returned"
-    end = time.monotonic() + timeout
-    while not (r := cond()):
-        assert time.monotonic() < end, f'{what}: not within {timeout} s'
-        await asyncio.sleep(.02)
-    return r
-
 async def value(kc, expr, timeout=30):
     "What `expr` is in the kernel"
     while True:   # a request may come just in time to be aborted together with an interrupted one
@@ -206,29 +198,6 @@ async def kill(km, kc):
     os.kill(km.provisioner.fields['pid'], signal.SIGKILL)
     assert await asyncio.wait_for(km.provisioner.wait(), 30) == -9
     return float(t)
-
-def slowness(quiet=.12):
-    "How many times slower this machine is just now than one that has nothing else to do: by the start of an interpreter, `quiet` seconds there"
-    t = Timer()
-    subprocess.run([sys.executable, '-c', 'import asyncio, json'], check=True)
-    return max(1, float(t)/quiet)
-
-async def within(limit, attempt):
-    """A bound in time that is promised: `await attempt()` gives fewer than `limit` seconds. Test machines are busy at times, so one that is late may be an
-    accident, but then neither of two more may be late, for as slow as the machine is before or after them."""
-    if (first := await attempt()) < limit: return
-    slow = await asyncio.to_thread(slowness)
-    more = [await attempt(), await attempt()]
-    slow = max(slow, await asyncio.to_thread(slowness))
-    assert max(more) < limit*slow, (first, *more, slow)
-
-class Timer:
-    "Seconds since it was made: `float(timer)`, or compared"
-    def __init__(self): self.start = time.monotonic()
-    def __float__(self): return time.monotonic() - self.start
-    def __lt__(self, o): return float(self) < o
-    def __gt__(self, o): return float(self) > o
-    def __repr__(self): return f'{float(self):.2f} s'
 
 # Processes and ports
 

@@ -10,8 +10,9 @@ import nbformat, pexpect
 from playwright.async_api import TimeoutError as LateError, async_playwright
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
-from hosts import NetLab, REPO, interruptible, sh, wait
-from kernels import BIN, Timer, gone, until
+from hosts import NetLab, REPO, interruptible, sh
+from kernels import BIN, gone
+from pace import Timer, until, wait
 from test_server import Channels
 
 APPLICATIONS = 'Jupyter Server', 'JupyterLab', 'Notebook', 'Kernel Gateway', 'jupyter console', 'jupyter execute', 'nbclient', 'papermill'

@@ -6,7 +6,7 @@ from gateway_provisioners_ssh import remote
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import EXIT_UNKNOWN, AgentClosed, AgentSession, NoPython, Refusal, RemoteProcess, Tree, spawn, tree_of
 from conftest import need
-from kernels import until
+from pace import until
 
 ME, OTHER = 1001, 1002   # users whom nobody else is
 PYTHON = os.path.realpath(sys.executable)

@@ -5,7 +5,8 @@ from pathlib import Path
 import psutil, pytest
 from conftest import need
 from gateway_provisioners_ssh.settings import LaunchError
-from kernels import BIN, Remote, Timer, forget, interrupt, kill, running, until, value, within
+from kernels import BIN, Remote, forget, interrupt, kill, running, value
+from pace import Timer, until, within
 from installed import interrupted, run
 
 IPYKERNEL = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']

@@ -11,7 +11,8 @@ from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import _control, shared
 from gateway_provisioners_ssh.settings import LaunchError
 from gateway_provisioners_ssh.ssh import HostError
-from kernels import Remote, Timer, busy, client_of, forget, interrupt, kill, printed, reply_to, until, value, within
+from kernels import Remote, busy, client_of, forget, interrupt, kill, printed, reply_to, value
+from pace import Timer, until, within
 
 @pytest.fixture
 def remote(hosts, tmp_path, monkeypatch):

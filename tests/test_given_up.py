@@ -7,8 +7,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager, KernelManager
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
-from hosts import wait
-from kernels import Remote, client_of, running, until, value
+from pace import until, wait
+from kernels import Remote, client_of, running, value
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):

@@ -3,8 +3,9 @@ import os, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 from conftest import need
-from hosts import REPO, LoopbackLab, NetLab, _proc, sh, wait
+from hosts import REPO, LoopbackLab, NetLab, _proc, sh
 from kernels import forget
+from pace import wait
 
 def ssh(lab, name, *cmd, timeout=10, **kw):
     return sh('ssh', '-F', lab.client.config, '-o', 'BatchMode=yes', '-o', f'ConnectTimeout={timeout}', name, *cmd, **kw)

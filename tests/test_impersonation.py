@@ -8,7 +8,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.settings import LaunchError
 from installed import interrupted, run
-from kernels import Remote, Timer, busy, forget, gone, interrupt, kill, printed, reply_to, until, value, within
+from kernels import Remote, busy, forget, gone, interrupt, kill, printed, reply_to, value
+from pace import Timer, until, within
 
 RULE = 'gateway ALL=(ada, grace) NOPASSWD:SETENV: ALL'
 HABITS = [r'/home.*/\.(ipython|cache|config|local/share/jupyter/runtime$)', r'/nbsignatures', r'/homes/[^/]*/\.']

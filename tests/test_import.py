@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from gateway_provisioners_ssh.spec_import import ImportedSpec, read_kernel
 from gateway_provisioners_ssh.specs import PACKAGE
-from kernels import BIN, interrupt, within
+from kernels import BIN, interrupt
+from pace import within
 from installed import remote_kernel, run
 
 PROXY = 'enterprise_gateway.services.processproxies.{}ProcessProxy'

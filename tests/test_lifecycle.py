@@ -10,8 +10,9 @@ from gateway_provisioners_ssh import background as bg
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.settings import LaunchError
-from hosts import interruptible, wait
-from kernels import BIN, Remote, Timer, client_of, forget, interrupt, kill, printed, taken_ports, until, value, within
+from hosts import interruptible
+from kernels import BIN, Remote, client_of, forget, interrupt, kill, printed, taken_ports, value
+from pace import Timer, until, wait, within
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):

@@ -7,7 +7,7 @@ from gateway_provisioners_ssh.balance import Board, HostReport, LeastLoad, Ledge
 from gateway_provisioners_ssh.hosts import parse_hosts
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import Refusal, RemoteProcess, spawn
-from kernels import until
+from pace import until
 from test_agent import OTHER_VERSION, VERSIONS, group_ended, host, host_of, interpreter, logged, sources
 
 async def listed(session, **kw): return (await session.request('list', **kw))['kernels']

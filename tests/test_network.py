@@ -10,8 +10,9 @@ from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.operators import check, site
 from gateway_provisioners_ssh.settings import LaunchError
 from conftest import need
-from hosts import SBIN, sh, wait
+from hosts import SBIN, sh
 from kernels import LEGACY, forget, interrupt, printed, running, value
+from pace import wait
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,8 @@ from gateway_provisioners_ssh.provisioner import shared
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.settings import LaunchError
 from test_impersonation import kernel_of, remote as impersonated
-from kernels import BIN, Remote, client_of, forget, running, taken_ports, until, value
+from kernels import BIN, Remote, client_of, forget, running, taken_ports, value
+from pace import until
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):

@@ -11,7 +11,8 @@ from gateway_provisioners_ssh.hosts import Host, HostError
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.errors import LaunchError
 from gateway_provisioners_ssh.settings import settings
-from kernels import HABITS, LEGACY, Timer, forget, interrupt, until, value
+from kernels import HABITS, LEGACY, forget, interrupt, value
+from pace import Timer, until
 import kernels
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest, yaml
 from packaging.requirements import Requirement
 from hosts import REPO
-from kernels import within
+from pace import within
 
 PKG = 'gateway_provisioners_ssh'
 CFG = ConfigParser(delimiters=['='], interpolation=None)

@@ -8,7 +8,8 @@ from jupyter_client.asynchronous import AsyncKernelClient
 import gateway_provisioners_ssh
 from gateway_provisioners_ssh.handshake import LaunchKeys, connection_info
 from installed import install, interrupted_within, remote_kernel, run, stopped
-from kernels import LaunchFailed, Timer, control, launched, left_of, until, within
+from kernels import LaunchFailed, control, launched, left_of
+from pace import Timer, until, within
 
 PKG = Path(gateway_provisioners_ssh.__file__).parent
 LAUNCHER, LISTENER = PKG/'kernelspecs'/'r'/'launch_IRkernel.R', PKG/'launchers'/'server_listener.py'

@@ -38,8 +38,8 @@ import nbformat, psutil, pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
 from conftest import need
-from hosts import wait
-from kernels import BIN, HABITS, until
+from pace import until, wait
+from kernels import BIN, HABITS
 from test_server import Channels
 
 class Home:

@@ -5,7 +5,8 @@ from pathlib import Path
 import psutil, pytest
 from gateway_provisioners_ssh.provisioner import shared
 from gateway_provisioners_ssh.settings import LaunchError
-from kernels import LEGACY, forget, printed, running, until, value
+from kernels import LEGACY, forget, printed, running, value
+from pace import until
 from redact import ArgumentVectors, everything_logged, noted
 
 PASSWORD = 'Xyzzy-Plugh-1797-plover'

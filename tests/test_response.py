@@ -3,7 +3,7 @@ import asyncio, base64, gc, logging, os, resource, socket, statistics, sys, time
 from contextlib import ExitStack
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from kernels import until, within
+from pace import until, within
 from launch_messages import b64, encode, report, seal, seal_v1
 from gateway_provisioners_ssh.handshake import HandshakeError, LaunchKeys, LegacyKey, parse_message
 from gateway_provisioners_ssh.response import Refusals, ResponseServer, listening_socket

@@ -10,7 +10,8 @@ from Cryptodome.Protocol.DH import import_x25519_private_key
 from gateway_provisioners_ssh import toree
 from gateway_provisioners_ssh.handshake import HandshakeError, LaunchKeys, connection_info, parse_message, port_names
 from installed import install, run, stopped, stopped_within
-from kernels import LaunchFailed, gone, launched_alone, taken_ports, until
+from kernels import LaunchFailed, gone, launched_alone, taken_ports
+from pace import until
 from spark import CACHE, Missing, need, spark_home
 
 HERE = Path(__file__).parent

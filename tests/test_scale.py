@@ -15,7 +15,8 @@ from gateway_provisioners_ssh.liveness import Pace
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.settings import SettingError
 from gateway_provisioners_ssh.ssh import Pool
-from kernels import Remote, Timer, forget, until, value
+from kernels import Remote, forget, value
+from pace import Timer, until
 
 # Links
 

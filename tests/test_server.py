@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil, pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
-from hosts import wait
-from kernels import HABITS, Remote, Timer, within
+from pace import Timer, wait, within
+from kernels import HABITS, Remote
 
 @pytest.fixture(scope='module')
 def installed(_loopback, tmp_path_factory):

@@ -3,7 +3,8 @@ import asyncio, os, shutil, signal, subprocess
 from pathlib import Path
 import pytest
 from installed import install, interrupted_within, remote_kernel, run, stopped, stopped_within
-from kernels import LaunchFailed, left_of, until
+from kernels import LaunchFailed, left_of
+from pace import until
 from test_r import interrupt, irkernel, r_kernel, scripts
 
 def sparkr_home(cluster):

@@ -2,7 +2,7 @@
 import pytest
 from hosts import NetLab
 from installed import install, interrupted_within, remote_kernel, run
-from kernels import until
+from pace import until
 from test_scala import ENDLESS, needed
 
 @pytest.mark.parametrize('kind', ['spark_standalone', 'yarn'])

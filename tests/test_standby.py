@@ -8,7 +8,8 @@ import test_lifecycle
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.launchers import agent
-from kernels import Remote, Timer, busy, forget, gone, interrupt, left_of, printed, reply_to, running, until, value, within
+from kernels import Remote, busy, forget, gone, interrupt, left_of, printed, reply_to, running, value
+from pace import Timer, until, within
 
 class Place:
     "Kernels of this machine, with an agent, a home and temporary files of the tests' own"
