@@ -292,7 +292,7 @@ class Route:
     address_family: str = 'any' # any, inet or inet6
     bind_address: str|None = None # the address of this machine to connect from
     compression: bool = False # compress what is sent
-    by_hand: str = '' # the command that goes there
+    ssh_command: str = '' # the command that goes there
 
 # %% ../nbs/01_hosts.ipynb #c91fcccd
 def _file(text, o):
@@ -314,7 +314,7 @@ def _jumps(text):
     return () if text.lower()=='none' else tuple(parse_hosts(re.sub(r'ssh://([^,/]*)/?', r'\1', text)))
 
 # %% ../nbs/01_hosts.ipynb #170bdd86
-def _by_hand(host, config):
+def _ssh_command(host, config):
     "The command with which a person logs in to an entry"
     options = (['-F', config] if config else []) + (['-p', str(host.port)] if host.port else [])
     return shlex.join(['ssh', *options, f'{host.user}@{host.name}' if host.user else host.name])
@@ -339,7 +339,7 @@ def route(
                 files('globalknownhostsfile', '/etc/ssh/ssh_known_hosts', '/etc/ssh/ssh_known_hosts2'),
             host_key_alias=some('hostkeyalias') and o.tokens(o.get('hostkeyalias')),
             address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'), compression=yes('compression'),
-            by_hand=_by_hand(host, config))
+            ssh_command=_ssh_command(host, config))
     except ValueError as e: raise ValueError(f'OpenSSH configuration for {host}: {e}') from None
 
 # %% ../nbs/01_hosts.ipynb #7e0f8fec

@@ -102,6 +102,8 @@ class Link(asyncio.Protocol):
         self.local, self.peer = wire.get_extra_info('sockname')[:2], wire.get_extra_info('peername')[:2]
         self.host._arrived(self)
     def data_received(self, data): self.inward.put(data)
+    def call_producers(self): pass
+    def call_in_loop(self, f): pass
     def eof_received(self): self.inward.put(None)
     def connection_lost(self, exc):
         self._feed(None)

@@ -195,10 +195,10 @@ async def test_first_choice_of_host_is_of_no_use(remote, hosts, fault, words):
             said(f'first host {fault.__name__}: ready on the next', t)
             assert km.provisioner.conn.host.name == 'host2' and t < 12
             conn = await background().run(shared().pool.connection(Host.parse('host1'), km.provisioner.login))
-            assert conn.failures == 1 and conn.rest_until > 0
+            assert conn.backoff.failures == 1 and conn.backoff.until > 0
             with pytest.raises(LaunchError, match=f'(?s)host host1.*({words})'):
                 async with remote.on('host1', 'host2', config=conf, env=dict(KERNEL_REMOTE_HOST='host1')): pass
-            assert conn.failures == 2 and conn.rest_until - time.monotonic() > 1, 'pauses grow'
+            assert conn.backoff.failures == 2 and conn.backoff.until - time.monotonic() > 1, 'pauses grow'
             fault(hosts[2])
             with pytest.raises(LaunchError, match='no host could start the kernel') as e:
                 async with remote.on('host1', 'host3', config=conf): pass

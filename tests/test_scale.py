@@ -9,7 +9,7 @@ from jupyter_client.kernelspec import KernelSpec
 from traitlets.config import Config
 from gateway_provisioners_ssh import hosts as hosts_mod, ssh
 from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.channels import Wire
+from gateway_provisioners_ssh.channels import NonblockingSocket
 from gateway_provisioners_ssh.hosts import Host, Login, host_names, parse_hosts
 from gateway_provisioners_ssh.liveness import Pace
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
@@ -75,16 +75,16 @@ async def test_a_link_that_the_system_gave_up_ends_for_its_reader():
     "paramiko would take the system's `TimeoutError` for a pause, and go on"
     for error in TimeoutError(110, 'Connection timed out'), OSError(113, 'No route to host'):
         a, b = socket.socketpair()
-        wire = Wire(a)
+        sock = NonblockingSocket(a)
         def recv(n): raise error
-        wire.sock = SimpleNamespace(recv=recv, shutdown=a.shutdown, close=a.close)
-        assert (wire.recv(1), wire.silent) == (b'', True)
-        wire.close(); b.close()
+        sock.sock = SimpleNamespace(recv=recv, shutdown=a.shutdown, close=a.close)
+        assert (sock.recv(1), sock.timed_out) == (b'', True)
+        sock.close(); b.close()
     a, b = socket.socketpair()
-    wire = Wire(a, wake=.01)
-    with pytest.raises(TimeoutError): wire.recv(1)   # but a pause is a pause
-    assert not wire.silent
-    wire.close(); b.close()
+    sock = NonblockingSocket(a, poll_interval=.01)
+    with pytest.raises(TimeoutError): sock.recv(1)   # but a pause is a pause
+    assert not sock.timed_out
+    sock.close(); b.close()
 
 # Pace
 
