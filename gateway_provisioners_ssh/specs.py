@@ -192,7 +192,7 @@ def kernel_json(self:Spec,
     metadata = dict(debugger=lang.debugger)
     if lang.encryption: metadata['supported_encryption'] = list(lang.encryption)
     metadata['kernel_provisioner'] = dict(provisioner_name='distributed-provisioner',
-        config=self.config | dict(launch_timeout=self.launch_timeout))
+        config=self.config | dict(launch_timeout=self.launch_timeout, tunneling_enabled='auto'))
     return dict(argv=list(map(filled, argv)), env=env, display_name=self.display_name, language=lang.language,
         interrupt_mode='signal', metadata=metadata)
 
