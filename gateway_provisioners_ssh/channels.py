@@ -76,10 +76,9 @@ class NonblockingSocket:
 @patch
 def recv(self:NonblockingSocket, n):
     "At most `n` bytes; none at the end; raises `TimeoutError` after `poll_interval`"
-    with self.lock:
-        if self.closed: return b''
-        self.reading = True
+    self.reading = True # before `closed` is looked at: see `_close_socket`
     try:
+        if self.closed: return b''
         data = self.sock.recv(n)
         if self.is_tcp and _quick_ack: self.sock.setsockopt(socket.IPPROTO_TCP, _quick_ack, 1)
         return data
@@ -87,7 +86,7 @@ def recv(self:NonblockingSocket, n):
         if self.closed or self._is_given_up(e): return b''
         raise
     finally:
-        with self.lock: self.reading = False
+        self.reading = False
         if self.closed: self.call_in_loop(self._close_socket)
 
 @patch
@@ -140,7 +139,7 @@ def call_producers(self:NonblockingSocket):
 def close(self:NonblockingSocket, abort=False):
     "Close the connection; a reader in another thread sees its end at once. `abort`: drop what was not delivered yet"
     if self.closed: return
-    with self.lock: self.closed = True
+    self.closed = True
     with suppress(OSError):
         if abort: self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.sock.shutdown(socket.SHUT_RD if abort else socket.SHUT_RDWR)
