@@ -125,7 +125,7 @@ class LaunchAttempt:
         lowest,highest = map(int, self.options.port_range.split('..'))
         return (lowest, highest) if lowest < highest else None
 
-# %% ../nbs/25_launch_attempt.ipynb #c64ad161
+# %% ../nbs/25_launch_attempt.ipynb #b173d632
 def interpreters(
     argv:list, # A kernelspec's command
 ) -> tuple:
@@ -133,11 +133,11 @@ def interpreters(
     return tuple(re.sub(r'^\$\{?HOME\}?/', '~/', o) for o in argv[:1] if re.search(r'/python[0-9.]*$', o))
 
 @patch
-def is_news(self:LaunchAttempt, what:str) -> bool:
-    "Whether that was not logged of this host before"
-    news = (self.conn.host, what) not in self.app.logged_once
+def first_time(self:LaunchAttempt, what:str) -> bool:
+    "Whether `what` is true of this host was not logged before; it counts as logged from then on"
+    known = (self.conn.host, what) in self.app.logged_once
     self.app.logged_once.add((self.conn.host, what))
-    return news
+    return not known
 
 @patch
 async def reach(self:LaunchAttempt) -> LaunchTarget:
@@ -164,7 +164,7 @@ async def _tree(self:LaunchAttempt):
     try: return await in_thread(tree_of, spec.resource_dir) if spec.resource_dir else None
     except OSError as e: raise LaunchError(f'the files of kernel {spec.display_name!r} cannot be read: {e}') from None
 
-# %% ../nbs/25_launch_attempt.ipynb #0eadecd3
+# %% ../nbs/25_launch_attempt.ipynb #401367e3
 @patch
 async def _needs_tunnel(self:LaunchAttempt, conn, agent, tree):
     "Whether a kernel on the host of `conn` is to be reached through a tunnel"
@@ -177,7 +177,7 @@ async def _needs_tunnel(self:LaunchAttempt, conn, agent, tree):
     why = await known_in_time(finding, sending) if finding else None
     if why is None and self.last and self.last.conn is conn: return False
     if why is None: why = 'that is not known yet'
-    if why and self.is_news(why):
+    if why and self.first_time(why):
         self.log.info('host %s: kernel ports cannot be reached (%s), so connections go through SSH', conn.host, why)
     return bool(why)
 
@@ -240,7 +240,7 @@ async def start_message(self:LaunchAttempt, keys:LaunchKeys) -> dict:
         ticket=await in_thread(keys.ticket_fields, by_network) | dict(network=bool(self.options.response_ip)),
         standby=template_options(argv, target.tree, self.options))
 
-# %% ../nbs/25_launch_attempt.ipynb #93fd77ec
+# %% ../nbs/25_launch_attempt.ipynb #701a98c9
 @patch
 def _about(self:LaunchAttempt):
     "What the agent tells operators of the kernel"
@@ -263,12 +263,12 @@ async def spawn(self:LaunchAttempt, keys:LaunchKeys):
         if str(e) != FILES_REMOVED: raise
         (await target.agent.greeting(self.user))['trees'].clear()
         process = await started()
-    if process.cold and self.is_news(process.cold):
+    if process.cold and self.first_time(process.cold):
         self.log.warning('host %s: kernel %s was started cold, without a template: %s',
             target.conn.host, request.kernel_id, process.cold)
     return process
 
-# %% ../nbs/25_launch_attempt.ipynb #8957129f
+# %% ../nbs/25_launch_attempt.ipynb #4e2aa348
 _broke = 'the connection broke while the kernel was being started'
 
 async def first_of(futures, timeout:float): # Seconds
@@ -291,11 +291,11 @@ async def await_report(self:LaunchAttempt,
     await first_of({spawning, silent}, self.left)
     if not spawning.done(): raise AgentClosed(_broke) if silent.done() else asyncio.TimeoutError
     process = spawning.result()
-    news = {message, process.report, process.exited}
+    outcomes = {message, process.report, process.exited}
     def reported(): return message.done() or process.report.done()
-    await first_of(news|{silent}, self.left)
+    await first_of(outcomes|{silent}, self.left)
     if agent.closed and not process.exited.done() and not reported():
-        await first_of(news, min(self.options.connect_timeout, self.left)) # another session may bring it
+        await first_of(outcomes, min(self.options.connect_timeout, self.left)) # another session may bring it
     if not reported():
         if not process.exited.done() and (agent.closed or silent.done()): raise AgentClosed(_broke)
         raise await self.explain_failure(process, expected.crowded_out if expected else 0)
