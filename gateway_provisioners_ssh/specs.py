@@ -166,7 +166,7 @@ def kernel_json(self:Spec,
             ({lang.python_env: self.python} if lang.python_env and self.asked_python else {}),
         display_name=self.display_name, language=lang.language, interrupt_mode='signal',
         metadata=dict(debugger=lang.debugger) | (dict(supported_encryption=list(lang.encryption)) if lang.encryption else {}) |
-            dict(kernel_provisioner=dict(provisioner_name='distributed-provisioner', config=self.config | dict(launch_timeout=self.launch_timeout))))
+            dict(kernel_provisioner=dict(provisioner_name='distributed-provisioner', config=self.config | dict(launch_timeout=self.launch_timeout, tunneling_enabled='auto'))))
 
 # %% ../nbs/28_specs.ipynb #98e3c6a7
 def _runs(*argv):

@@ -53,7 +53,7 @@ def test_python_is_the_documented_kernelspec_to_the_key(bench):
     d = bench.kernels/'ssh_python'
     assert k == {'argv': ['python', f'{d}/scripts/launch_ipykernel.py', *IDS, '--kernel-class-name', 'ipykernel.ipkernel.IPythonKernel'],
         'env': {}, 'display_name': 'Python SSH', 'language': 'python', 'interrupt_mode': 'signal',
-        'metadata': {'debugger': True, 'supported_encryption': ['curve'], 'kernel_provisioner': {'provisioner_name': 'distributed-provisioner', 'config': {'launch_timeout': 30}}}}
+        'metadata': {'debugger': True, 'supported_encryption': ['curve'], 'kernel_provisioner': {'provisioner_name': 'distributed-provisioner', 'config': {'launch_timeout': 30, 'tunneling_enabled': 'auto'}}}}
     assert list(k) == ['argv', 'env', 'display_name', 'language', 'interrupt_mode', 'metadata']
     assert tree(d) == ['kernel.json', 'logo-32x32.png', 'logo-64x64.png', 'scripts/ipykernel_app.py', 'scripts/launch_ipykernel.py', 'scripts/server_listener.py', 'scripts/standby.py']
     for o in ('launch_ipykernel.py', 'ipykernel_app.py', 'server_listener.py'): assert (d/'scripts'/o).read_bytes() == (PACKAGE/'launchers'/o).read_bytes()
@@ -125,7 +125,7 @@ def test_names(bench):
 
 @pytest.mark.parametrize('argv', [['--remote-hosts', 'gpu1', '--remote-hosts', 'alice@gpu2:2222'], ['--remote-hosts=gpu1,alice@gpu2:2222'], ['--remote_hosts', 'gpu1', '--SshSpecInstaller.remote_hosts=alice@gpu2:2222']])
 def test_remote_hosts(bench, argv):
-    assert config(bench.install(*argv)) == {'remote_hosts': ['gpu1', 'alice@gpu2:2222'], 'launch_timeout': 30}
+    assert config(bench.install(*argv)) == {'remote_hosts': ['gpu1', 'alice@gpu2:2222'], 'launch_timeout': 30, 'tunneling_enabled': 'auto'}
     assert 'ssh gpu1 ' in bench.out and len(bench.out.splitlines()) == 2
 
 @pytest.mark.parametrize('python,venv', [('~/k/bin/python', 'k'), ('$HOME/a b/bin/python3.9', 'a b'), ('${HOME}/$(id)/bin/python3', '$(id)'), ('python', 'k'), ('~/bin/python', None), ('/opt/k/bin/python', None)])
@@ -177,7 +177,7 @@ def test_localhost_given_is_written_and_needs_nothing_more(bench):
 def test_without_hosts_it_is_said_what_any_host_needs(bench):
     assert 'remote_hosts' not in config(bench.install())
     assert bench.out.startswith('Every host needs ipykernel for python. To install ipykernel: ssh HOST ')
-    assert config(bench.install('--replace', GP_REMOTE_HOSTS='gpu1')) == dict(launch_timeout=30)
+    assert config(bench.install('--replace', GP_REMOTE_HOSTS='gpu1')) == dict(launch_timeout=30, tunneling_enabled='auto')
     assert 'ssh gpu1 ' in bench.out
 
 @pytest.mark.parametrize('argv,words', [(['--language=R'], 'R with IRkernel'), (['--language=Scala'], 'Spark at /opt/spark, Java'), (['--from-kernel=python3'], 'the kernel itself')])
@@ -187,10 +187,10 @@ def test_what_hosts_need(bench, argv, words):
 
 def test_users(bench):
     k = bench.install('--authorized-users', 'bob', '--authorized-users', 'alice', '--unauthorized-users', 'eve,mallory')
-    assert config(k) == {'authorized_users': ['alice', 'bob'], 'unauthorized_users': ['eve', 'mallory'], 'launch_timeout': 30}
+    assert config(k) == {'authorized_users': ['alice', 'bob'], 'unauthorized_users': ['eve', 'mallory'], 'launch_timeout': 30, 'tunneling_enabled': 'auto'}
 
 def test_port_range_and_timeout(bench):
-    assert config(bench.install('--port-range', '40000..41000', '--launch-timeout', '75')) == {'port_range': '40000..41000', 'launch_timeout': 75}
+    assert config(bench.install('--port-range', '40000..41000', '--launch-timeout', '75')) == {'port_range': '40000..41000', 'launch_timeout': 75, 'tunneling_enabled': 'auto'}
 
 def test_port_range_of_none_given_overrides_the_host_application(bench): assert config(bench.install('--port-range=0..0'))['port_range'] == '0..0'
 
@@ -259,7 +259,7 @@ def test_configuration_file_under_every_class_name(bench):
         'c.BaseSpecSparkApp.spark_home = "/s"\nc.RemoteProvisionerConfigMixin.port_range = "40000..42000"\nc.RemoteProvisionerConfigMixin.authorized_users = {"ann"}\nc.BaseSpecApp.launch_timeout = 44\n')
     k = bench.install('--config', bench.tmp/'c.py', '--launch-timeout', '45')
     assert bench.dir.name == 'conf' and k['env']['SPARK_HOME'] == '/s' and '--master local[*] --name' in k['env']['SPARK_OPTS']
-    assert config(k) == {'remote_hosts': ['h1'], 'authorized_users': ['ann'], 'port_range': '40000..42000', 'launch_timeout': 45}
+    assert config(k) == {'remote_hosts': ['h1'], 'authorized_users': ['ann'], 'port_range': '40000..42000', 'launch_timeout': 45, 'tunneling_enabled': 'auto'}
 
 def test_configuration_file_in_the_usual_place(bench):
     (bench.tmp/'config').mkdir()
@@ -269,9 +269,9 @@ def test_configuration_file_in_the_usual_place(bench):
 @pytest.mark.parametrize('pre', ['GP', 'EG'])
 def test_environment_gives_defaults(bench, pre):
     env = {f'{pre}_REMOTE_HOSTS': 'gpu1,gpu2', f'{pre}_PORT_RANGE': '40000..42000', f'{pre}_LAUNCH_TIMEOUT': '99', f'{pre}_AUTHORIZED_USERS': 'ann', f'{pre}_UNAUTHORIZED_USERS': 'eve'}
-    assert config(bench.install(**env)) == {'port_range': '40000..42000', 'launch_timeout': 99}
+    assert config(bench.install(**env)) == {'port_range': '40000..42000', 'launch_timeout': 99, 'tunneling_enabled': 'auto'}
     assert 'ssh gpu1 ' in bench.out
-    assert config(bench.install('--replace', '--launch-timeout=5', '--port-range=0..0', **env)) == {'port_range': '0..0', 'launch_timeout': 5}
+    assert config(bench.install('--replace', '--launch-timeout=5', '--port-range=0..0', **env)) == {'port_range': '0..0', 'launch_timeout': 5, 'tunneling_enabled': 'auto'}
     app_env = dict(env, GP_LAUNCH_TIMEOUT='7', EG_LAUNCH_TIMEOUT='8')
     assert config(bench.install('--replace', **app_env))['launch_timeout'] == 7
 
