@@ -32,15 +32,17 @@ async def remote_kernel(prefix, name, hosts, timeout=60, **env):
 async def run(k, code, timeout=60, begun=lambda: None):
     """Run a cell of the kernel whose `client` `k` has; the status of its reply, streamed text, errors with their traceback, and displayed data.
     `begun` is called with the first that the kernel says of it, which is that it is busy."""
-    got = SimpleNamespace(text='', error='', data=[])
+    got = SimpleNamespace(text='', error='', data=[], types=[])
     def hook(msg):
         begun()
         c = msg['content']
+        got.types.append(msg['msg_type'])
         if msg['msg_type']=='stream': got.text += c['text']
         elif msg['msg_type']=='error': got.error += '\n'.join([c['evalue'], *c['traceback']])
         elif 'data' in c: got.data.append(c['data'])
     reply = await k.client.execute_interactive(code, timeout=timeout, output_hook=hook, allow_stdin=False)
     got.status = reply['content']['status']
+    print(f'{code[:80]!r}: {got}')   # pytest shows it where a test fails
     return got
 
 async def stopped(k, code, interrupt, after=.5):
