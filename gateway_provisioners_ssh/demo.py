@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
-from .background import background, with_timeout
+from .background import with_timeout
 from .mock_ssh import MockHosts
 from .specs import Spec
 
