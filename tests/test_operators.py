@@ -409,7 +409,7 @@ async def test_no_start_waits_for_figures(remote, monkeypatch):
         await asyncio.Event().wait()
     monkeypatch.setattr(DistributedProvisioner, '_observe', never_told)
     async with remote.on('host1', 'host2', config=dict(load_balancing_algorithm='least-load')): pass
-    assert sorted(asked) == ['host1', 'host2']
+    assert set(asked) == {'host1', 'host2'}
 
 # setup
 

@@ -77,6 +77,7 @@ async def browsing(app, **context):
         browser = await p.chromium.launch(executable_path=shutil.which('chromium'), headless=True, args=matrix.CHROMIUM)
         try:
             page = await (await browser.new_context(**dict(viewport=dict(width=1280, height=720)) | context)).new_page()
+            page.set_default_timeout(120_000)
             wrong = []
             page.on('pageerror', lambda e: wrong.append(str(e)))
             page.on('console', lambda m: m.type == 'error' and wrong.append(m.text))
