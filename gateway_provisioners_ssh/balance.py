@@ -23,7 +23,7 @@ class LoadBalancer(ABC):
     def order(self,
         hosts: Sequence[str], # the hosts allowed; one that occurs twice should get twice the kernels
         load: Mapping[str,int] # kernels on each host, starts in progress included; hosts without any are missing
-        # A rule that has a third parameter, `reports`, also gets what the agents of hosts said last: a mapping of hosts to `HostReport`
+        # A rule with a third parameter, `reports`, also gets what hosts said last: a mapping to `HostReport`
     ) -> list[str]: # each host once, the preferred first
         "The hosts in the order in which to try them."
 
@@ -50,7 +50,8 @@ class LeastConnection(LoadBalancer):
 class Claim:
     "One kernel's place on a host in a `Ledger`."
     def __init__(self, ledger, host, order=()):
-        self.ledger,self.host,self.order,self.released = ledger,host,list(order) or [host],False # order: hosts to try, `host` first
+        self.ledger,self.host,self.released = ledger,host,False
+        self.order = list(order) or [host] # Hosts to try, `host` first
 
     def __repr__(self): return f'Claim({self.host!r}{", released" if self.released else ""})'
 
@@ -120,9 +121,10 @@ def load_balancers() -> dict: # name: class, or entry point not loaded yet
 def load_balancer(
     name: str # e.g. 'round-robin'
 ) -> LoadBalancer: # the same one for a name each time
-    "The load balancer called `name`; ValueError lists the names known. `load_balancer.cache_clear()` begins all turns anew"
+    "The load balancer called `name`; ValueError lists the names known. `load_balancer.cache_clear()` begins anew"
     known = load_balancers()
-    if name not in known: raise ValueError(f'unknown load balancing algorithm {name!r}; known are {", ".join(sorted(known))}')
+    if name not in known:
+        raise ValueError(f'unknown load balancing algorithm {name!r}; known are {", ".join(sorted(known))}')
     found = known[name]
     try: made = (found if isinstance(found, type) else found.load())()
     except Exception as e:
@@ -133,7 +135,8 @@ def load_balancer(
 
 # %% ../nbs/22_least_load.ipynb #60f03156
 def _amount(value): # a finite number that is not negative, else None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0 else None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if number and math.isfinite(value) and value >= 0 else None
 
 @dataclass(frozen=True)
 class HostReport:
@@ -191,7 +194,7 @@ class Need:
 
 # %% ../nbs/22_least_load.ipynb #ed6a3e3c
 class LeastLoad(LoadBalancer):
-    "The host that is least busy, as the hosts themselves say; among those the one with the fewest kernels of all host applications"
+    "The least busy host, by what hosts report; among equals the one with the fewest kernels of all host applications"
     exact = True # A host that turns out to have more kernels than was thought is refused, and the choice made again
 
     def __init__(self): self.ties = RoundRobin()
@@ -247,7 +250,7 @@ def backing_off_last(
         else: yield host
     yield from late
 
-# %% ../nbs/22_least_load.ipynb #a123c5fc
+# %% ../nbs/22_least_load.ipynb #a4acdcbb
 class HostChoice:
     "The hosts that one start tries, in order; the start counts in the ledger on the host that is being tried"
     def __init__(self,
@@ -261,8 +264,8 @@ class HostChoice:
         backing_off=lambda host: False, # See `backing_off_last`
         rounds:int=8, # How often an exact balancer may choose again; 0 if its choice cannot be exact
     ):
-        self.ledger,self.hosts,self.balancer,self.reports,self.need = ledger,hosts,balancer,reports or HostReports(),need
-        self.last,self.avoid_last,self.backing_off,self.rounds = last,avoid_last,backing_off,rounds
+        self.ledger,self.hosts,self.balancer,self.reports = ledger,hosts,balancer,reports or HostReports()
+        self.need,self.last,self.avoid_last,self.backing_off,self.rounds = need,last,avoid_last,backing_off,rounds
         self.choose()
 
     def choose(self):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HOOKS', 'check_hooks', 'NonblockingSocket', 'Transport', 'Agent', 'Client', 'listen_to', 'ChannelTransport',
-           'Forwarder', 'ChannelForwarder']
+           'send_exit', 'Forwarder', 'ChannelForwarder', 'join']
 
 # %% ../nbs/05_channels.ipynb #875e898e
-import asyncio, atexit, errno, os, paramiko, socket, struct, threading
+import asyncio, atexit, errno, os, paramiko, signal, socket, struct, threading
 from collections import deque
 from contextlib import suppress
 from fastcore.basics import patch
@@ -59,7 +59,7 @@ class NonblockingSocket:
         sock.settimeout(poll_interval) # so it never blocks in the system, and `_flush` can write while paramiko reads
         self.fd,self.loop_thread = sock.fileno(),threading.get_ident()
         self.unsent,self.size,self.lock = deque(),0,threading.Lock() # What waits to be written, and its bytes
-        self.closed = self.timed_out = False # `timed_out`: the system gave it up, as the other end was silent
+        self.closed = self.reading = self.timed_out = False # `timed_out`: the system gave it up, the peer was silent
         self.producers = set() # Functions, called in the loop when there is room again
         self.is_tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
 
@@ -76,6 +76,9 @@ class NonblockingSocket:
 @patch
 def recv(self:NonblockingSocket, n):
     "At most `n` bytes; none at the end; raises `TimeoutError` after `poll_interval`"
+    with self.lock:
+        if self.closed: return b''
+        self.reading = True
     try:
         data = self.sock.recv(n)
         if self.is_tcp and _quick_ack: self.sock.setsockopt(socket.IPPROTO_TCP, _quick_ack, 1)
@@ -83,6 +86,9 @@ def recv(self:NonblockingSocket, n):
     except OSError as e:
         if self.closed or self._is_given_up(e): return b''
         raise
+    finally:
+        with self.lock: self.reading = False
+        if self.closed: self.call_in_loop(self._close_socket)
 
 @patch
 def _is_given_up(self:NonblockingSocket, e):
@@ -134,14 +140,19 @@ def call_producers(self:NonblockingSocket):
 def close(self:NonblockingSocket, abort=False):
     "Close the connection; a reader in another thread sees its end at once. `abort`: drop what was not delivered yet"
     if self.closed: return
-    self.closed = True
+    with self.lock: self.closed = True
     with suppress(OSError):
         if abort: self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.sock.shutdown(socket.SHUT_RD if abort else socket.SHUT_RDWR)
-    def close_socket():
-        self.loop.remove_writer(self.fd)
-        self.sock.close()
-    self.call_in_loop(close_socket)
+    self.call_in_loop(self._close_socket)
+
+@patch
+def _close_socket(self:NonblockingSocket):
+    "Once no thread reads: one that has not woken up yet would go on to wait for the next file with this descriptor"
+    if self.reading or self.fd is None: return
+    self.loop.remove_writer(self.fd)
+    self.sock.close()
+    self.fd = None
 
 # %% ../nbs/05_channels.ipynb #f0778b24
 class _KeysSettled(threading.Event):
@@ -149,7 +160,6 @@ class _KeysSettled(threading.Event):
     def __init__(self, then):
         super().__init__()
         self.then = then
-
     def set(self):
         super().set()
         self.then()
@@ -198,18 +208,11 @@ class Client(paramiko.SSHClient):
         self._agent = agent
 
 # %% ../nbs/05_channels.ipynb #c9521e80
-class _DataEvent:
-    "What a channel's buffer takes for a `threading.Event`"
-    def __init__(self, wake): self.set = wake
-    def clear(self): pass
-    def is_set(self): return False
-
 class _WindowCondition(threading.Condition):
     "The condition that a channel notifies when its window opens"
     def __init__(self, lock, wake):
         super().__init__(lock)
         self.wake = wake
-
     def notify_all(self):
         super().notify_all()
         self.wake()
@@ -221,7 +224,7 @@ def listen_to(
     "Have a channel tell what changes, instead of a thread that waits for it"
     chan.settimeout(0.0)
     chan.out_buffer_cv = _WindowCondition(chan.lock, wake)
-    chan.in_buffer.set_event(_DataEvent(wake))
+    chan.in_buffer.set_event(SimpleNamespace(set=wake, clear=lambda: None))
 
 # %% ../nbs/05_channels.ipynb #c9521e82
 class ChannelTransport(asyncio.Transport):
@@ -235,19 +238,16 @@ class ChannelTransport(asyncio.Transport):
         self.unsent,self.size,self.then = deque(),0,None # What waits for the window, its bytes, what to do after it
         self.reading,self.paused,self.woken,self.eof,self.closing = True,False,False,False,False
         self.set_write_buffer_limits(2**20)
-        self.set_protocol(protocol)
+        self.protocol = protocol
         listen_to(chan, self._wake)
         self.sock.producers.add(self._pump)
         protocol.connection_made(self)
         self._wake()
 
-    def set_protocol(self, protocol): self.protocol = protocol
     def get_protocol(self): return self.protocol
     def is_closing(self): return self.closing
-    def is_reading(self): return self.reading
     def get_write_buffer_size(self): return self.size
     def set_write_buffer_limits(self, high, low=None): self.high,self.low = high,high//4 if low is None else low
-    def can_write_eof(self): return True
     def pause_reading(self): self.reading = False
     def resume_reading(self):
         self.reading = not self.closing
@@ -265,7 +265,8 @@ def _pump(self:ChannelTransport):
     self.woken = False
     while self.reading and self.chan.recv_ready(): self.protocol.data_received(self.chan.recv(2**20))
     self._flush()
-    if self.closing or self.eof or not (self.chan.eof_received or self.chan.closed) or self.chan.recv_ready(): return
+    ended = (self.chan.eof_received or self.chan.closed) and not self.chan.recv_ready()
+    if not self.reading or self.eof or not ended: return
     self.eof = True
     if not self.protocol.eof_received() or self.chan.closed: self.close()
 
@@ -327,6 +328,24 @@ def _close(self:ChannelTransport):
     with suppress(OSError, EOFError, SSHException): self.chan.close()
     self.loop.call_soon(self.protocol.connection_lost, None)
 
+# %% ../nbs/05_channels.ipynb #336f1ca5
+def send_exit(
+    chan, # A channel of a server
+    status:int, # As of `Popen.returncode`: the number of the signal, negated, if that ended it
+):
+    "Tell the client how its command ended"
+    if status >= 0: return chan.send_exit_status(status)
+    m = paramiko.Message()
+    m.add_byte(paramiko.common.cMSG_CHANNEL_REQUEST)
+    m.add_int(chan.remote_chanid)
+    m.add_string('exit-signal')
+    m.add_boolean(False) # no reply
+    m.add_string(signal.Signals(-status).name[3:])
+    m.add_boolean(False) # no core dump
+    m.add_string('') # no message, in no language
+    m.add_string('')
+    chan.transport._send_user_message(m)
+
 # %% ../nbs/05_channels.ipynb #8cdd9612
 class Forwarder(asyncio.Protocol):
     "One of two joined ends"
@@ -353,3 +372,11 @@ class ChannelForwarder(Forwarder):
         super().connection_made(transport)
         self.peer = Forwarder(self)
         ChannelTransport(self.chan, self.peer)
+
+async def join(
+    chan, # An open channel
+    *args, **kwargs # Of the event loop's `create_connection`
+):
+    "Join `chan` to a socket; if that cannot be connected, close `chan` and raise `OSError`"
+    try: await asyncio.get_running_loop().create_connection(lambda: ChannelForwarder(chan), *args, **kwargs)
+    except OSError: chan.close(); raise

@@ -14,18 +14,21 @@ from jupyter_server.utils import url_path_join
 from tornado.iostream import StreamClosedError
 from tornado.template import Template
 from tornado.web import HTTPError, authenticated
-from .settings import lacking
+from .errors import missing_package
 
-# %% ../nbs/35_extension.ipynb #ea964493
-def prewarm(serverapp):
+# %% ../nbs/35_extension.ipynb #6cd7f637
+def prewarm(
+    app, # The server
+):
     "Have the hosts of all kernelspecs prepared, in threads and tasks that nobody waits for"
     from gateway_provisioners_ssh.page import our_kernelspecs
     from gateway_provisioners_ssh.provisioner import DistributedProvisioner
-    for spec in our_kernelspecs(serverapp.kernel_spec_manager):
-        p = DistributedProvisioner(kernel_id='prewarm', kernel_spec=spec, config=serverapp.config, log=serverapp.log, **spec.metadata['kernel_provisioner'].get('config', {}))
+    for spec in our_kernelspecs(app.kernel_spec_manager):
+        options = spec.metadata['kernel_provisioner'].get('config', {})
+        p = DistributedProvisioner(kernel_id='prewarm', kernel_spec=spec, config=app.config, log=app.log, **options)
         if p.prewarm: p.prepare_hosts()
 
-# %% ../nbs/35_extension.ipynb #b99b0187
+# %% ../nbs/35_extension.ipynb #4009e89e
 class _Handler(APIHandler):
     auth_resource = 'kernels' # What the server's authorizer is asked about
     _track_activity = False # A page that stays open must not keep an idle server alive
@@ -38,10 +41,10 @@ class _Handler(APIHandler):
 
     @property
     def content_security_policy(self):
-        own = "script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'"
-        return f'{super().content_security_policy}; {own}' # which says default-src 'none'
+        own = [f"{o}-src 'self'" for o in ('script', 'style', 'connect', 'img')]
+        return '; '.join([super().content_security_policy, *own, "base-uri 'none'", "form-action 'none'"])
 
-# %% ../nbs/35_extension.ipynb #f59a7670
+# %% ../nbs/35_extension.ipynb #8918bdfd
 _types = {'page.html': 'text/html', 'page.css': 'text/css', 'page.js': 'text/javascript', 'page.svg': 'image/svg+xml'}
 _texts = {o: (files('gateway_provisioners_ssh')/'static'/o).read_text(encoding='utf-8') for o in _types}
 _page = Template(_texts['page.html'])
@@ -57,16 +60,19 @@ class PageHandler(_Handler):
 
     def write_error(self, status_code, **kw):
         if status_code != 403: return super().write_error(status_code, **kw)
-        self.finish('You are not logged in to this Jupyter server, or may not see its kernels. Log in, and open this page again.', set_content_type='text/plain; charset=utf-8')
+        why = 'You are not logged in to this Jupyter server, or may not see its kernels.'
+        self.finish(f'{why} Log in, and open this page again.', set_content_type='text/plain; charset=utf-8')
 
-# %% ../nbs/35_extension.ipynb #0927dddc
+# %% ../nbs/35_extension.ipynb #c53f9d41
 class EventsHandler(_Handler):
     "What there is to show, and then what changes"
     pause = .2 # Seconds between two messages at least
     @authenticated
     @authorized
     async def get(self):
-        for k,v in {'Content-Type': 'text/event-stream', 'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}.items(): self.set_header(k, v)
+        self.set_header('Content-Type', 'text/event-stream')
+        self.set_header('Cache-Control', 'no-cache')
+        self.set_header('X-Accel-Buffering', 'no') # a proxy is not to wait for more
         self.over,told = asyncio.Event(),dict(rows={}, order=None, problem=None)
         try:
             overview = await self.page.overview()
@@ -76,14 +82,15 @@ class EventsHandler(_Handler):
                     told = await self.tell(told, await overview.rows(), '\n'.join(overview.problems))
                     await asyncio.sleep(self.pause)
                     await self.first(changed, self.over)
-        except ImportError as e: await self.tell(told, {}, lacking(e)); await self.first(self.over)
+        except ImportError as e: await self.tell(told, {}, missing_package(e)); await self.first(self.over)
         except StreamClosedError: pass
 
     async def tell(self, told, rows, problem):
         "Send what differs from `told`; returns what the page knows then"
         order,news = list(rows),{k: v for k,v in rows.items() if told['rows'].get(k) != v}
         if news or order != told['order'] or problem != told['problem']:
-            self.write(f'data: {json.dumps(dict(rows=news, problem=problem) | (dict(order=order) if order != told["order"] else {}))}\n\n')
+            message = dict(rows=news, problem=problem) | (dict(order=order) if order != told['order'] else {})
+            self.write(f'data: {json.dumps(message)}\n\n')
             await self.flush()
         return dict(rows=rows, order=order, problem=problem)
 
@@ -97,22 +104,24 @@ class EventsHandler(_Handler):
         super().on_connection_close()
         if hasattr(self, 'over'): self.over.set()
 
-# %% ../nbs/35_extension.ipynb #2ff2154e
+# %% ../nbs/35_extension.ipynb #441a32b0
 class KernelsHandler(_Handler):
     "Restart or stop a kernel"
     @authenticated
     @authorized
     async def post(self):
-        wanted = self.get_json_body()
-        if not isinstance(wanted, dict) or not all(isinstance(wanted.get(o), str) for o in ('action', 'host', 'id')): raise HTTPError(400, 'action, host and id are needed')
-        try: await (await self.page.overview()).act(*(wanted[o] for o in ('action', 'host', 'id')))
+        body = self.get_json_body()
+        wanted = [body.get(o) for o in ('action', 'host', 'id')] if isinstance(body, dict) else [None]
+        if not all(isinstance(o, str) for o in wanted): raise HTTPError(400, 'action, host and id are needed')
+        overview = await self.page.overview()
+        try: await overview.act(*wanted)
         except LookupError as e: raise HTTPError(404, str(e.args[0]).replace('%', '%%')) from None
         except HTTPError: raise
         except Exception as e: raise HTTPError(500, str(e).replace('%', '%%')) from e
         self.set_status(204)
         self.finish()
 
-# %% ../nbs/35_extension.ipynb #810441b1
+# %% ../nbs/35_extension.ipynb #4ffd5a98
 class Page:
     "The page of one server"
     def __init__(self, app): self.app,self.made = app,None
@@ -128,7 +137,8 @@ class Page:
 
     def handlers(self, base_url):
         "For a tornado application"
-        routes = {'': PageHandler, '/events': EventsHandler, '/kernels': KernelsHandler, r'/(page\.(?:css|js|svg))': PageHandler}
+        routes = {'': PageHandler, r'/(page\.(?:css|js|svg))': PageHandler,
+            '/events': EventsHandler, '/kernels': KernelsHandler}
         return [(url_path_join(base_url, 'ssh-hosts') + k, v, dict(page=self)) for k,v in routes.items()]
 
 # %% ../nbs/35_extension.ipynb #025c2d77
@@ -143,11 +153,12 @@ def _load_jupyter_server_extension(serverapp):
 
 def _jupyter_server_extension_points(): return [dict(module='gateway_provisioners_ssh.extension')]
 
-# %% ../nbs/35_extension.ipynb #a604552c
+# %% ../nbs/35_extension.ipynb #97279b90
 def create_personality(parent, log=None):
     "For `KernelGatewayApp.api`: the default one, and what this extension adds"
     from kernel_gateway.jupyter_websocket import JupyterWebsocketPersonality
     class Personality(JupyterWebsocketPersonality):
-        def create_request_handlers(self): return Page(parent).handlers(parent.base_url) + super().create_request_handlers()
+        def create_request_handlers(self):
+            return Page(parent).handlers(parent.base_url) + super().create_request_handlers() # the last takes the rest
     parent.io_loop.add_callback(lambda: _begin(parent))
     return Personality(parent=parent, log=log)

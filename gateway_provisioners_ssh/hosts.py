@@ -28,21 +28,23 @@ _USER = re.compile(r'''[^\s\x00-\x1f\x7f'"`;&<>|(){}$,\-\\][^\s\x00-\x1f\x7f'"`;
 def _refuse(entry, why): raise ValueError(f'host {entry!r}: {why}; an entry is [user@]host[:port]')
 
 def _port(text, entry):
-    if not (text.isascii() and text.isdecimal() and len(text)<6 and 0 < int(text) < 65536): _refuse(entry, f'port {text!r} is not a number from 1 to 65535')
-    return int(text)
+    ok = text.isascii() and text.isdecimal() and len(text)<6 and 0 < int(text) < 65536
+    return int(text) if ok else _refuse(entry, f'port {text!r} is not a number from 1 to 65535')
 
 def _name(text, entry):
     "A host name as it is, or an IPv6 address in its shortest form"
     if ':' in text:
-        try: return str(ipaddress.IPv6Address(text)) if '%' not in text else _refuse(entry, 'an IPv6 address with a zone is not supported')
+        if '%' in text: _refuse(entry, 'an IPv6 address with a zone is not supported')
+        try: return str(ipaddress.IPv6Address(text))
         except ipaddress.AddressValueError: _refuse(entry, f'{text!r} is neither host:port nor an IPv6 address')
-    if not _NAME.fullmatch(text): _refuse(entry, 'a host name has letters, digits, dots, dashes and underscores only' if text else 'the host name is missing')
+    if not text: _refuse(entry, 'the host name is missing')
+    if not _NAME.fullmatch(text): _refuse(entry, 'a host name has letters, digits, dots, dashes and underscores only')
     return text
 
 # %% ../nbs/01_hosts.ipynb #e68f746b
 @dataclass(frozen=True)
 class Host:
-    "One entry of `remote_hosts`."
+    "One entry of `remote_hosts`"
     name: str # a host name, an address, or an alias of the OpenSSH client configuration
     user: str|None = None # the user to log in as, if the entry says so
     port: int|None = None # the port of the SSH server, if the entry says so
@@ -51,13 +53,15 @@ class Host:
     def parse(cls,
         entry: str # `[user@]host[:port]`; an IPv6 address with a port, or a user, stands in brackets
     ) -> 'Host':
-        "The `Host` an entry names; ValueError says what is wrong with it."
+        "The `Host` an entry names; ValueError says what is wrong with it"
         text = entry.strip()
         user, at, rest = text.rpartition('@')
-        if at and not _USER.fullmatch(user): _refuse(entry, f'{user!r} is not a user name' if user else 'the user name before @ is missing')
+        if at and not user: _refuse(entry, 'the user name before @ is missing')
+        if at and not _USER.fullmatch(user): _refuse(entry, f'{user!r} is not a user name')
         if rest.startswith('['):
             name, bracket, port = rest[1:].partition(']')
-            if not bracket or (port and port[0]!=':') or ':' not in name: _refuse(entry, 'brackets hold an IPv6 address, and only :port may follow')
+            if not bracket or (port and port[0]!=':') or ':' not in name:
+                _refuse(entry, 'brackets hold an IPv6 address, and only :port may follow')
             port = port and (port[1:] or ' ')
         elif rest.count(':')==1: name, port = rest.split(':'); port = port or ' '
         else: name, port = rest, ''
@@ -71,58 +75,62 @@ class Host:
 # %% ../nbs/01_hosts.ipynb #d1309cb4
 _files_read = {}
 
-def _listed(word):
+def _read_list(word):
     "The entries in the file that `@FILE` names"
     path = os.path.expanduser(word[1:])
     try:
         st = os.stat(path)
         if (was := _files_read.get(path)) and was[0] == (at := (st.st_mtime_ns, st.st_size, st.st_ino)): return was[1]
         lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as e: raise ValueError(f'the list of hosts {word} cannot be read: {getattr(e, "strerror", None) or e}') from None
+    except (OSError, UnicodeDecodeError, ValueError) as e:
+        raise ValueError(f'the list of hosts {word} cannot be read: {getattr(e, "strerror", None) or e}') from None
     found = [o.strip() for line in lines for o in re.sub(r'(^|\s)#.*', '', line).split(',') if o.strip()]
     if not found: raise ValueError(f'the list of hosts {word} is empty')
-    if bad := next((o for o in found if o.startswith('@')), ''): raise ValueError(f'the list of hosts {word} names another list, {bad}')
+    for o in found:
+        if o.startswith('@'): raise ValueError(f'the list of hosts {word} names another list, {o}')
     _files_read[path] = (st.st_mtime_ns, st.st_size, st.st_ino),found
     return found
 
-def _weighted(word):
+def _repeat(word):
     "An entry as often as its weight says"
     entry, star, weight = word.partition('*')
-    if star and not (weight.strip().isascii() and weight.strip().isdecimal() and len(weight) < 4 and 0 < int(weight) <= 100): _refuse(word, f'the weight {weight.strip()!r} is not a number from 1 to 100')
+    number = weight.strip()
+    ok = number.isascii() and number.isdecimal() and len(weight) < 4 and 0 < int(number) <= 100
+    if star and not ok: _refuse(word, f'the weight {number!r} is not a number from 1 to 100')
     return [Host.parse(entry)]*(int(weight) if star else 1)
 
 # %% ../nbs/01_hosts.ipynb #a3f5495c
 @lru_cache(maxsize=256)
 def _parsed(entries):
     "The hosts of a tuple of entries, and their names"
-    found = tuple(h for o in entries for h in _weighted(o))
+    found = tuple(h for o in entries for h in _repeat(o))
     if not found: raise ValueError('the list of remote hosts is empty; give at least one [user@]host[:port]')
     return found,tuple(map(str, found))
 
-def _known(entries):
+def _parse_entries(entries):
     entries = (entries,) if isinstance(entries, str) else tuple(entries)
     for o in entries:
         if not isinstance(o, str): raise ValueError(f'host {o!r} is not text; an entry is [user@]host[:port]')
     words = [o.strip() for entry in entries for o in entry.split(',') if o.strip()]
-    return _parsed(tuple(o for word in words for o in (_listed(word) if word.startswith('@') else [word])))
+    return _parsed(tuple(o for word in words for o in (_read_list(word) if word.startswith('@') else [word])))
 
 def parse_hosts(
     entries: str|Iterable[str] # entries as a list, or separated by commas, or both
 ) -> list[Host]: # in order, repetitions kept
-    "The hosts that `entries` name; ValueError names the first entry that is wrong, or says that there is none."
-    return list(_known(entries)[0])
+    "The hosts that `entries` name; ValueError names the first entry that is wrong, or says that there is none"
+    return list(_parse_entries(entries)[0])
 
 def host_names(
     entries: str|Iterable[str] # as for `parse_hosts`
 ) -> list[str]: # the same, as canonical text
-    "The names of the hosts that `entries` name."
-    return list(_known(entries)[1])
+    "The names of the hosts that `entries` name"
+    return list(_parse_entries(entries)[1])
 
 # %% ../nbs/01_hosts.ipynb #09ddf54e
 def own_address(
     addr: str # an IPv4 or IPv6 address
 ) -> bool:
-    "Whether `addr` is an address of this machine."
+    "Whether `addr` is an address of this machine"
     ip = ipaddress.ip_address(addr.partition('%')[0])
     if ip.is_loopback: return True
     if ip.is_unspecified or ip.is_multicast: return False
@@ -133,9 +141,9 @@ def own_address(
     except OSError: return False
 
 def own_names() -> set[str]:
-    "The names this machine has for itself, in lower case."
-    name = socket.gethostname()
-    return {o.lower().rstrip('.') for o in ('localhost', 'localhost.localdomain', 'ip6-localhost', name, name.partition('.')[0], socket.getfqdn()) if o}
+    "The names this machine has for itself, in lower case"
+    name, always = socket.gethostname(), ('localhost', 'localhost.localdomain', 'ip6-localhost')
+    return {o.lower().rstrip('.') for o in (*always, name, name.partition('.')[0], socket.getfqdn()) if o}
 
 # %% ../nbs/01_hosts.ipynb #bcce3301
 def _resolve(name):
@@ -156,7 +164,7 @@ def _words(text):
         out.append(re.sub(r"""["']([^"']*)["']""", r'\1', m[1]))
         pos = m.end()
 
-def _wild(patterns, text):
+def _matches_any(patterns, text):
     "Whether one of `patterns` matches, with `*` and `?`, and none that is negated by `!` does"
     hit = lambda o: re.fullmatch(''.join({'*':'.*', '?':'.'}.get(c) or re.escape(c) for c in o), text, re.S)
     return not any(hit(o[1:]) for o in patterns if o[:1]=='!') and any(hit(o) for o in patterns if o[:1]!='!')
@@ -164,7 +172,7 @@ def _wild(patterns, text):
 # %% ../nbs/01_hosts.ipynb #a5172540
 @dataclass
 class _Lookup:
-    "One reading of the configuration for a host."
+    "One reading of the configuration for a host"
     original: str # the name of the entry
     name: str # the name now, canonical in the last reading
     opts: dict # keyword: words
@@ -179,24 +187,27 @@ class _Lookup:
     def tokens(self, text):
         "`text` with its `%` tokens replaced"
         host, user, home = self.hostname(), this_user(), os.path.expanduser('~')
-        vals = {'%':'%', 'd':home, 'h':host, 'n':self.original, 'k':self.get('hostkeyalias', self.original), 'p':self.get('port', '22'),
-                'r':self.get('user', user), 'u':user, 'i':str(os.getuid()), 'L':socket.gethostname().partition('.')[0], 'l':socket.gethostname(), 'j':self.get('proxyjump')}
+        me = socket.gethostname()
+        vals = {'%':'%', 'd':home, 'h':host, 'n':self.original, 'k':self.get('hostkeyalias', self.original),
+                'p':self.get('port', '22'), 'r':self.get('user', user), 'u':user, 'i':str(os.getuid()),
+                'L':me.partition('.')[0], 'l':me, 'j':self.get('proxyjump')}
         return re.sub(r'%(.)', lambda m: vals.get(m[1], m[0]), text)
 
 # %% ../nbs/01_hosts.ipynb #b6313e72
 @patch
-def runs(self:_Lookup, command):
+def exec_succeeds(self:_Lookup, command):
     "Whether a `Match exec` command succeeds"
     shell = os.environ.get('SHELL') or '/bin/sh'
-    try: return not subprocess.run([shell, '-c', self.tokens(command)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=30).returncode
+    quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try: return not subprocess.run([shell, '-c', self.tokens(command)], timeout=30, **quiet).returncode
     except subprocess.TimeoutExpired: return False
 
 @patch
 def matches(self:_Lookup, words):
     "Whether all criteria of a `Match` line hold"
     ok, user = True, this_user()
-    subject = {'host':self.hostname, 'originalhost':lambda: self.original, 'user':lambda: self.get('user', user), 'localuser':lambda: user,
-               'tagged':lambda: self.get('tag'), 'sessiontype':lambda: 'exec'}
+    subject = {'host':self.hostname, 'originalhost':lambda: self.original, 'user':lambda: self.get('user', user),
+               'localuser':lambda: user, 'tagged':lambda: self.get('tag'), 'sessiontype':lambda: 'exec'}
     while words:
         word, *words = words
         kind, eq, arg = word.lower().lstrip('!').partition('=')
@@ -206,14 +217,17 @@ def matches(self:_Lookup, words):
             if eq: arg = word.partition('=')[2]
             elif words: arg, *words = words
             else: raise ValueError(f'Match {kind} lacks its argument')
-            if kind=='exec': flag = ok and self.runs(arg)
-            elif kind in subject: flag = _wild(arg.split(','), subject[kind]())
-            else: log.warning('Match %s is not supported: its section of the OpenSSH configuration is ignored', kind); ok = False
+            if kind=='exec': flag = ok and self.exec_succeeds(arg)
+            elif kind in subject: flag = _matches_any(arg.split(','), subject[kind]())
+            else:
+                log.warning('Match %s is not supported: its section of the OpenSSH configuration is ignored', kind)
+                ok = False
         ok = ok and flag != (word[0]=='!')
     return ok
 
 # %% ../nbs/01_hosts.ipynb #1901281d
-_ADD, _RAW = ('identityfile', 'certificatefile'), ('proxycommand', 'proxyjump') # options that add up; options that take the rest of the line
+_ADD = 'identityfile', 'certificatefile' # options that add up
+_RAW = 'proxycommand', 'proxyjump' # options that take the rest of the line
 
 @patch
 def read(self:_Lookup, path, base, on=True, depth=0):
@@ -226,25 +240,26 @@ def read(self:_Lookup, path, base, on=True, depth=0):
         key, value = m[1].lower(), m[2].strip()
         words = [value]*bool(value) if key in _RAW else _words(value)
         if not words: raise ValueError(f'{m[1]} lacks its argument')
-        if key=='host': on = within and _wild(words, self.name)
+        if key=='host': on = within and _matches_any(words, self.name)
         elif key=='match': on = within and self.matches(words)
         elif key=='include':
             for pattern in words:
-                for o in sorted(filter(os.path.isfile, glob.glob(os.path.join(base, os.path.expanduser(pattern))))): self.read(o, base, on, depth+1)
-        elif on: self.take(key, words)
+                found = glob.glob(os.path.join(base, os.path.expanduser(pattern)))
+                for o in sorted(filter(os.path.isfile, found)): self.read(o, base, on, depth+1)
+        elif on: self.set_option(key, words)
 
 @patch
-def take(self:_Lookup, key, words):
+def set_option(self:_Lookup, key, words):
     "Keep an option unless an earlier line rules it out"
     if key in _ADD: self.opts[key] = list(dict.fromkeys(self.opts.get(key, []) + words[:1]))
-    elif key=='proxyjump' and 'proxycommand' in self.opts: pass # whichever of the two comes first rules out the other
+    elif key=='proxyjump' and 'proxycommand' in self.opts: pass # the first of the two rules out the other
     elif key=='proxycommand' and self.get('proxyjump', 'none').lower()!='none': pass
     else: self.opts.setdefault(key, words)
 
 # %% ../nbs/01_hosts.ipynb #05c880f7
 USER_CONFIG, SYSTEM_CONFIG = '~/.ssh/config', '/etc/ssh/ssh_config'
 
-def _lookup(host, user=None, port=None, config=None):
+def _read_config(host, user=None, port=None, config=None):
     "OpenSSH's settings for `host`, as a `_Lookup`"
     files = [(USER_CONFIG, '~/.ssh'), (SYSTEM_CONFIG, '/etc/ssh')] if config is None else [(config, '~/.ssh')]
     files = [(os.path.expanduser(path), os.path.expanduser(base)) for path,base in files]
@@ -255,21 +270,22 @@ def _lookup(host, user=None, port=None, config=None):
             try:
                 if os.path.isfile(path): o.read(path, base)
             except (OSError, ValueError) as e: raise ValueError(f'OpenSSH configuration {path}: {e}') from None
-        if last or not o.settle(): break
+        if last or not o.canonicalize(): break
     for k,v in (('user', user), ('port', port)):
         if v: o.opts.setdefault(k, [str(v)])
     return o
 
 # %% ../nbs/01_hosts.ipynb #6827de5b
 @patch
-def settle(self:_Lookup):
-    "Fix the name that the first reading found; whether the files must be read again for it"
+def canonicalize(self:_Lookup):
+    "Make the name that the first reading found canonical; returns whether the files must be read again for it"
     canon, name = self.get('canonicalizehostname', 'no').lower(), self.hostname()
     self.canonical = canon=='always' or (canon=='yes' and not any(self.get(o, 'none').lower()!='none' for o in _RAW))
     if self.canonical and name.count('.')<=int(self.get('canonicalizemaxdots', '1')) and not name.endswith('.'):
         found = [o for d in self.opts.get('canonicaldomains', []) if d!='none' and _resolve(o := f'{name}.{d}')]
-        if not found and self.get('canonicalizefallbacklocal', 'yes').lower()=='no': raise ValueError(f'OpenSSH configuration: no canonical domain has a host {name}')
         if found: name = found[0]
+        elif self.get('canonicalizefallbacklocal', 'yes').lower()=='no':
+            raise ValueError(f'OpenSSH configuration: no canonical domain has a host {name}')
     self.final = self.again or self.canonical
     if self.final: self.name = name; self.opts['hostname'] = [name.replace('%', '%%')]
     return self.final
@@ -277,7 +293,7 @@ def settle(self:_Lookup):
 # %% ../nbs/01_hosts.ipynb #da532a20
 @dataclass(frozen=True)
 class Route:
-    "Where, as whom and through what a `Host` is reached."
+    "Where, as whom and through what a `Host` is reached"
     hostname: str # the name or address to connect to
     port: int = 22 # the port of the SSH server
     user: str|None = None # the user to log in as; None: the user of this process
@@ -325,21 +341,22 @@ def route(
     port: int = 22, # the port where neither entry nor configuration name one
     config: str|None = None # the configuration file; None: the user's, then the system's
 ) -> Route:
-    "The way to `host` that OpenSSH would take. Reads files, may run `Match exec` commands: call it in a thread."
+    "The way to `host` that OpenSSH would take. Reads files, may run `Match exec` commands: call it in a thread"
     if user and not _USER.fullmatch(user): raise ValueError(f'{user!r} is not a user name to log in with')
-    o = _lookup(host, user, port, config)
+    o = _read_config(host, user, port, config)
     some = lambda key: None if o.get(key, 'none').lower()=='none' else o.get(key)
+    expanded = lambda key: some(key) and o.tokens(o.get(key))
     yes = lambda key: o.get(key).lower() in ('yes', 'true')
     files = lambda key, *default: _files(o.opts.get(key, default), o)
     try:
-        return Route(hostname=o.hostname(), port=_port(o.get('port'), o.get('port')), user=some('user'), identity_files=files('identityfile'),
-            certificate_files=files('certificatefile'), identities_only=yes('identitiesonly'), identity_agent=_agent(o.get('identityagent', 'SSH_AUTH_SOCK'), o),
-            proxy_jump=_jumps(o.get('proxyjump', 'none')), proxy_command=some('proxycommand') and o.tokens(o.get('proxycommand')),
+        return Route(hostname=o.hostname(), port=_port(o.get('port'), o.get('port')), user=some('user'),
+            identity_files=files('identityfile'), certificate_files=files('certificatefile'),
+            identities_only=yes('identitiesonly'), identity_agent=_agent(o.get('identityagent', 'SSH_AUTH_SOCK'), o),
+            proxy_jump=_jumps(o.get('proxyjump', 'none')), proxy_command=expanded('proxycommand'),
             known_hosts=files('userknownhostsfile', '~/.ssh/known_hosts', '~/.ssh/known_hosts2') +
                 files('globalknownhostsfile', '/etc/ssh/ssh_known_hosts', '/etc/ssh/ssh_known_hosts2'),
-            host_key_alias=some('hostkeyalias') and o.tokens(o.get('hostkeyalias')),
-            address_family=o.get('addressfamily', 'any').lower(), bind_address=some('bindaddress'), compression=yes('compression'),
-            ssh_command=_ssh_command(host, config))
+            host_key_alias=expanded('hostkeyalias'), address_family=o.get('addressfamily', 'any').lower(),
+            bind_address=some('bindaddress'), compression=yes('compression'), ssh_command=_ssh_command(host, config))
     except ValueError as e: raise ValueError(f'OpenSSH configuration for {host}: {e}') from None
 
 # %% ../nbs/01_hosts.ipynb #7e0f8fec
@@ -350,8 +367,10 @@ def hops(
     config: str|None = None, # as for `route`
     _seen: tuple = ()
 ) -> list[Route]: # the first to connect to comes first, `host` itself last
-    "The route of every hop on the way to `host`."
-    if host in _seen: raise ValueError(f'host {_seen[0]}: the OpenSSH configuration jumps in a circle: {" -> ".join(map(str, (*_seen, host)))}')
+    "The route of every hop on the way to `host`"
+    if host in _seen:
+        circle = ' -> '.join(map(str, (*_seen, host)))
+        raise ValueError(f'host {_seen[0]}: the OpenSSH configuration jumps in a circle: {circle}')
     last = route(host, user, port, config)
     if not last.proxy_jump: return [last]
     first, *rest = last.proxy_jump
@@ -362,7 +381,7 @@ def hops(
 def is_local(self:Host,
     config: str|None = None # as for `route`
 ) -> bool:
-    "Whether this is a bare name or address of this machine. May ask the name service: call it in a thread."
+    "Whether this is a bare name or address of this machine. May ask the name service: call it in a thread"
     if self.user is not None or self.port is not None: return False
     try: return own_address(self.name)
     except ValueError: pass # a name, not an address

@@ -15,7 +15,8 @@ from jupyter_client.provisioning import KernelProvisionerBase
 from .background import at_exit, background, in_thread, with_timeout, spawn_task
 from .balance import HostChoice, HostReports, Ledger, Need, load_balancer, takes_reports
 from .errors import LaunchError, missing_package
-from .handshake import ControlKey, LegacyKey, RedactedDict, connection_info, control_nonce, port_names
+from gateway_provisioners_ssh.handshake import (ControlKey, LegacyKey, RedactedDict, connection_info, control_nonce,
+    port_names)
 from .hosts import Host, HostError, Login, host_names, this_user
 from .launch_attempt import LaunchAttempt, Launched, NoRoom, finish, interpreters, launch_error
 from .remote import AgentClosed, Refusal, RemoteProcess
@@ -104,14 +105,15 @@ async def _ask_report(self:HostApplication, host, login, pythons):
 class DistributedProvisioner(KernelProvisionerBase, HostSettings):
     "Runs kernels on a set of hosts, over SSH"
     def __init__(self, **kwargs):
-        spec = {k: kwargs.pop(k) for k in list(kwargs) if k not in ('kernel_id', 'kernel_spec', 'parent', 'config', 'log')}
+        own = 'kernel_id', 'kernel_spec', 'parent', 'config', 'log'
+        spec = {k: kwargs.pop(k) for k in list(kwargs) if k not in own} # Settings of the kernelspec
         super().__init__(**kwargs)
         with forget_failed_start(self.parent, self.kernel_id):
             self.settle(spec, getattr(self.kernel_spec, 'display_name', ''))
         self.conn = self.process = self.fields = self.claim = None
         self.forwards,self.connection_info = {},{} # A `Forward` for each name of a port, in tunnel mode
         self.starting = self.unconfirmed = self.unreachable_watchdog = self.cleaning = self.restart_limit = None
-        self.requested = self.avoid_last_host = False # Whether the end was asked for; whether the host has lost the kernel
+        self.requested = self.avoid_last_host = False # Was the end asked for; has the host lost the kernel
 
     @property
     def login(self) -> Login:
@@ -136,12 +138,13 @@ async def pre_launch(self:DistributedProvisioner, **kwargs):
     "What `launch_kernel` needs; raises `LaunchError`, with status 403 for a user who may not start the kernel"
     env = dict(kwargs.pop('env', None) or os.environ)
     argv = [*self.kernel_spec.argv, *kwargs.pop('extra_arguments', [])]
-    with forget_failed_start(self.parent, self.kernel_id): request = self.checked_request(env, argv, kwargs.pop('cwd', None))
+    with forget_failed_start(self.parent, self.kernel_id):
+        request = self.checked_request(env, argv, kwargs.pop('cwd', None))
     self._finalize_env(request.env)
     if swap_restart_limit(self.parent, self.restart_limit) is not None: self.restart_limit = None
     return kwargs | dict(cmd=argv, env=request.env, request=request)
 
-# %% ../nbs/27_provisioner.ipynb #6d9a89fc
+# %% ../nbs/27_provisioner.ipynb #0ed4d13a
 @patch
 def _hear_reports(self:DistributedProvisioner, request):
     "Learn what hosts report, where this start or the rule makes use of it"
@@ -153,19 +156,25 @@ def _hear_reports(self:DistributedProvisioner, request):
 def choose_hosts(self:DistributedProvisioner, request:StartRequest) -> HostChoice:
     "The hosts to try, in order; raises `ValueError` if the list of hosts or the load balancer cannot be used"
     self._hear_reports(request)
-    app,login = shared(),self.login
+    app,login,pinned = shared(),self.login,request.pinned
     def backing_off(host): return app.pool.backing_off(Host.parse(host), login)
-    if request.pinned: return HostChoice(app.ledger, [request.pinned], last=request.pinned, backing_off=backing_off)
-    return HostChoice(app.ledger, host_names(self.remote_hosts), load_balancer(self.load_balancing_algorithm), app.reports,
-        request.need, str(self.conn.host) if self.conn else '', self.avoid_last_host, backing_off,
-        rounds=0 if self.impersonation_enabled else 8) # each user has an agent of their own, which knows its kernels only
+    if pinned: return HostChoice(app.ledger, [pinned], last=pinned, backing_off=backing_off)
+    hosts,balancer = host_names(self.remote_hosts),load_balancer(self.load_balancing_algorithm)
+    rounds = 0 if self.impersonation_enabled else 8 # each user has an agent of their own, which knows its kernels only
+    return HostChoice(app.ledger, hosts, balancer, app.reports, request.need, str(self.conn.host) if self.conn else '',
+        self.avoid_last_host, backing_off, rounds)
 
 @patch
-async def reach(self:DistributedProvisioner, host:str, request:StartRequest, deadline:float, limit:int|None=None) -> LaunchAttempt:
+async def reach(self:DistributedProvisioner,
+    host:str, # An entry
+    request:StartRequest,
+    deadline:float, # A value of `time.monotonic()`
+    limit:int|None=None, # How many kernels the host may have, this one included
+) -> LaunchAttempt:
     "An attempt to start the kernel on `host`, which was reached for it; raises `HostError`, `LaunchError`"
     last = Launched(self.conn, self.process, self.fields, bool(self.forwards)) if self.conn else None
-    attempt = LaunchAttempt(shared(), self.options, request, Host.parse(host), deadline, limit, wants_encryption(self.parent),
-        last, self.log)
+    attempt = LaunchAttempt(shared(), self.options, request, Host.parse(host), deadline, limit,
+        wants_encryption(self.parent), last, self.log)
     target = await attempt.reach()
     shared().reports.attach(host, target.agent)
     return attempt
@@ -195,7 +204,8 @@ def _choose_again(self:DistributedProvisioner, choice, request):
     return choice.again()
 
 def _no_host(errors): # Of all hosts that were tried
-    what = str(errors[0]) if len(errors) == 1 else '\n'.join(['no host could start the kernel:', *(f'- {e}' for e in errors)])
+    several = ['no host could start the kernel:', *(f'- {e}' for e in errors)]
+    what = str(errors[0]) if len(errors) == 1 else '\n'.join(several)
     return LaunchError(what, 503 if all(isinstance(e, NoRoom) for e in errors) else 500)
 
 # %% ../nbs/27_provisioner.ipynb #e6736e7c
@@ -220,10 +230,11 @@ async def _adopt(self:DistributedProvisioner, claim, launched, ip=''):
 
 @patch
 async def _retarget_forwards(self:DistributedProvisioner, conn, fields, process, ports={}):
-    "Lead ports here (those in `ports`, where given) to those of the kernel; when its host is back, iopub gets there first"
+    "Lead ports here (those in `ports`, where given) to the kernel's; when its host is back, iopub gets there first"
     try:
         for k in port_names:
-            to = KernelPort(fields[k], process.id, process.user, self.stream_buffer, self.stream_spool, first=k == 'iopub_port')
+            kept,first = (self.stream_buffer, self.stream_spool),k == 'iopub_port'
+            to = KernelPort(fields[k], process.id, process.user, *kept, first)
             if k in self.forwards: self.forwards[k].aim(conn.tunnel, to)
             else: self.forwards[k] = await Forward(conn.tunnel, to).start(ports.get(k, 0))
     except OSError as e:
@@ -314,7 +325,8 @@ def _watch_confirmation(self:DistributedProvisioner):
 
 @patch
 def _give_up(self:DistributedProvisioner):
-    self.log.warning('kernel %s was ready on host %s, but its start was given up; it is ended', self.kernel_id, self.conn.host)
+    self.log.warning('kernel %s was ready on host %s, but its start was given up; it is ended',
+        self.kernel_id, self.conn.host)
     drop_manager(self.parent, self.kernel_id)
     asyncio.run_coroutine_threadsafe(self._abandon(), background().loop)
 
@@ -337,13 +349,14 @@ async def _prepare(self:DistributedProvisioner, host):
         if not message['standby']: return
         template = {k: message[k] for k in ('argv', 'env', 'spec_env', 'standby')}
         if why := (await attempt.target.agent.request('standby', **template)).get('cold'):
-            self.log.warning('host %s: kernels of %r start cold, without a template: %s', host, spec.display_name, str(why)[:2000])
+            self.log.warning('host %s: kernels of %r start cold, without a template: %s',
+                host, spec.display_name, str(why)[:2000])
     except (HostError, LaunchError, Refusal, AgentClosed) as e:
         self.log.warning('host %s is not prepared for kernels of %r: %s', host, spec.display_name, e)
 
 @patch
 def prepare_hosts(self:DistributedProvisioner):
-    "Prepare all hosts of this kernelspec, a few at a time, in the background loop; returns a `concurrent.futures.Future`"
+    "Prepare all hosts of this kernelspec, a few at a time, in the background; returns a `concurrent.futures.Future`"
     few = asyncio.Semaphore(16)
     async def one(host):
         async with few: await self._prepare(host)

@@ -15,8 +15,7 @@ from fastcore.basics import patch
 from paramiko.hostkeys import HostKeyEntry, HostKeys
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, PasswordRequiredException, SSHException
 from .background import in_thread, with_timeout, spawn_task
-from gateway_provisioners_ssh.channels import (Agent, ChannelForwarder, ChannelTransport, Client,
-    NonblockingSocket, Transport)
+from .channels import Agent, ChannelTransport, Client, NonblockingSocket, Transport, join
 from .hosts import Host, HostError, Login, Route, hops, this_user
 from .liveness import Pace, watch_link
 from .remote import COMMAND, AgentClosed, AgentSession, NoPython, Refusal, local_session
@@ -57,6 +56,9 @@ def _explain_trust(e, route):
 
 # %% ../nbs/20_ssh.ipynb #135acba6
 _TIMEOUT_SETTING = '(GP_CONNECT_TIMEOUT sets the time)'
+_FIX_CONFIG = 'Correct that; the configuration is read again before the next attempt'
+_TWO_SESSIONS = 'Tunnelling needs two sessions on a connection: MaxSessions in its sshd_config must be 2 or more'
+_NO_FORWARDING = 'A launch message through a tunnel needs AllowTcpForwarding in its sshd_config'
 
 def _explain_reach(e, route, waited):
     "The same, for failures on the way to the login and to the agent"
@@ -130,8 +132,8 @@ def _add_host_keys(keys, file, name):
 # %% ../nbs/20_ssh.ipynb #07d8db28
 def _gss_options(client, route):
     "What `connect` needs for Kerberos"
-    if 'gss_auth' in inspect.signature(client.connect).parameters:
-        return dict(gss_auth=True, gss_kex=False, gss_host=route.hostname)
+    options = dict(gss_auth=True, gss_kex=False, gss_host=route.hostname)
+    if 'gss_auth' in inspect.signature(client.connect).parameters: return options
     raise SSHException(f'paramiko {paramiko.__version__} has no GSSAPI; install gateway_provisioners_ssh[gssapi]')
 
 def _authenticate(sock, route, login):
@@ -186,18 +188,14 @@ class Link:
     @property
     def alive(self): return not self.sock.closed and self.transport.is_active()
 
-    async def open_channel(self, kind, dest=None):
-        "An open channel; raises `SSHException` where the server refuses"
-        src = ('127.0.0.1', 0) if dest else None
-        return await in_thread(self.transport.open_channel, kind, dest_addr=dest, src_addr=src)
-
     async def socket_to(self, hostname, port):
         "A socket whose other end is a connection from the host to `hostname:port`"
-        try: chan = await self.open_channel('direct-tcpip', (hostname, port))
+        open_channel = self.transport.open_channel
+        try: chan = await in_thread(open_channel, 'direct-tcpip', (hostname, port), ('127.0.0.1', 0))
         except paramiko.ChannelException as e:
             raise SSHException(f'the jump host {self.route.hostname} says: {e.text}') from None
         near,far = socket.socketpair()
-        await self.loop.create_connection(lambda: ChannelForwarder(chan), sock=far)
+        await join(chan, sock=far)
         return near
 
     def close(self, abort=False):
@@ -348,8 +346,6 @@ async def _find_routes(self:SSHConnection):
     try: return tuple(await in_thread(hops, self.host, login.user_of(self.host), login.port, login.config))
     except (ValueError, OSError) as e: raise HostError(self.host, self.user, str(e), _FIX_CONFIG) from None
 
-_FIX_CONFIG = 'Mend that; the configuration is read again before the next attempt'
-
 @patch
 async def _shared_link(self:SSHConnection, routes):
     "A live link along `routes`, which all hosts behind a jump host share"
@@ -485,8 +481,6 @@ async def close(self:SSHConnection):
         await in_thread(self.link.client.close)
 
 # %% ../nbs/20_ssh.ipynb #1a03fadb
-_TWO_SESSIONS = 'Tunnelling needs two sessions on a connection: MaxSessions in its sshd_config must be 2 or more'
-
 @patch
 async def stream_session(self:SSHConnection) -> StreamSession:
     "Another session over the same connection, for streams, once the host is up; raises `HostError`, or `AgentClosed`"
@@ -518,8 +512,6 @@ def _find_out(self:SSHConnection, ports, response_ip):
         return spawn_task(why_unreachable(self.agent, self.address, response_ip or self.local_address, ports))
 
 # %% ../nbs/20_ssh.ipynb #ee8076d4
-_NO_FORWARDING = 'A launch message through a tunnel needs AllowTcpForwarding in its sshd_config'
-
 @patch
 async def reverse(self:SSHConnection,
     port:int, # A port on this machine's loopback interface
@@ -536,13 +528,9 @@ async def reverse(self:SSHConnection,
         raise HostError(self.host, self.user, what, fix) from None
 
 async def _reverse(link, port):
-    def accepted(chan, origin, server): link.loop.call_soon_threadsafe(lambda: spawn_task(_join(chan, port)))
+    def accepted(chan, origin, server):
+        link.loop.call_soon_threadsafe(lambda: spawn_task(join(chan, '127.0.0.1', port)))
     return await in_thread(link.transport.request_port_forward, '127.0.0.1', 0, accepted)
-
-async def _join(chan, port):
-    "Join `chan` to a connection to `port` here"
-    try: await asyncio.get_running_loop().create_connection(lambda: ChannelForwarder(chan), '127.0.0.1', port)
-    except OSError: chan.close()
 
 # %% ../nbs/20_ssh.ipynb #9b445dbe
 login_variables = 'HOME USER LOGNAME SHELL PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR XDG_RUNTIME_DIR'.split()

@@ -28,17 +28,17 @@ class StreamSession(AgentSession):
     "A session that carries streams"
     frames = StreamDecoder
     def __init__(self, write, close, name,
-        pending=lambda: 0, # How many bytes wait to be sent
+        unsent=lambda: 0, # How many bytes wait to be sent
     ):
         super().__init__(write, close, name)
-        self.pending,self.mux,self.writing,self.broken,self.resume = pending,Mux(self.room),False,False,None
+        self.unsent,self.mux,self.writing,self.broken,self.resume = unsent,Mux(self.room),False,False,None
 
     def room(self):
         "Write what there is to write, as far as it would not wait; to be called when what waited has gone out"
         if self.closed or self.writing: return
         self.writing = True
         try:
-            while self.pending() < ENOUGH and (frame := self.mux.next()): self._write(b''.join(frame))
+            while self.unsent() < ENOUGH and (frame := self.mux.next()): self._write(b''.join(frame))
         finally: self.writing = False
 
     def _received(self, m, data=b''):

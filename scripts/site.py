@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Renders the documentation to HTML, one page for each notebook, with the sidebar of nbs/sidebar.yml:  python scripts/site.py [DIRECTORY, by default _docs]
+"""Renders the documentation to HTML, one page for each notebook, with the sidebar of nbs/sidebar.yml, into _docs
+or the directory named:
+    python scripts/site.py [DIRECTORY]
 
 Needs nbconvert, which comes with JupyterLab. It shows the saved outputs and executes nothing."""
 import html, os, re, shutil, sys
@@ -26,7 +28,7 @@ def prepare(nb):
         if c.cell_type == 'code':
             flags, c.source = directives(c.source)
             if re.search(r'\bhide\b|default_exp', flags): continue
-            if 'echo: false' in flags: c.source = ''
+            if 'echo: false' in flags: c.metadata['transient'] = dict(remove_source=True)
             alt = re.search(r'fig-alt: "([^"]*)"', flags)
             for o in c.outputs:
                 if alt and 'image/png' in o.get('data', {}): o.metadata.setdefault('image/png', {})['alt'] = alt[1]
@@ -73,30 +75,44 @@ def sections():
 def sidebar(page, titles):
     out = []
     for name, pages in sections():
-        items = ''.join(f'<li{" class=here" if p == page else ""}><a href="{target(page, os.path.relpath(p, Path(page).parent))}">{html.escape(titles[p])}</a>'
-                        for p in pages)
+        to = {p: target(page, os.path.relpath(p, Path(page).parent)) for p in pages}
+        items = ''.join(f'<li{" class=here" if p == page else ""}><a href="{o}">{html.escape(titles[p])}</a>' for p, o in to.items())
         is_open = ' open' if page in pages or not name else ''
-        out.append(f'<details{is_open}><summary>{name}</summary><ul>{items}</ul></details>' if name else f'<ul>{items}</ul>')
+        items = f'<ul>{items}</ul>'
+        out.append(f'<details{is_open}><summary>{name}</summary>{items}</details>' if name else items)
     return ''.join(out)
 
-CSS = '''body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: #222; display: flex; align-items: flex-start; }
-nav { width: 15rem; flex: none; padding: 1rem; font-size: .9rem; position: sticky; top: 0; max-height: 100vh; overflow: auto; box-sizing: border-box; }
-nav ul { list-style: none; margin: .2rem 0 .6rem; padding-left: .6rem; } nav .here a { font-weight: bold; } nav summary { cursor: pointer; }
-main { flex: 1; min-width: 0; max-width: 62rem; padding: 1rem 1.5rem; } main p, main li { max-width: 50rem; } a { color: #1b6ca8; }
-pre { background: #f6f6f6; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; } code { font-size: .9em; overflow-wrap: anywhere; }
-pre code { overflow-wrap: normal; } .jp-OutputArea pre, .output pre { background: none; border-left: 2px solid lightsalmon; margin-left: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-table { border-collapse: collapse; display: block; overflow-x: auto; } td, th { border: 1px solid #ddd; padding: .3rem .6rem; vertical-align: top; text-align: left; }
-img, svg { max-width: 100%; height: auto; } blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid #ccc; color: #555; }
+CSS = '''
+body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: #222; display: flex; align-items: flex-start; }
+nav { width: 15rem; flex: none; padding: 1rem; font-size: .9rem; box-sizing: border-box; }
+nav { position: sticky; top: 0; max-height: 100vh; overflow: auto; }
+nav ul { list-style: none; margin: .2rem 0 .6rem; padding-left: .6rem; }
+nav .here a { font-weight: bold; } nav summary { cursor: pointer; }
+main { flex: 1; min-width: 0; max-width: 62rem; padding: 1rem 1.5rem; }
+main p, main li { max-width: 50rem; }
+a { color: #1b6ca8; }
+pre { background: #f6f6f6; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
+code { font-size: .9em; overflow-wrap: anywhere; } pre code { overflow-wrap: normal; }
+.output pre { background: none; border-left: 2px solid lightsalmon; margin-left: .8rem; }
+.output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+table { border-collapse: collapse; display: block; overflow-x: auto; }
+td, th { border: 1px solid #ddd; padding: .3rem .6rem; vertical-align: top; text-align: left; }
+img, svg { max-width: 100%; height: auto; }
+blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid #ccc; color: #555; }
 .prompt { display: none; }
-@media (max-width: 50rem) { body { display: block; } nav { width: auto; position: static; max-height: none; } main { padding: 1rem; } }
+@media (max-width: 50rem) {
+  body { display: block; } main { padding: 1rem; }
+  nav { width: auto; position: static; max-height: none; }
+}
 '''
 
 def write(out, page, body, titles, heading):
     to = (out/page).with_suffix('.html')
     to.parent.mkdir(parents=True, exist_ok=True)
     style = os.path.relpath(out/'site.css', to.parent)
-    to.write_text(f'''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{html.escape(heading)}</title>
-<link rel=stylesheet href="{style}"><nav>{sidebar(page, titles)}</nav><main>{headings(links(page, body))}</main></html>''')
+    to.write_text(f'''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>{html.escape(heading)}</title><link rel=stylesheet href="{style}">
+<nav>{sidebar(page, titles)}</nav><main>{headings(links(page, body))}</main></html>''')
 
 def main(out):
     "Write the site to the directory `out`"
@@ -111,7 +127,8 @@ def main(out):
     for name in DOCUMENTS:
         text = (ROOT/name).read_text()
         body = markdown2html(text) if name.endswith('.md') else f'<h1>Licence</h1><pre>{html.escape(text)}</pre>'
-        body = re.sub(r'(href="(?!\w+:)[^"#]*)', lambda m: m[1].replace('"nbs/', '"').replace('README.md', 'index.ipynb'), body)
+        def below_nbs(m): return m[0].replace('"nbs/', '"').replace('README.md', 'index.ipynb')
+        body = re.sub(r'href="(?!\w+:)[^"#]*', below_nbs, body)
         write(out, name, body, titles, name)
 
 if __name__ == '__main__': main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_docs'))

@@ -3,10 +3,11 @@
     python tests/bench_page.py                  # three rounds, with the page open and without, 16 kernels each
     python tests/bench_page.py --kernels 32 --rounds 5
 
-The server is a process of its own with four real hosts. As in tests/bench.py the machine's cores are divided in two, half for the hosts and half for
-the server and for what asks it. A ticker in the server's loop wakes every 2 ms and notes how late; an idle process beside it tells how much of that is
-the machine's. With the page open, this process reads its stream as a browser does, and asks for the page again and again; how long an answer takes, and
-how long after a kernel's start its row is there, is noted too.
+The server is a process of its own with four real hosts. As in tests/bench.py the machine's cores are divided in two,
+half for the hosts and half for the server and for what asks it. A ticker in the server's loop wakes every 2 ms and
+notes how late; an idle process beside it tells how much of that is the machine's. With the page open, this process
+reads its stream as a browser does, and asks for the page again and again; how long an answer takes, and how long after
+a kernel's start its row is there, is noted too.
 """
 import argparse, asyncio, json, os, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -37,23 +38,28 @@ class Server:
     def __init__(self, hosts, dir):
         self.dir = dir
         (dir/"bench_ticker.py").write_text(TICKER)
-        (dir/"jupyter_server_config.json").write_text(json.dumps(dict(ServerApp=dict(token=TOKEN, allow_root=True, open_browser=False,
-            jpserver_extensions={"bench_ticker": True, "gateway_provisioners_ssh.extension": True}))))
-        self.env = hosts.client.environ() | dict(JUPYTER_CONFIG_DIR=str(dir), JUPYTER_DATA_DIR=str(dir/"data"), JUPYTER_RUNTIME_DIR=str(dir/"runtime"), KERNEL_USERNAME="bench",
-            GP_STANDBY="on", GP_PREWARM="on", PYTHONPATH=f"{dir}:{Path(__file__).parent}")
-        del self.env["GP_STANDBY"]   # as users have it
-        subprocess.run([Path(sys.executable).parent/"jupyter-ssh-spec", "install", "--user", "--kernel-name", "hosts", "--python", sys.executable, "--remote-hosts", ",".join(hosts.names)],
-                       env=self.env, check=True, capture_output=True)
-        with open(dir/"log", "w") as f: self.proc = subprocess.Popen([sys.executable, "-m", "jupyter_server"], env=self.env, cwd=dir, stdout=f, stderr=f)
+        extensions = {"bench_ticker": True, "gateway_provisioners_ssh.extension": True}
+        config = dict(token=TOKEN, allow_root=True, open_browser=False, jpserver_extensions=extensions)
+        (dir/"jupyter_server_config.json").write_text(json.dumps(dict(ServerApp=config)))
+        self.env = hosts.client.environ() | dict(JUPYTER_CONFIG_DIR=str(dir), JUPYTER_DATA_DIR=str(dir/"data"),
+            JUPYTER_RUNTIME_DIR=str(dir/"runtime"), KERNEL_USERNAME="bench", GP_STANDBY="on", GP_PREWARM="on",
+            PYTHONPATH=f"{dir}:{Path(__file__).parent}")
+        install = [Path(sys.executable).parent/"jupyter-ssh-spec", "install", "--user", "--python", sys.executable]
+        names = ["--kernel-name", "hosts", "--remote-hosts", ",".join(hosts.names)]
+        subprocess.run(install + names, env=self.env, check=True, capture_output=True)
+        server = [sys.executable, "-m", "jupyter_server"]
+        with open(dir/"log", "w") as f: self.proc = subprocess.Popen(server, env=self.env, cwd=dir, stdout=f, stderr=f)
         pin(self.proc.pid, here)
 
     async def ready(self):
-        while not (found := list((self.dir/"runtime").glob("jpserver-*.json"))) or not found[0].read_text().endswith("}"): await asyncio.sleep(.1)
-        self.url = json.loads(found[0].read_text())["url"].rstrip("/")
+        file = self.dir/f"runtime/jpserver-{self.proc.pid}.json"
+        while not file.exists() or not file.read_text().endswith("}"): await asyncio.sleep(.1)
+        self.url = json.loads(file.read_text())["url"].rstrip("/")
 
-    async def ask(self, method, path, body=None, **kw):
-        r = await AsyncHTTPClient().fetch(HTTPRequest(f"{self.url}/{path}", method, dict(Authorization=f"token {TOKEN}"), body, request_timeout=120, connect_timeout=120, **kw))
-        return json.loads(r.body) if r.body[:1] in b"[{" and r.body else r.body
+    async def ask(self, method, path, body=None):
+        headers = dict(Authorization=f"token {TOKEN}")
+        r = await AsyncHTTPClient().fetch(HTTPRequest(f"{self.url}/{path}", method, headers, body, request_timeout=120))
+        return json.loads(r.body) if r.body.startswith(b"{") else r.body
 
 
 class Page:
@@ -70,7 +76,8 @@ class Page:
         host, port = server.url.removeprefix("http://").split(":")
         r, w = await asyncio.open_connection(host, port, limit=2**24)
         try:
-            w.write(f"GET /ssh-hosts/events HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: token {TOKEN}\r\n\r\n".encode())
+            headers = f"Host: {host}:{port}\r\nAuthorization: token {TOKEN}\r\n\r\n"
+            w.write(f"GET /ssh-hosts/events HTTP/1.1\r\n{headers}".encode())
             async for line in r:
                 if not line.startswith(b"data: "): continue
                 for row in json.loads(line[6:])["rows"].values():
@@ -108,7 +115,8 @@ async def measure(server, n, with_page):
         if with_page:
             answers = list(page.took)
             while not set(started) <= set(page.seen): await asyncio.sleep(.05)
-            res |= dict(answer_median=statistics.median(answers), answer_p99=p99(answers), row_after=max(page.seen[k] - v for k, v in started.items()))
+            late = max(page.seen[k] - v for k, v in started.items())
+            res |= dict(answer_median=statistics.median(answers), answer_p99=p99(answers), row_after=late)
         await asyncio.gather(*(server.ask("DELETE", f"api/kernels/{o}") for o in started))
     return res
 
@@ -124,10 +132,10 @@ async def run(args, hosts, dir):
     finally:
         server.proc.send_signal(signal.SIGTERM)
         server.proc.wait(60)
-    print(f"{args.kernels} kernels at once, {args.rounds} rounds, {len(here)} + {len(there)} cores; medians, milliseconds")
-    for key in dict.fromkeys(k for o in rounds[True] + rounds[False] for k in o):
-        cells = [f"{1000*statistics.median(o[key] for o in rounds[w]):9.1f}" if key in rounds[w][0] else " "*9 for w in (True, False)]
-        print(f"{key:15} page open {cells[0]}   no page {cells[1]}")
+    print(f"{args.kernels} kernels at once, {args.rounds} rounds, {len(here)} + {len(there)} cores; medians, in ms")
+    for key in rounds[True][0]:
+        medians = [1000*statistics.median(o[key] for o in rounds[w]) for w in (True, False) if key in rounds[w][0]]
+        print(f"{key:15}", *(f"{words} {m:8.1f}" for words, m in zip(("page open", "  no page"), medians)))
 
 
 def main():

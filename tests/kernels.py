@@ -10,7 +10,6 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh import balance, provisioner
-from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import connection_info
 from gateway_provisioners_ssh.remote import Refusal, local_session, spawn
 from pace import Timer, until, wait

@@ -1,4 +1,5 @@
-"What launchers send, written independently of the package but for its constants: for the handshake and the response server."
+"""What launchers send, written independently of the package but for its constants: for the handshake and the response
+server."""
 import base64, json, os
 from Cryptodome.Cipher import AES, PKCS1_v1_5
 from Cryptodome.Protocol import HPKE
@@ -27,4 +28,5 @@ def seal_v1(public_key, plain):
     key = os.urandom(16)
     under_rsa = PKCS1_v1_5.new(RSA.import_key(base64.b64decode(public_key))).encrypt(key)
     plain = plain if isinstance(plain, bytes) else json.dumps(plain).encode()
-    return encode(dict(version=1, key=b64(under_rsa), conn_info=b64(AES.new(key, AES.MODE_ECB).encrypt(pad(plain, 16)))))
+    return encode(dict(version=1, key=b64(under_rsa),
+                       conn_info=b64(AES.new(key, AES.MODE_ECB).encrypt(pad(plain, 16)))))

@@ -1,10 +1,12 @@
-"""Secrets of a run, and where they must not show. `test_redaction` looks for them in one long run of everything; as a plugin, this looks in any tests:
+"""Secrets of a run, and where they must not show. `test_redaction` looks for them in one long run of everything; as a
+plugin, this looks in any tests:
 
     PYTHONPATH=tests python -m pytest tests -p redact -n 3
 
-Noted are passwords, and as they are made or received every launch's ticket and secret, every kernel's key, control key and CURVE secret. They are searched for
-in what is logged at DEBUG, in the reports of failed tests with their tracebacks, and in the argument vectors of all processes. A run in which one is found, or
-none was noted, fails; with pytest-xdist that is up to the process that has the others do the work."""
+Noted are passwords, and as they are made or received every launch's ticket and secret, every kernel's key, control key
+and CURVE secret. They are searched for in what is logged at DEBUG, in the reports of failed tests with their
+tracebacks, and in the argument vectors of all processes. A run in which one is found, or none was noted, fails; with
+pytest-xdist that is up to the process that has the others do the work."""
 import base64, contextlib, json, logging, os, tempfile, threading
 from pathlib import Path
 import pytest
@@ -16,7 +18,8 @@ class Secrets(dict):
     def add(self, name, value):
         value = value if isinstance(value, bytes) else value.encode()
         if len(value) < 8: return
-        for form in value, base64.b64encode(value), value.hex().encode(), base64.b64encode(value).rstrip(b'='): self[form] = name
+        for form in value, base64.b64encode(value), value.hex().encode(), base64.b64encode(value).rstrip(b'='):
+            self[form] = name
     def add_fields(self, fields, kind=''):
         for k in 'key', 'control_key', 'curve_secretkey':
             if v := fields.get(k): self.add(kind + k, v)
@@ -27,7 +30,8 @@ class Secrets(dict):
 def noted():
     "The secrets of passwords, launches and kernels, collected where they come into being"
     all = Secrets()
-    login, ticket, parts, opened, accepted, opened_v1 = Login.__init__, LaunchKeys.ticket, LaunchKeys.ticket_fields, LaunchKeys.open, LaunchKeys.accept, LegacyKey.open
+    login, ticket, parts = Login.__init__, LaunchKeys.ticket, LaunchKeys.ticket_fields
+    opened, accepted, opened_v1 = LaunchKeys.open, LaunchKeys.accept, LegacyKey.open
     def of_login(self, *args, **kw):
         login(self, *args, **kw)
         if self.password: all.add('password', self.password)
@@ -66,8 +70,10 @@ def everything_logged(out):
     "What all loggers say at DEBUG, paramiko's packets included, goes to the file `out`"
     handler = logging.StreamHandler(out)
     handler.setFormatter(logging.Formatter('%(name)s %(levelname)s %(message)s'))
-    root, known = logging.getLogger(), [o for o in logging.Logger.manager.loggerDict.values() if isinstance(o, logging.Logger)]
-    loggers = {root, *known, *map(logging.getLogger, ('paramiko', 'gateway_provisioners_ssh', 'gateway_provisioners_ssh.paramiko', 'traitlets', 'asyncio'))}
+    root, known = logging.getLogger(), [o for o in logging.Logger.manager.loggerDict.values()
+                                        if isinstance(o, logging.Logger)]
+    loggers = {root, *known, *map(logging.getLogger, ('paramiko', 'gateway_provisioners_ssh',
+                                                      'gateway_provisioners_ssh.paramiko', 'traitlets', 'asyncio'))}
     levels = {o: o.level for o in loggers}
     for o in loggers: o.setLevel(logging.DEBUG)
     root.addHandler(handler)
@@ -93,13 +99,15 @@ class Redaction:
     "The plugin, in a process that runs tests and in one that has others run them"
     def __init__(self, config):
         self.config, self.reports, self.forms, self.found, self.stack = config, {}, 0, [], contextlib.ExitStack()
-        self.log = self.stack.enter_context(tempfile.NamedTemporaryFile('w+', prefix='redact-', suffix='.log', errors='backslashreplace', delete=False))
+        self.log = self.stack.enter_context(tempfile.NamedTemporaryFile('w+', prefix='redact-', suffix='.log',
+            errors='backslashreplace', delete=False))
         self.secrets = self.stack.enter_context(noted())
         self.stack.enter_context(everything_logged(self.log))
         self.vectors = self.stack.enter_context(ArgumentVectors(.5))
 
     def pytest_runtest_logreport(self, report):
-        if report.failed: self.reports[f'the report of {report.nodeid}'] = f'{report.longrepr}{report.sections}'.encode()
+        if report.failed:
+            self.reports[f'the report of {report.nodeid}'] = f'{report.longrepr}{report.sections}'.encode()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node):
@@ -126,6 +134,8 @@ class Redaction:
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section('redaction')
-        terminalreporter.line(f'{self.forms} forms of secrets; ' + ('found: ' + ', '.join(self.found) if self.found else 'none found' if self.forms else 'there was nothing to look for'))
+        terminalreporter.line(f'{self.forms} forms of secrets; '
+                              + ('found: ' + ', '.join(self.found) if self.found else 'none found' if self.forms
+                                 else 'there was nothing to look for'))
 
 def pytest_configure(config): config.pluginmanager.register(Redaction(config), 'redaction')

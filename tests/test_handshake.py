@@ -1,4 +1,5 @@
-"""Every parser of outside bytes under fuzz: whatever arrives gives well-typed values or a `HandshakeError` with a fixed reason.
+"""Every parser of outside bytes under fuzz: whatever arrives gives well-typed values or a `HandshakeError` with a fixed
+reason.
 
 A few seconds as it is; `FUZZ=100 pytest tests/test_handshake.py` tries 250 times as many cases."""
 import base64, hashlib, hmac, json, os, re
@@ -9,7 +10,8 @@ from Cryptodome.Protocol import DH
 from hypothesis import given, settings, strategies as st
 from launch_messages import b64, encode, report, seal, seal_v1
 import gateway_provisioners_ssh
-from gateway_provisioners_ssh.handshake import (PROTOCOL, ControlKey, HandshakeError, LaunchKeys, LegacyKey, RedactedDict,
+from gateway_provisioners_ssh.handshake import (PROTOCOL, ControlKey, HandshakeError, LaunchKeys,
+                                                LegacyKey, RedactedDict,
                                                 connection_info, control_nonce, max_message, parse_message, port_names)
 from gateway_provisioners_ssh.launchers import agent, server_listener as listener
 
@@ -17,8 +19,10 @@ PKG = Path(gateway_provisioners_ssh.__file__).parent
 
 def budget(n): return settings(max_examples=int(n*float(os.environ.get('FUZZ', 0.4))), deadline=None)
 
-odd = st.sampled_from([None, True, False, 0, 1, 2, -1, 1.0, 1e999, 2**31, 2**63, 10**400, '', '1', '2', 'a', 'QQ==', '\ud800', '\x1b[2J',
-                       '\u202e', [], [[]], {}, {'version': 2}, b64(bytes(32)), b64(bytes(256)), '5a'*32, '127.0.0.1', '::1%0', 'x'*5000])
+odd = st.sampled_from([None, True, False, 0, 1, 2, -1, 1.0, 1e999, 2**31, 2**63, 10**400, '', '1', '2', 'a', 'QQ==',
+                       '\ud800', '\x1b[2J',
+                       '\u202e', [], [[]], {}, {'version': 2}, b64(bytes(32)), b64(bytes(256)), '5a'*32, '127.0.0.1',
+                       '::1%0', 'x'*5000])
 jsons = st.recursive(odd | st.integers() | st.text(max_size=40) | st.floats(), lambda s: st.lists(s, max_size=4)
                      | st.dictionaries(st.text(max_size=10), s, max_size=4), max_leaves=8)
 reason = re.compile(r'[A-Za-z0-9_ ,()]{5,100}')
@@ -34,7 +38,8 @@ reasons = set()
 def changed(obj, change):
     "A copy of the dict `obj` with `change` made, where a value of `...` deletes the key"
     return {k: v for k, v in (obj | change).items() if v is not ...}
-def changes(names): return st.dictionaries(st.sampled_from(names) | st.text(max_size=5), odd | jsons | st.just(...), max_size=3)
+def changes(names):
+    return st.dictionaries(st.sampled_from(names) | st.text(max_size=5), odd | jsons | st.just(...), max_size=3)
 
 @st.composite
 def bitten(draw, raw):
@@ -72,7 +77,8 @@ def well_typed(message):
 
 @budget(300)
 @given(st.binary(max_size=300))
-def test_any_bytes(raw): well_typed(refused(parse_message, raw)); well_typed(refused(parse_message, base64.b64encode(raw)))
+def test_any_bytes(raw):
+    well_typed(refused(parse_message, raw)); well_typed(refused(parse_message, base64.b64encode(raw)))
 
 @budget(300)
 @given(jsons)
@@ -110,7 +116,8 @@ def test_any_ephemeral_key(enc, sealed):
     39382357235489614581723060781553021112529911719440698176882885853963445705823])
 def test_points_of_small_order(u):
     "They give the same shared secret to everybody; PSK mode would hold, but the library refuses them"
-    assert refused(launch.open, dict(version=2, kernel_id='kernel-1', enc=u.to_bytes(32, 'little'), sealed=bytes(100))) is None
+    assert refused(launch.open, dict(version=2, kernel_id='kernel-1', enc=u.to_bytes(32, 'little'),
+                                     sealed=bytes(100))) is None
 
 @budget(250)
 @given(changes(list(report())) | st.just({}))
@@ -123,7 +130,8 @@ def test_whatever_our_launcher_reports(change):
         reasons.add(str(e))
     else:
         assert type(opened) is RedactedDict and opened.items() <= fields.items()
-        assert opened['kernel_id'] == 'kernel-1' and opened['pgid'] > 1 and re.fullmatch('[0-9a-f]{64}', opened.get('control_key', '0'*64))
+        assert opened['kernel_id'] == 'kernel-1' and opened['pgid'] > 1 and re.fullmatch('[0-9a-f]{64}',
+            opened.get('control_key', '0'*64))
 
 @budget(100)
 @given(st.binary(max_size=200))
@@ -152,7 +160,8 @@ def test_version_1_under_fuzz(legacy):
         well_typed(message)
         if message: opened.append(refused(old.open, message))
     check()
-    assert len([o for o in opened if o]) <= 1  # ECB does not notice every change; the RSA part is accepted once all the same
+    # ECB does not notice every change; the RSA part is accepted once all the same
+    assert len([o for o in opened if o]) <= 1
     @budget(100)
     @given(st.binary(max_size=200))
     def check(plain): assert refused(old.open, parse_message(seal_v1(legacy.public_key, plain))) is None
@@ -180,7 +189,8 @@ def test_connection_info(change):
     if info is None: return
     assert type(info['key']) is bytes and info['transport'] == 'tcp'
     assert all(type(info[p]) is int and 0 < info[p] < 65536 for p in port_names)
-    assert set(info) <= {*port_names, 'ip', 'key', 'transport', 'signature_scheme', 'curve_publickey', 'curve_secretkey'}
+    assert set(info) <= {*port_names, 'ip', 'key', 'transport', 'signature_scheme', 'curve_publickey',
+                         'curve_secretkey'}
     assert connection_info(info) == info
 
 @budget(300)
@@ -194,13 +204,15 @@ def test_keys_that_are_no_text():
 
 def test_unset_connection_fields_are_left_out():
     "A `KernelManager` that has not started anything yet has ports 0 and an empty key"
-    ticket = json.loads(base64.b64decode(LaunchKeys('k', connection=dict(shell_port=0, key=b'', ip='127.0.0.1')).ticket()))
+    ticket = json.loads(base64.b64decode(LaunchKeys('k', connection=dict(shell_port=0, key=b'',
+        ip='127.0.0.1')).ticket()))
     assert 'connection' not in ticket
 
 def test_no_secret_is_shown():
     fields = RedactedDict(report(curve_secretkey='s'*40, curve_publickey='p'*40))
     again = LaunchKeys('kernel-1', connection=fields)
-    for o in (fields, fields | {}, fields.copy(), connection_info(fields), again, again.__dict__['connection'], ControlKey('5a'*32)):
+    for o in (fields, fields | {}, fields.copy(), connection_info(fields), again, again.__dict__['connection'],
+              ControlKey('5a'*32)):
         for text in (str(o), repr(o), f'{o}', '%s' % (o,), repr([o])):
             assert not any(s in text for s in ('a0436f6c', 'ssss', 'pppp', '5a5a', b64(again._psk)[:10]))
     assert json.loads(json.dumps(fields)) == fields
@@ -213,7 +225,8 @@ def reply(text): return json.dumps(dict(reply=text, mac=mac(b'reply', nonce, tex
 
 @budget(400)
 @given(st.binary(max_size=200) | jsons.map(lambda o: json.dumps(o).encode())
-       | changes(['reply', 'mac']).map(lambda c: json.dumps(changed(dict(reply='{"alive":true}', mac=mac(b'x')), c)).encode()))
+       | changes(['reply', 'mac']).map(lambda c: json.dumps(changed(dict(reply='{"alive":true}', mac=mac(b'x')),
+       c)).encode()))
 def test_open_reply_of_strangers(line): assert refused(key.open_reply, nonce, line) is None
 
 @budget(300)
@@ -221,10 +234,12 @@ def test_open_reply_of_strangers(line): assert refused(key.open_reply, nonce, li
 def test_open_reply_changed(line): assert refused(key.open_reply, nonce, line) in (None, dict(alive=True))
 
 @budget(300)
-@given(jsons.map(json.dumps) | st.text(max_size=50) | changes(['alive', 'error']).map(lambda c: json.dumps(changed({}, c))))
+@given(jsons.map(json.dumps) | st.text(max_size=50)
+       | changes(['alive', 'error']).map(lambda c: json.dumps(changed({}, c))))
 def test_open_reply_of_the_listener(text):
     said = refused(key.open_reply, nonce, reply(text))
-    assert said is None or said in (dict(alive=True), dict(alive=False)) or (list(said) == ['error'] and len(said['error']) <= 500)
+    assert said is None or said in (dict(alive=True), dict(alive=False)) or (list(said) == ['error']
+        and len(said['error']) <= 500)
 
 @budget(300)
 @given(st.binary(max_size=200) | jsons.map(lambda o: json.dumps(o).encode())
@@ -286,7 +301,8 @@ def test_scripts_repeat_the_constants_as_they_are():
     labels = [p[k].encode() for k in ('hpke_info', 'aad_prefix', 'answer_label')]
     assert [listener.INFO, listener.AAD, listener.ANSWER] == labels
     assert [*listener.CHANNELS] == p['channels'] and [*listener.CURVE] == p['curve_fields']
-    assert [*listener.OPTIONS] == re.findall('"(.*?)"', re.search(r'listener_options <- c\((.*?)\)', R)[1]) == p['options']
+    assert [*listener.OPTIONS] == re.findall('"(.*?)"', re.search(r'listener_options <- c\((.*?)\)',
+        R)[1]) == p['options']
     assert re.findall('"(.*?)"', re.search(r'spark_modes <- c\((.*?)\)', R)[1]) == p['spark_modes']
     python = (PKG/'launchers/ipykernel_app.py').read_text()
     option, modes = p['spark_option'].replace('-', '_'), tuple(p['spark_modes'])
@@ -294,7 +310,10 @@ def test_scripts_repeat_the_constants_as_they_are():
 
 def test_nothing_of_it_is_written_twice():
     "Each source has the name of the variable right, and only those that cannot read the file have the other constants"
-    sources = {str(o.relative_to(PKG)): o.read_text() for o in PKG.rglob('*') if o.suffix in ('.py', '.R', '.scala', '.sh')}
-    assert {v for o in sources.values() for v in re.findall(r'KERNEL_LAUNCH_(?!TIMEOUT)\w+', o)} == {PROTOCOL['ticket_variable']}
-    assert {k: o.count(PROTOCOL['hpke_info']) for k, o in sources.items() if PROTOCOL['hpke_info'] in o} == {'launchers/server_listener.py': 1}
+    sources = {str(o.relative_to(PKG)): o.read_text() for o in PKG.rglob('*')
+               if o.suffix in ('.py', '.R', '.scala', '.sh')}
+    assert {v for o in sources.values() for v in re.findall(r'KERNEL_LAUNCH_(?!TIMEOUT)\w+',
+                                                            o)} == {PROTOCOL['ticket_variable']}
+    assert {k: o.count(PROTOCOL['hpke_info']) for k,
+            o in sources.items() if PROTOCOL['hpke_info'] in o} == {'launchers/server_listener.py': 1}
     assert not [k for k, o in sources.items() if 'iopub' in o and k.endswith('.scala')]

@@ -324,6 +324,34 @@ async def test_two_applications_at_once_are_exact(weights):
         assert sum(counts.values()) == 80
         for k, n in counts.items(): assert n <= 80*names.count(k)/len(names) + 1, (counts, refused)
 
+RUNNABLE = """load=[float(sum(_text_of('/proc/%s/stat' % p).rpartition(')')[2].split()[:1] == ['R'] and
+    ('TMPDIR=%s\\0' % os.environ['TMPDIR']) in _text_of('/proc/%s/environ' % p) for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()))]*3, cores=4"""
+
+async def test_a_host_under_load_gets_no_kernels_while_others_are_idle():
+    "The load is real: programs that compute. All hosts are this machine, so each counts its own runnable processes, as its load average would"
+    apart = ('load=load, cores=cores(groups)', RUNNABLE), ('memory=memory(groups), clock', 'memory={}, clock'), ('Agent.settle = 5,news', 'Agent.settle = .1,news')
+    async with contextlib.AsyncExitStack() as stack:
+        hosts = {f'h{i}': await stack.enter_async_context(host_of()) for i in range(3)}
+        ledger, board, rule = Ledger(), Board(), LeastLoad()
+        sessions = {k: await v.open(*apart) for k, v in hosts.items()}
+        for k, s in sessions.items():
+            board.attach(k, s)
+            await s.request('observe', seconds=600)
+        def load(k): return board.at_hand()[k].load or 0
+        async def started(n):
+            for _ in range(n):
+                claim = ledger.pick(rule, list(hosts), board.at_hand())
+                await hosts[claim.host].start('sleep 1000', sessions[claim.host], log=f'{hosts[claim.host].log}-{ledger.load[claim.host]}')
+            return Counter(ledger.load)
+        computing = [subprocess.Popen(['sh', '-c', 'while :; do :; done'], env=hosts['h1'].env) for _ in range(6)]
+        try:
+            await until(lambda: load('h1') > 1, what='the load of h1')
+            assert await started(12) == dict(h0=6, h2=6)
+        finally:
+            for o in computing: o.kill(); o.wait()
+        await until(lambda: load('h1') == 0, what='the end of the load of h1')
+        assert await started(6) == dict(h0=6, h1=6, h2=6)
+
 def test_two_connections_that_come_first_at_once_find_one_directory(tmp_path, monkeypatch, mkdir=os.mkdir):
     def late(name, mode):
         mkdir(name, mode)   # by the other one, just before

@@ -8,7 +8,7 @@ from gateway_provisioners_ssh import operators
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.operators import Trouble, check, download, drain, find_log, kernels, platforms, site
-from gateway_provisioners_ssh.provisioner import shared
+from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.errors import LaunchError
 from test_impersonation import kernel_of, remote as impersonated
@@ -401,6 +401,15 @@ async def test_least_load_counts_kernels_of_other_applications(remote):
         async with remote.on('host1', 'host2', config=config) as a, remote.on('host1', 'host2', config=config) as b:
             assert [str(o.km.provisioner.conn.host) for o in (a, b)] == ['host2', 'host2']
             await until(lambda: shared().reports.current().get('host1') and shared().reports.current()['host1'].others == 2, what='the report of host1')
+
+async def test_no_start_waits_for_figures(remote, monkeypatch):
+    asked = []
+    async def never_told(self, host, request):
+        asked.append(host)
+        await asyncio.Event().wait()
+    monkeypatch.setattr(DistributedProvisioner, '_observe', never_told)
+    async with remote.on('host1', 'host2', config=dict(load_balancing_algorithm='least-load')): pass
+    assert sorted(asked) == ['host1', 'host2']
 
 # setup
 

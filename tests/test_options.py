@@ -35,7 +35,8 @@ def spec(hosts, tmp_path, monkeypatch):
 
 def running(specs, env={}, config={}):
     "A kernel of a host application with that configuration, and a client"
-    km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=specs, config=Config(DistributedProvisioner=config))
+    km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=specs,
+        config=Config(DistributedProvisioner=config))
     return kernels.running(km, env=os.environ | env)
 
 def host_of(km): return str(km.provisioner.conn.host)
@@ -69,7 +70,7 @@ async def test_localhost_needs_no_ssh(spec, hosts):
 
 @pytest.fixture
 def slow_names(monkeypatch):
-    "The name service does not answer, before the test is over, for names that begin with slow; a list of those it was asked for"
+    "The name service does not answer for names that begin with slow until the test ends; a list of the names asked for"
     asked, real, over = [], socket.getaddrinfo, threading.Event()
     def getaddrinfo(name, *a, **kw):
         if not str(name).startswith('slow'): return real(name, *a, **kw)
@@ -83,9 +84,11 @@ def slow_names(monkeypatch):
 SLOW = [f'slow{i}.invalid' for i in range(10)]
 
 async def test_a_slow_name_service_has_no_more_time_than_the_launch(spec, hosts, slow_names):
-    with pytest.raises(LaunchError, match=r'^host slow0.invalid \(user \w+\): not reached within the 3 s \(KERNEL_LAUNCH_TIMEOUT') as e:
+    with pytest.raises(LaunchError,
+            match=r'^host slow0.invalid \(user \w+\): not reached within the 3 s \(KERNEL_LAUNCH_TIMEOUT') as e:
         async with running(spec(remote_hosts=SLOW), dict(KERNEL_LAUNCH_TIMEOUT='3')): pass
-    assert set(slow_names) == {'slow0.invalid'} and 'slow1' not in str(e.value)   # the time was up before the others' turn
+    assert set(slow_names) == {'slow0.invalid'} and 'slow1' not in str(
+        e.value)   # the time was up before the others' turn
 
 async def test_only_the_hosts_that_are_tried_are_looked_up(spec, hosts, slow_names):
     async with running(spec(remote_hosts=['host1', *SLOW])) as (km, _): assert host_of(km) == 'host1' and not slow_names
@@ -95,7 +98,8 @@ async def test_an_entry_that_cannot_be_read_is_one_host_less(spec, hosts):
     try:
         balance.load_balancer.cache_clear()
         async with running(spec(remote_hosts=['wrong', 'host2'])) as (km, _): assert host_of(km) == 'host2'
-        with pytest.raises(LaunchError, match=r"host wrong \(user \w+\): OpenSSH configuration for wrong: .*'lots' is not a number"):
+        with pytest.raises(LaunchError,
+                match=r"host wrong \(user \w+\): OpenSSH configuration for wrong: .*'lots' is not a number"):
             async with running(spec(remote_hosts=['wrong', 'host2']), dict(KERNEL_REMOTE_HOST='wrong')): pass
     finally:
         del hosts.client.aliases['wrong']
@@ -104,11 +108,13 @@ async def test_an_entry_that_cannot_be_read_is_one_host_less(spec, hosts):
 async def test_entry_with_user_and_port(spec, hosts, monkeypatch):
     h = hosts[0]
     hosts.client.alias(h.address, IdentityFile=hosts.client.key, UserKnownHostsFile=hosts.client.known_hosts)
-    async with running(spec(remote_hosts=[f'{h.user}@{h.address}:{h.port}'])) as (km, _): assert not km.provisioner.conn.local
+    async with running(spec(remote_hosts=[f'{h.user}@{h.address}:{h.port}'])) as (km, _):
+        assert not km.provisioner.conn.local
 
 async def test_ssh_port_and_remote_user(spec, hosts, monkeypatch):
     h = hosts[0]
-    hosts.client.alias('plain', HostName=h.address, IdentityFile=hosts.client.key, UserKnownHostsFile=hosts.client.known_hosts)
+    hosts.client.alias('plain', HostName=h.address, IdentityFile=hosts.client.key,
+        UserKnownHostsFile=hosts.client.known_hosts)
     monkeypatch.setenv('GP_SSH_PORT', str(h.port))
     async with running(spec(remote_hosts=['plain'])) as (km, _): assert km.provisioner.conn.routes[-1].port == h.port
     monkeypatch.setenv('GP_REMOTE_USER', 'nobody-of-that-name')
@@ -167,8 +173,11 @@ async def test_a_kernelspec_adds_to_unauthorized_users(spec):
     (dict(unauthorized_users={'root'}), '', ['root'], 'c.DistributedProvisioner.unauthorized_users; kernel.json')])
 async def test_root_learns_which_lists_it_stands_on(spec, monkeypatch, config, var, own, lists):
     if var is not None: monkeypatch.setenv('GP_UNAUTHORIZED_USERS', var)
-    with pytest.raises(LaunchError, match=re.escape(f'in unauthorized_users ({lists}). Set KERNEL_USERNAME to the name of the person, or take root off')):
-        async with running(spec(**dict(unauthorized_users=own) if own else {}), dict(KERNEL_USERNAME='root'), config): pass
+    with pytest.raises(LaunchError,
+            match=re.escape(f'in unauthorized_users ({lists}). Set KERNEL_USERNAME to the name of the person, or '
+            f'take root off')):
+        async with running(spec(**dict(unauthorized_users=own) if own else {}), dict(KERNEL_USERNAME='root'), config):
+            pass
 
 async def test_root_is_told_what_to_do_and_others_are_not(spec, monkeypatch):
     remedies = 'Set KERNEL_USERNAME to the name of the person', 'GP_UNAUTHORIZED_USERS= '
@@ -218,7 +227,8 @@ async def test_bad_kernel_launch_timeout(spec, bad):
 
 async def test_connect_timeout_moves_on_to_the_next_host(spec, hosts, monkeypatch):
     monkeypatch.setenv('GP_CONNECT_TIMEOUT', '1')
-    hosts.client.alias('silent', HostName=hosts[0].address, Port=hosts[0].port, User=hosts[0].user, IdentityFile=hosts.client.key,
+    hosts.client.alias('silent', HostName=hosts[0].address, Port=hosts[0].port, User=hosts[0].user,
+        IdentityFile=hosts.client.key,
         UserKnownHostsFile=hosts.client.known_hosts)
     hosts[0].hang()
     t = Timer()
@@ -242,13 +252,15 @@ import asyncio, os
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 async def main():
-    km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=KernelSpecManager(kernel_dirs=[{str(spec(remote_hosts=['host1']).kernel_dirs[0])!r}]))
+    specs = KernelSpecManager(kernel_dirs=[{str(spec(remote_hosts=['host1']).kernel_dirs[0])!r}])
+    km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=specs)
     await km.start_kernel()
     print(km.provisioner.fields['pid'], flush=True)
     os.kill(os.getpid(), 9)
 asyncio.run(main())'''
     with hosts.nothing_left(30, HABITS):
-        out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, GP_ORPHAN_TIMEOUT='2'), capture_output=True, text=True, timeout=60)
+        out = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, GP_ORPHAN_TIMEOUT='2'),
+            capture_output=True, text=True, timeout=60)
         pid = int(out.stdout)
         assert psutil.pid_exists(pid)
         await until(lambda: not psutil.pid_exists(pid), 20, 'the orphan ends')
@@ -256,27 +268,38 @@ asyncio.run(main())'''
 # The way of the launch message
 
 async def test_response_port_and_retries(spec, hosts, monkeypatch):
-    own = [a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET) if not a[4][0].startswith('127.')]
-    if not own: own = [a.address for i in psutil.net_if_addrs().values() for a in i if a.family == socket.AF_INET and not a.address.startswith('127.')]
+    own = [a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+        if not a[4][0].startswith('127.')]
+    if not own:
+        own = [a.address for i in psutil.net_if_addrs().values() for a in i if a.family == socket.AF_INET
+            and not a.address.startswith('127.')]
     ip = own[0]
     with socket.socket() as taken, socket.socket() as taken2:
         for s in (taken, taken2): s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((ip, 0)); taken.listen()
         port = taken.getsockname()[1]
         async with running(spec(remote_hosts=['host1']), config=dict(response_ip=ip, response_port=port)) as (km, _):
-            assert [c.laddr.port for c in psutil.Process().net_connections() if c.status == 'LISTEN' and c.laddr.ip == ip and port < c.laddr.port <= port+10]
+            assert [c.laddr.port for c in psutil.Process().net_connections() if c.status == 'LISTEN'
+                and c.laddr.ip == ip and port < c.laddr.port <= port+10]
         with pytest.raises(LaunchError, match='GP_RESPONSE_PORT_RETRIES'):
-            async with running(spec(remote_hosts=['host1']), config=dict(response_ip=ip, response_port=port, response_port_retries=0)): pass
+            async with running(spec(remote_hosts=['host1']), config=dict(response_ip=ip, response_port=port,
+                    response_port_retries=0)):
+                pass
     with pytest.raises(LaunchError, match='GP_PROHIBITED_LOCAL_IPS'):
-        async with running(spec(remote_hosts=['host1']), config=dict(response_ip=ip, prohibited_local_ips=[ip.replace('.', r'\.')])): pass
-    async with running(spec(remote_hosts=['host1']), config=dict(response_ip=ip, response_addr_any=True, response_port=port+50)):
-        assert [c for c in psutil.Process().net_connections() if c.status == 'LISTEN' and c.laddr.ip == '0.0.0.0' and c.laddr.port >= port+50]
+        async with running(spec(remote_hosts=['host1']), config=dict(response_ip=ip,
+                prohibited_local_ips=[ip.replace('.', r'\.')])):
+            pass
+    async with running(spec(remote_hosts=['host1']), config=dict(response_ip=ip, response_addr_any=True,
+            response_port=port+50)):
+        assert [c for c in psutil.Process().net_connections() if c.status == 'LISTEN' and c.laddr.ip == '0.0.0.0'
+            and c.laddr.port >= port+50]
 
 async def test_tunneling(spec, hosts):
     await asyncio.to_thread(forget)   # connections that other tests made with other logins
     async with running(spec(remote_hosts=['host1']), config=dict(tunneling_enabled=True)) as (km, kc):
         info = km.get_connection_info()
-        assert info['ip'] == '127.0.0.1' and not set(km.ports) & {km.provisioner.fields[k] for k in ('shell_port', 'iopub_port')}
+        assert info['ip'] == '127.0.0.1' and not set(km.ports) & {km.provisioner.fields[k]
+            for k in ('shell_port', 'iopub_port')}
         assert hosts[0].connections() == 1
         assert await value(kc, '1+1') == 2
         before = km.ports
@@ -289,12 +312,14 @@ async def test_tunneling_where_the_server_does_not_forward(spec, hosts):
     await asyncio.to_thread(forget)
     hosts[0].options = dict(AllowTcpForwarding='no')
     hosts[0].restart_sshd()
-    async with running(spec(remote_hosts=['host1']), config=dict(tunneling_enabled=True)) as (km, kc): assert await value(kc, '1+1') == 2
+    async with running(spec(remote_hosts=['host1']), config=dict(tunneling_enabled=True)) as (km, kc):
+        assert await value(kc, '1+1') == 2
 
 async def test_tunneling_where_there_is_one_session(spec, hosts):
-    "Another host takes over; without one, the message names host, user, what failed and what to change; once that is done, it works"
+    "Another host takes over; without one, the message says what to change; once that is done, it works"
     await asyncio.to_thread(forget)
-    words = r"host host1 \(user \S+\): a second session on the connection cannot be had \(.+\)\. Tunnelling needs two sessions on a connection: MaxSessions"
+    words = r"host host1 \(user \S+\): a second session on the connection cannot be had \(.+\)\. " \
+        "Tunnelling needs two sessions on a connection: MaxSessions"
     hosts[0].options = dict(MaxSessions=1)
     hosts[0].restart_sshd()
     config = dict(tunneling_enabled=True)
@@ -339,36 +364,45 @@ async def test_kernel_log(spec, hosts, tmp_path):
 
 # The kernel's environment
 
-NASTY = ['"; touch {f}; "', '$(touch {f})', '`touch {f}`', "'; touch {f}; '", 'a\nb\n; touch {f}\n', 'ünï ☃ 漢', '\\', '${{HOME}} $HOME ~ * ?', 'x'*100_000, '', ' ', '\x01\x7f\t\r']
+NASTY = ['"; touch {f}; "', '$(touch {f})', '`touch {f}`', "'; touch {f}; '", 'a\nb\n; touch {f}\n', 'ünï ☃ 漢', '\\',
+    '${{HOME}} $HOME ~ * ?', 'x'*100_000, '', ' ', '\x01\x7f\t\r']
 
 async def test_values_arrive_as_they_are_and_execute_nothing(spec, hosts, tmp_path):
     trap = tmp_path/'executed'
-    values = {f'KERNEL_N{i}': o.format(f=trap) for i, o in enumerate(NASTY)} | dict(KERNEL_USERNAME=NASTY[0].format(f=trap))
-    specs = spec(env=dict(PLAIN='$(touch ' + str(trap) + ')', HOMELIKE='${HOME}/x', DEFAULTED='${NO_SUCH:-`touch ' + str(trap) + '`}', KERNEL_N0='spec'))
+    values = {f'KERNEL_N{i}': o.format(f=trap) for i, o in enumerate(NASTY)} | dict(
+        KERNEL_USERNAME=NASTY[0].format(f=trap))
+    specs = spec(env=dict(PLAIN='$(touch ' + str(trap) + ')', HOMELIKE='${HOME}/x', DEFAULTED='${NO_SUCH:-`touch '
+        + str(trap) + '`}', KERNEL_N0='spec'))
     async with running(specs, values) as (km, kc):
         env = await value(kc, 'dict(__import__("os").environ)')
         assert {k: env.get(k) for k in values} == values
-        assert env['PLAIN'] == f'$(touch {trap})' and env['HOMELIKE'].startswith(str(hosts[0].lab.base)) and env['DEFAULTED'] == f'`touch {trap}`'
+        assert env['PLAIN'] == f'$(touch {trap})' and env['HOMELIKE'].startswith(str(hosts[0].lab.base)) \
+            and env['DEFAULTED'] == f'`touch {trap}`'
         assert 'KERNEL_LAUNCH_SECRET' not in env and env['KERNEL_ID'] == km.kernel_id
     assert not trap.exists()
 
 async def test_nothing_else_of_the_servers_environment(spec, monkeypatch):
     monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'x')
     monkeypatch.setenv('PROXY_URL', 'http://p')
-    async with running(spec(), dict(JPY_SESSION_NAME='a.ipynb'), dict(inherited_envs=['PROXY_.*', 'JPY_SESSION_NAME'])) as (_, kc):
+    async with running(spec(), dict(JPY_SESSION_NAME='a.ipynb'),
+            dict(inherited_envs=['PROXY_.*', 'JPY_SESSION_NAME'])) as (_, kc):
         env = await value(kc, 'dict(__import__("os").environ)')
-        assert 'AWS_SECRET_ACCESS_KEY' not in env and env['PROXY_URL'] == 'http://p' and env['JPY_SESSION_NAME'] == 'a.ipynb'
+        assert 'AWS_SECRET_ACCESS_KEY' not in env and env['PROXY_URL'] == 'http://p' \
+            and env['JPY_SESSION_NAME'] == 'a.ipynb'
 
 async def test_working_directory(spec, tmp_path, hosts):
     (d := tmp_path/"o'clock $(x)").mkdir()
     specs = spec(remote_hosts=['host1'])
-    async with running(specs, dict(KERNEL_WORKING_DIR=str(d))) as (_, kc): assert await value(kc, '__import__("os").getcwd()') == str(d)
-    async with running(specs, dict(KERNEL_WORKING_DIR='/no/such')) as (_, kc): assert await value(kc, '__import__("os").getcwd()') == str(hosts[0].home)
+    async with running(specs, dict(KERNEL_WORKING_DIR=str(d))) as (_, kc):
+        assert await value(kc, '__import__("os").getcwd()') == str(d)
+    async with running(specs, dict(KERNEL_WORKING_DIR='/no/such')) as (_, kc):
+        assert await value(kc, '__import__("os").getcwd()') == str(hosts[0].home)
 
 async def test_hostile_argv_in_a_kernelspec(spec, tmp_path, hosts):
     trap, specs = tmp_path/'executed', spec(remote_hosts=['host1'])
     words = [o.format(f=trap) for o in NASTY][:8]
-    change_argv(specs, lambda _: [sys.executable, '-c', 'import sys, json; print(json.dumps(sys.argv[1:])); sys.exit(3)', *words])
+    change_argv(specs, lambda _: [sys.executable, '-c',
+        'import sys, json; print(json.dumps(sys.argv[1:])); sys.exit(3)', *words])
     with pytest.raises(LaunchError) as e:
         async with running(specs): pass
     assert json.dumps(words) in str(e.value) and not trap.exists()
@@ -390,11 +424,14 @@ def test_variables_and_their_fall_back(name, monkeypatch):
 
 @pytest.mark.parametrize('bad', ['a b', 'gpu1:99999', '', ',', '-oProxyCommand=x', 'a@', 'user@host:22:33'])
 def test_bad_hosts(bad):
-    with pytest.raises(LaunchError, match='remote_hosts'): DistributedProvisioner(kernel_id='42', config=Config(DistributedProvisioner=dict(remote_hosts=[bad])))
+    with pytest.raises(LaunchError, match='remote_hosts'):
+        DistributedProvisioner(kernel_id='42', config=Config(DistributedProvisioner=dict(remote_hosts=[bad])))
 
 def test_a_misspelt_class_is_pointed_out(caplog):
-    DistributedProvisioner(kernel_id='42', config=Config(DistributedProvsioner=dict(remote_hosts=['gpu1']), RemoteProvisionerBase=dict(a=1)))
-    assert [o.getMessage() for o in caplog.records] == ['c.DistributedProvsioner has no effect; did you mean c.DistributedProvisioner?']
+    DistributedProvisioner(kernel_id='42', config=Config(DistributedProvsioner=dict(remote_hosts=['gpu1']),
+        RemoteProvisionerBase=dict(a=1)))
+    assert [o.getMessage() for o in caplog.records] == [
+        'c.DistributedProvsioner has no effect; did you mean c.DistributedProvisioner?']
 
 # Launchers of old
 

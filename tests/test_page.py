@@ -1,5 +1,5 @@
-"""The page of hosts and kernels, in Chromium: against JupyterLab's server and a Kernel Gateway as users start them, with kernels on real hosts, some of
-which are cut off. `GP_SCREENSHOTS=1` makes the pictures of the documentation."""
+"""The page of hosts and kernels, in Chromium: against JupyterLab's server and a Kernel Gateway as users start them,
+with kernels on real hosts, some of which are cut off. `GP_SCREENSHOTS=1` makes the pictures of the documentation."""
 import asyncio, contextlib, json, os, re, shutil, signal, sys
 import pytest
 from playwright.async_api import async_playwright, expect
@@ -49,14 +49,15 @@ async def serving(machines, kind=matrix.Lab, user='ada', prepare=lambda run: Non
             finally: app.proc.kill()
 
 EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>'
+INSTALL = 'jupyter', 'ssh-spec', 'install', '--user', '--python', sys.executable
 SPECS = dict(both=(f'{FOREIGN},{SHARED}', 'Python on two hosts'), evil=(FOREIGN, EVIL))
 
 @pytest.fixture(scope='module')
 def _lab(machines):
-    "JupyterLab's server, started by ada in a fresh home with the kernelspecs `shared`, `foreign` and SPECS, and nothing else"
+    "JupyterLab's server, started by ada in a fresh home with the kernelspecs `shared`, `foreign` and SPECS"
     def prepare(run):
         for k, (hosts, title) in SPECS.items():
-            run('jupyter', 'ssh-spec', 'install', '--user', '--kernel-name', k, '--display-name', title, '--python', sys.executable, '--remote-hosts', hosts)
+            run(*INSTALL, '--kernel-name', k, '--display-name', title, '--remote-hosts', hosts)
     loop, lab = asyncio.new_event_loop(), serving(machines, prepare=prepare)
     try:
         yield loop.run_until_complete(lab.__aenter__())
@@ -91,7 +92,8 @@ def cell(row, column): return row.locator(f'[data-column={column}]')
 
 async def start(app, spec, **body): return (await app.request('POST', 'api/kernels', 201, name=spec, **body))['id']
 async def end(app, id): await app.request('DELETE', f'api/kernels/{id}', 204)
-async def pid_of(machines, id): return await until(lambda: next((p.pid for h in machines.nodes for p in h.kernels(id)), None), 60)
+async def pid_of(machines, id):
+    return await until(lambda: next((p.pid for h in machines.nodes for p in h.kernels(id)), None), 60)
 
 async def test_rows_follow_kernels(machines, lab):
     async with browsing(lab) as page:
@@ -108,7 +110,8 @@ async def test_rows_follow_kernels(machines, lab):
             await c.ready()
             await expect(cell(row, 'state')).to_have_text('idle')
             await c.send('kernel_info_request')
-            assert 'on host node3' in (await c.wait(lambda m: m['msg_type'] == 'kernel_info_reply'))['content']['banner']   # where there is no page
+            info = await c.wait(lambda m: m['msg_type'] == 'kernel_info_reply')
+            assert 'on host node3' in info['content']['banner']   # seen without the page
             msg = await c.start('import os\nos.write(2, b"step 7 of 9\\n")\nwhile True: pass')
             await expect(cell(row, 'state')).to_have_text('busy')
             await expect(cell(row, 'log').locator('summary')).to_have_text('step 7 of 9')
@@ -221,7 +224,7 @@ async def other_application(machines, lab, page, spec, user, code=''):
         await expect(row).to_have_count(0)
         await lab.ended(p)
         assert p.log.read_text().split() == [id, 'ended']
-        (machines.foreign.tmp/f'kernel-{id}.log').unlink()   # it stays, as its end was not what its application had asked for
+        (machines.foreign.tmp/f'kernel-{id}.log').unlink()   # it stays, as its application had not asked for the end
     return row, stop
 
 async def test_a_kernel_of_another_application(machines, lab):
@@ -233,34 +236,38 @@ async def test_a_kernel_of_another_application(machines, lab):
         await stop()
 
 async def fetch(app, path, method='GET', body=None, **headers):
-    return await AsyncHTTPClient().fetch(HTTPRequest(f'{app.url}/{path}', method, headers, body=body, follow_redirects=False, request_timeout=60), raise_error=False)
+    request = HTTPRequest(f'{app.url}/{path}', method, headers, body=body, follow_redirects=False, request_timeout=60)
+    return await AsyncHTTPClient().fetch(request, raise_error=False)
 
 async def test_only_for_those_who_are_logged_in(machines, lab):
-    order = json.dumps(dict(action='stop', host=FOREIGN, id='x'))
     for path in 'ssh-hosts', 'ssh-hosts/page.js', 'ssh-hosts/page.css', 'ssh-hosts/events':
         r = await fetch(lab, path)
         assert (r.code, 'Location' in r.headers) == (403, False), path
     assert b'not logged in' in (await fetch(lab, 'ssh-hosts')).body
-    assert (await fetch(lab, 'ssh-hosts/kernels', 'POST', order)).code == 403
-    assert (await fetch(lab, 'ssh-hosts/kernels', 'POST', order, Authorization='token wrong')).code == 403
-    assert (await fetch(lab, 'ssh-hosts/kernels', 'POST', order, Authorization=f'token {lab.token}')).code == 404   # there is no such kernel
-    assert (await fetch(lab, 'ssh-hosts/kernels', 'POST', '[]', Authorization=f'token {lab.token}')).code == 400
+    assert await ordered(lab) == await ordered(lab, Authorization='token wrong') == 403
+    assert await ordered(lab, **lab.headers) == 404
+    assert await ordered(lab, order='[]', **lab.headers) == 400
     page = await fetch(lab, f'ssh-hosts?token={lab.token}')
-    assert page.code == 200 and "default-src 'none'" in page.headers['Content-Security-Policy'] and 'unsafe' not in page.headers['Content-Security-Policy']
-    await xsrf(lab, page, order)
+    policy = page.headers['Content-Security-Policy']
+    assert page.code == 200 and "default-src 'none'" in policy and 'unsafe' not in policy
+    await xsrf(lab, page)
 
-async def xsrf(app, page, order):
+STOP = json.dumps(dict(action='stop', host=FOREIGN, id='none'))   # there is no such kernel, which a status of 404 says
+async def ordered(app, query='', order=STOP, **headers):
+    return (await fetch(app, f'ssh-hosts/kernels{query}', 'POST', order, **headers)).code
+
+async def xsrf(app, page):
     "A cookie alone, which a browser sends with the request of any site, changes nothing"
     cookie = '; '.join(o.partition(';')[0] for o in page.headers.get_list('Set-Cookie'))
     token = re.search(rb'data-xsrf="([^"]+)"', page.body)[1].decode()
     assert (await fetch(app, 'ssh-hosts', Cookie=cookie)).code == 200
-    assert (await fetch(app, 'ssh-hosts/kernels', 'POST', order, Cookie=cookie)).code == 403
-    assert (await fetch(app, 'ssh-hosts/kernels?token=wrong', 'POST', order, Cookie=cookie)).code == 403
-    assert (await fetch(app, 'ssh-hosts/kernels', 'POST', order, **{'Cookie': cookie, 'X-XSRFToken': token})).code == 404
+    assert await ordered(app, Cookie=cookie) == await ordered(app, '?token=wrong', Cookie=cookie) == 403
+    assert await ordered(app, **{'Cookie': cookie, 'X-XSRFToken': token}) == 404
 
 async def test_markup_of_others_is_text(machines, lab):
     async with browsing(lab) as page:
-        row, stop = await other_application(machines, lab, page, 'evil', EVIL, f'import os; os.write(2, {(EVIL + chr(10)).encode()})')
+        code = f'import os; os.write(2, {(EVIL + chr(10)).encode()})'
+        row, stop = await other_application(machines, lab, page, 'evil', EVIL, code)
         await expect(cell(row, 'name').locator('.text')).to_have_text(EVIL)
         await expect(cell(row, 'user')).to_have_text(EVIL)
         await expect(cell(row, 'log').locator('summary')).to_have_text(EVIL)
@@ -284,8 +291,8 @@ async def test_notebooks_by_name_and_the_server_gone(machines, lab):
 
 async def test_kernel_gateway_serves_it(machines):
     async with serving(machines, Gateway, 'root', KG_AUTH_TOKEN=Gateway.token) as gateway:
-        for path in 'ssh-hosts', 'ssh-hosts/page.js', 'ssh-hosts/events': assert (await fetch(gateway, path)).code == 403
-        await xsrf(gateway, await fetch(gateway, f'ssh-hosts?token={gateway.token}'), json.dumps(dict(action='stop', host=FOREIGN, id='x')))
+        for o in 'ssh-hosts', 'ssh-hosts/page.js', 'ssh-hosts/events': assert (await fetch(gateway, o)).code == 403
+        await xsrf(gateway, await fetch(gateway, f'ssh-hosts?token={gateway.token}'))
         async with browsing(gateway) as page:
             assert 'token' not in page.url
             id = await start(gateway, 'foreign', env=dict(KERNEL_USERNAME='grace'))
@@ -317,45 +324,45 @@ def aliases(machines):
 
 def tiles(machines):
     def prepare(run):
-        machines.home('root').joinpath('.ssh/config').write_text(aliases(machines))
-        for k in 'here', 'shared', 'foreign': shutil.rmtree(machines.home('root')/f'.local/share/jupyter/kernels/{k}')
-        run('jupyter', 'ssh-spec', 'install', '--user', '--display-name', 'Python SSH', '--python', sys.executable, '--remote-hosts', 'fire,water,earth', '--tile-per-host')
+        home = machines.home('root')
+        (home/'.ssh/config').write_text(aliases(machines))
+        for k in matrix.ENTRIES: shutil.rmtree(home/'.local/share/jupyter/kernels'/k)
+        run(*INSTALL, '--display-name', 'Python SSH', '--remote-hosts', 'fire,water,earth', '--tile-per-host')
     return prepare
 
-WORK = dict(weather=('fire', 'for year in range(1990, 2020):\n    os.write(2, b"year %d\\n" % year)\nwhile True: pass'), glaciers=('fire', ''), tides=('water', 'os.write(2, b"12 stations read\\n")'))
+WORK = dict(weather=('fire', 'for year in range(1990, 2020): os.write(2, b"year %d\\n" % year)\nwhile True: pass'),
+            glaciers=('fire', ''), tides=('water', 'os.write(2, b"12 stations read\\n")'))
+
+async def notebook(lab, name, host, code):
+    "A notebook whose kernel runs on `host` and has begun with `code`; the kernel's id"
+    session = dict(name='', path=f'{name}.ipynb', type='notebook', kernel=dict(name=f'ssh_python_{host}'))
+    made = await fetch(lab, 'api/sessions', 'POST', json.dumps(session), **lab.headers)
+    id = json.loads(made.body)['kernel']['id']
+    async with lab.channels(id) as c:
+        await c.ready()
+        await c.start(f'import os\n{code}')
+    return id
+
+async def shoot_launcher(lab, page):
+    await page.goto(f'{lab.url}/lab')
+    news = page.get_by_role('button', name='No', exact=True)
+    await page.add_locator_handler(news, news.click)
+    await page.locator('.jp-LauncherCard[data-category="Notebook"]').nth(3).wait_for()
+    await page.locator('.jp-Launcher-section').first.screenshot(path=IMAGES/'launcher_tiles.png')
+    await page.goto('about:blank')
 
 @pytest.mark.skipif(not matrix.SHOOT, reason='GP_SCREENSHOTS=1 makes pictures')
 async def test_pictures(machines):
     async with serving(machines, matrix.Lab, 'root', tiles(machines), KERNEL_USERNAME='ada') as lab:
-        ids = {}
-        specs = (await lab.request('GET', 'api/kernelspecs', 200))['kernelspecs']
-        for name, (where, code) in WORK.items():
-            spec = next(k for k, o in specs.items() if o['spec']['display_name'].endswith(where) or o['spec']['display_name'].endswith(f'({where})'))
-            session = dict(name='', path=f'{name}.ipynb', type='notebook', kernel=dict(name=spec))
-            ids[name] = json.loads((await fetch(lab, 'api/sessions', 'POST', json.dumps(session), **lab.headers)).body)['kernel']['id']
-            async with lab.channels(ids[name]) as c:
-                await c.ready()
-                await c.start(f'import os\n{code}')
-                if not code: await c.ready()
+        ids = {k: await notebook(lab, k, *o) for k, o in WORK.items()}
         lab.sh('jupyter', 'ssh-spec', 'drain', 'water')
-        for scheme, width, name in ('light', 1280, 'ssh_hosts'), ('dark', 420, 'ssh_hosts_phone'), ('dark', 1280, None):
+        for name, scheme, width in ('ssh_hosts', 'light', 1280), ('ssh_hosts_phone', 'dark', 420):
             async with browsing(lab, color_scheme=scheme, viewport=dict(width=width, height=560)) as page:
                 await expect(cell(host(page, 'earth'), 'state').locator('.text')).to_have_text('down')
-                await expect(cell(kernel(page, 'water', ids['tides']), 'log').locator('summary')).to_have_text('12 stations read')
+                last = cell(kernel(page, 'water', ids['tides']), 'log').locator('summary')
+                await expect(last).to_have_text('12 stations read')
                 await expect(cell(kernel(page, 'fire', ids['weather']), 'state')).to_have_text('busy')
-                await page.screenshot(path=IMAGES/f'{name}.png' if name else '/tmp/page/dark.png', full_page=True)
-                if name == 'ssh_hosts':
-                    await page.get_by_role('button', name='Stop kernel weather').click()
-                    await page.screenshot(path='/tmp/page/dialog.png')
-                    await page.keyboard.press('Escape')
-                    await page.locator('details').first.locator('summary').click()
-                    await page.screenshot(path='/tmp/page/log.png', full_page=True)
-                    await page.goto(f'{lab.url}/lab')
-                    news = page.get_by_role('button', name='No', exact=True)
-                    await page.add_locator_handler(news, news.click)
-                    await page.locator('.jp-LauncherCard[data-category="Notebook"]').nth(3).wait_for()
-                    await page.locator('.jp-Launcher-section').first.screenshot(path=IMAGES/'launcher_tiles.png')
-                    await page.screenshot(path='/tmp/page/lab.png')
-                    await page.goto('about:blank')
+                await page.screenshot(path=IMAGES/f'{name}.png', full_page=True)
+                if name == 'ssh_hosts': await shoot_launcher(lab, page)
         lab.sh('jupyter', 'ssh-spec', 'undrain', 'water')
         for o in ids.values(): await end(lab, o)

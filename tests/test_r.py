@@ -1,5 +1,6 @@
-"""R kernels: IRkernel under launch_IRkernel.R and server_listener.py, both as a kernelspec has them, started by a test that plays the host
-application. R, IRkernel and (for Spark) Java must be there: what is missing fails the test that needs it, by name."""
+"""R kernels: IRkernel under launch_IRkernel.R and server_listener.py, both as a kernelspec has them, started by a test
+that plays the host application. R, IRkernel and (for Spark) Java must be there: what is missing fails the test that
+needs it, by name."""
 import asyncio, os, re, shutil, signal, subprocess, sys, uuid
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,7 +32,8 @@ def scripts(tmp_path_factory):
 
 def argv(scripts, launch, response, *extra, spell='--{}', command=('Rscript',)):
     "The command line that the expanded argv of a kernelspec gives."
-    opts = {'kernel-id': launch.kernel_id, 'port-range': '0..0', 'response-address': response, 'public-key': launch.public_key}
+    opts = {'kernel-id': launch.kernel_id, 'port-range': '0..0', 'response-address': response,
+            'public-key': launch.public_key}
     return [*command, str(scripts/LAUNCHER.name), *(o for k,v in opts.items() for o in (spell.format(k), v)), *extra]
 
 @asynccontextmanager
@@ -40,7 +42,8 @@ async def r_kernel(server, scripts, *extra, env={}, connection=None, encrypt=Fal
     launch = LaunchKeys(str(uuid.uuid4()), connection=connection, encrypt=encrypt)
     tmp = scripts.parent.parent/f'tmp-{launch.kernel_id}'
     tmp.mkdir()
-    env = dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', HOME=os.environ['HOME'], LANG='C.UTF-8', TMPDIR=str(tmp),
+    env = dict(PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', HOME=os.environ['HOME'], LANG='C.UTF-8',
+               TMPDIR=str(tmp),
                KERNEL_ID=launch.kernel_id, KERNEL_LAUNCH_SECRET=launch.ticket()) | env
     words = argv(scripts, launch, await server.address('127.0.0.1'), *extra, **kw)
     async with launched(server, launch, words, env, tmp.with_suffix('.log')) as k:
@@ -61,7 +64,7 @@ async def test_compute_and_plot(server, scripts):
         got = await run(k, 'stop("on purpose")')
         assert got.status=='error' and 'on purpose' in got.error
         got = await run(k, 'cat(Sys.getenv("KERNEL_LAUNCH_SECRET"), ls(), Sys.getenv("KERNEL_ID"), "grüezi")')
-        assert got.text.split()==['x', k.launch.kernel_id, 'grüezi'], 'the ticket is gone, and nothing of ours is in the workspace'
+        assert got.text.split()==['x', k.launch.kernel_id, 'grüezi'], 'the ticket and all else are gone'
 
 async def test_interrupts(server, scripts):
     async with r_kernel(server, scripts) as k:
@@ -103,12 +106,14 @@ async def test_encrypted(server, scripts):
         plain = AsyncKernelClient()
         plain.load_connection_info({n: v for n,v in connection_info(k.fields).items() if not n.startswith('curve_')})
         plain.start_channels()
-        plain.shell_channel.socket.setsockopt(zmq.SNDTIMEO, 500)   # without a peer that accepts it, it could wait for ever to send
+        # without a peer that accepts it, it could wait for ever to send
+        plain.shell_channel.socket.setsockopt(zmq.SNDTIMEO, 500)
         with pytest.raises((RuntimeError, zmq.Again)): await plain.wait_for_ready(timeout=2)
         plain.stop_channels()
 
 async def test_spellings(server, scripts):
-    async with r_kernel(server, scripts, '--RemoteProcessProxy.spark-context-initialization-mode', 'none', '--cluster-type=spark',
+    async with r_kernel(server, scripts, '--RemoteProcessProxy.spark-context-initialization-mode', 'none',
+                        '--cluster-type=spark',
                         spell='--RemoteProcessProxy.{}') as k:
         assert (await run(k, 'cat(exists("spark"), exists("sc"))')).text=='FALSE FALSE'
     async with r_kernel(server, scripts, '--spark-context-initialization-mode', 'lazy', '--cluster-type=none') as k:
@@ -121,7 +126,8 @@ async def test_spellings(server, scripts):
     ([], {'R_LIBS_SITE': '/nowhere', 'R_LIBS_USER': '/nowhere'}, 'the R package IRkernel is not in an R library'),
     ([], {'PYSPARK_PYTHON': '/no/python'}, 'needs a Python 3.8 or newer, which is neither of /no/python:'),
     ([], {'KERNEL_LAUNCH_SECRET': ''}, 'KERNEL_LAUNCH_SECRET is not set'),
-    (['--spark-context-initialization-mode', 'eager'], {'SPARK_HOME': '/opt/none'}, 'the R package SparkR is not in /opt/none/R/lib'),
+    (['--spark-context-initialization-mode', 'eager'], {'SPARK_HOME': '/opt/none'},
+     'the R package SparkR is not in /opt/none/R/lib'),
 ])
 async def test_refusals(server, scripts, extra, env, said):
     async def refused():
@@ -133,13 +139,14 @@ async def test_refusals(server, scripts, extra, env, said):
     await within(10, refused)
 
 async def test_lazy_without_sparkr(server, scripts):
-    async with r_kernel(server, scripts, '--spark-context-initialization-mode', 'lazy', env=dict(SPARK_HOME='/opt/none')) as k:
+    async with r_kernel(server, scripts, '--spark-context-initialization-mode', 'lazy',
+                        env=dict(SPARK_HOME='/opt/none')) as k:
         for name in ('spark', 'sc'):
             got = await run(k, name)
             assert got.status=='error' and 'the R package SparkR is not in /opt/none/R/lib' in got.error
         assert (await run(k, 'sc <- 3; cat(sc + 1)')).text=='4', 'the names are the user\'s to take'
 
-# Over SSH, from kernelspecs that were installed ------------------------------------------------------------------------
+# Over SSH, from kernelspecs that were installed -----------------------------------------------------------------------
 
 async def test_over_ssh(hosts, tmp_path):
     name, spec = install(tmp_path, '--language', 'R')

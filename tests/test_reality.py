@@ -49,13 +49,16 @@ class Home:
         self.env = dict(HOME=str(path), PATH=f'{BIN}:/usr/local/bin:/usr/bin:/bin')
 
     def run(self, *argv, stderr=subprocess.PIPE, **env):
-        return subprocess.run(argv, env=self.env | env, cwd=self.path, check=True, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=120).stdout
+        return subprocess.run(argv, env=self.env | env, cwd=self.path, check=True, stdout=subprocess.PIPE,
+            stderr=stderr, text=True, timeout=120).stdout
 
-    def install(self, *options): return self.run(BIN/'jupyter-ssh-spec', 'install', '--user', '--kernel-name', 'mine', *options)
+    def install(self, *options):
+        return self.run(BIN/'jupyter-ssh-spec', 'install', '--user', '--kernel-name', 'mine', *options)
 
     def all_processes(self):
         def here(p):
-            with suppress(psutil.Error): return p.status() != psutil.STATUS_ZOMBIE and p.environ().get('HOME') == str(self.path)
+            with suppress(psutil.Error):
+                return p.status() != psutil.STATUS_ZOMBIE and p.environ().get('HOME') == str(self.path)
         return filter(here, psutil.process_iter())
 
     def templates(self):
@@ -64,12 +67,15 @@ class Home:
         return [p for p in self.all_processes() if name(p) == 'gpssh-standby']
 
     def processes(self):
-        "All processes with this home but this machine's agent, which other tests use too, and its templates, which stay for the next start; in `dirs` what it keeps of their kernels"
+        """All processes with this home, but the agent of this machine, which other tests use, too, and its templates, which stay for
+        the next start; in `dirs` what it keeps of their kernels"""
         def other(p):
             with suppress(psutil.Error): return p.name() not in ('gpssh-agent', 'gpssh-standby')
         found = [p for p in self.all_processes() if other(p)]
         for p in found:
-            with suppress(OSError): self.dirs |= {m[0] for f in os.scandir(f'/proc/{p.pid}/fd') if (m := re.match(r'/tmp/gpssh-\w+/k-\w+', os.readlink(f.path)))}
+            with suppress(OSError):
+                self.dirs |= {m[0] for f in os.scandir(f'/proc/{p.pid}/fd')
+                    if (m := re.match(r'/tmp/gpssh-\w+/k-\w+', os.readlink(f.path)))}
         return found
 
     @property
@@ -98,7 +104,8 @@ class Application:
         self.home, self.ids, self.log = home, [], home.path.parent/'server.log'
         as_root = ['--allow-root'] if os.getuid() == 0 else []
         with open(self.log, 'wb') as f:
-            self.proc = subprocess.Popen(['jupyter', 'server', '--no-browser', *as_root, *options], executable=BIN/'jupyter', cwd=home.path,
+            self.proc = subprocess.Popen(['jupyter', 'server', '--no-browser', *as_root, *options],
+                executable=BIN/'jupyter', cwd=home.path,
                                          env=home.env | env, stdin=subprocess.DEVNULL, stdout=f, stderr=f)
 
     def text(self): return self.log.read_text(errors='replace')
@@ -116,7 +123,8 @@ class Application:
             await asyncio.sleep(.05)
 
     async def request(self, method, path, expect, /, **body):
-        r = await AsyncHTTPClient().fetch(HTTPRequest(f'{self.at["url"]}{path}', method, dict(Authorization=f'token {self.at["token"]}'),
+        r = await AsyncHTTPClient().fetch(HTTPRequest(f'{self.at["url"]}{path}', method,
+            dict(Authorization=f'token {self.at["token"]}'),
             json.dumps(body) if method == 'POST' else None, request_timeout=60, connect_timeout=60), raise_error=False)
         assert r.code == expect, (r.code, r.body, self.text()[-3000:])
         return json.loads(r.body) if r.body else None
@@ -139,7 +147,8 @@ class Application:
         self.proc.send_signal(signal.SIGTERM)
         return self.proc.wait(30)
 
-@pytest.mark.parametrize('path', [f'{BIN}:/usr/bin:/bin', '/usr/bin:/bin'], ids=['in an active environment', 'by its path'])
+@pytest.mark.parametrize('path', [f'{BIN}:/usr/bin:/bin', '/usr/bin:/bin'],
+    ids=['in an active environment', 'by its path'])
 async def test_jupyter_server(home, path):
     "Start, compute, restart, shut down; the server ends at SIGTERM, and its kernels with it"
     home.env['PATH'] = path
@@ -160,7 +169,7 @@ async def test_jupyter_server(home, path):
     home.nothing_left(s.ids)
 
 async def test_prewarm(home):
-    "The host has a template before the first start, which is a fork of it; it is there for the next server, too, until its time is over"
+    "The first start is a fork of a template that the host has already; it stays for the next server until its time is over"
     home.install('--preload', 'statistics')
     s = Application(home, KERNEL_USERNAME='me', GP_PREWARM='True', GP_STANDBY_TIMEOUT='20')
     await s.ready()
@@ -179,13 +188,14 @@ def notebook(path, source):
 def printed(path): return ''.join(o.get('text', '') for c in nbformat.read(path, 4).cells for o in c.outputs)
 
 def test_ssh_without_any_configuration(home, hosts):
-    "No ~/.ssh/config: the key and the known host are where ssh has them, and the host's search path has no Python of ours"
+    "No ~/.ssh/config: key and known host are in ssh's usual places, and the host's search path has no Python of the tests"
     h = hosts[0]
     h.env = dict(PATH='/usr/bin:/bin')
     h.restart_sshd()
     (ssh := home.path/'.ssh').mkdir(mode=0o700)
     shutil.copy(hosts.client.key, ssh/'id_ed25519')
-    (ssh/'known_hosts').write_text(f'[{h.address}]:{h.port} {" ".join(h.host_key.with_suffix(".pub").read_text().split()[:2])}\n')
+    (ssh/'known_hosts').write_text(
+        f'[{h.address}]:{h.port} {" ".join(h.host_key.with_suffix(".pub").read_text().split()[:2])}\n')
     home.install('--remote-hosts', f'{h.user}@{h.address}:{h.port}', '--python', sys.executable)
     nb = notebook(home.path/'a.ipynb', 'import os; print(os.environ["GP_TEST_HOST"], os.environ["HOME"])')
     with h.nothing_left(20, HABITS):
@@ -198,7 +208,8 @@ def test_an_ordinary_user_who_sets_nothing(home):
     me, become = pwd.getpwuid(os.getuid()), []
     if os.getuid() == 0:   # `nobody`, who may read, and only read, the Python of the tests wherever it is
         me = pwd.getpwnam('nobody')
-        become = ['setpriv', f'--reuid={me.pw_uid}', f'--regid={me.pw_gid}', '--clear-groups', '--inh-caps=+dac_read_search', '--ambient-caps=+dac_read_search']
+        become = ['setpriv', f'--reuid={me.pw_uid}', f'--regid={me.pw_gid}', '--clear-groups',
+            '--inh-caps=+dac_read_search', '--ambient-caps=+dac_read_search']
         os.chown(home.path, me.pw_uid, me.pw_gid)
     def run(*argv): return home.run(*become, *argv)
     run(BIN/'jupyter-ssh-spec', 'install', '--user', '--kernel-name', 'mine')
@@ -217,7 +228,8 @@ def test_a_load_balancer_of_another_package(home):
     (info.parent/'of_mine.py').write_text('class Last:\n    def order(self, hosts, load): return list(hosts)[::-1]\n')
     home.install('--remote-hosts', 'gpu.invalid,localhost')
     nb = notebook(home.path/'a.ipynb', 'print(6*7)')
-    r = home.run(BIN/'jupyter', 'execute', '--inplace', '--kernel_name=mine', str(nb), KERNEL_USERNAME='me', PYTHONPATH=str(info.parent),
+    r = home.run(BIN/'jupyter', 'execute', '--inplace', '--kernel_name=mine', str(nb), KERNEL_USERNAME='me',
+        PYTHONPATH=str(info.parent),
                  GP_LOAD_BALANCING_ALGORITHM='last', stderr=subprocess.STDOUT)
     assert printed(nb) == '42\n' and 'gpu.invalid' not in r
     home.nothing_left([])
@@ -239,7 +251,10 @@ def test_a_name_service_that_does_not_answer(home):
     need(None if os.getuid() == 0 else 'only root can give a process a name service of its own')
     home.install('--remote-hosts', 'gpu.example', '--launch-timeout', '3')
     nb = notebook(home.path/'a.ipynb', '1')
-    r = subprocess.run(['unshare', '--mount', '--net', 'sh', '-c', 'ip link set lo up && exec "$@"', 'sh', sys.executable, '-c', SILENT, home.path/'resolv.conf',
-                        BIN/'jupyter', 'execute', '--kernel_name=mine', nb], env=home.env | dict(KERNEL_USERNAME='me'), cwd=home.path, capture_output=True, text=True, timeout=120)
-    assert r.returncode and 'host gpu.example (user root): not reached within the 3 s' in r.stderr and r.stdout == 'asked True\n', r
+    r = subprocess.run(['unshare', '--mount', '--net', 'sh', '-c', 'ip link set lo up && exec "$@"', 'sh',
+        sys.executable, '-c', SILENT, home.path/'resolv.conf',
+                        BIN/'jupyter', 'execute', '--kernel_name=mine', nb], env=home.env
+                        | dict(KERNEL_USERNAME='me'), cwd=home.path, capture_output=True, text=True, timeout=120)
+    assert r.returncode and 'host gpu.example (user root): not reached within the 3 s' in r.stderr \
+        and r.stdout == 'asked True\n', r
     home.nothing_left([])

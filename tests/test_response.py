@@ -24,7 +24,8 @@ async def server(caplog):
     await s.close()
     await asyncio.sleep(0)
     assert (s._listening, s._open, s._expected) == ({}, {}, {})
-    assert not [r for r in caplog.records if r.name == 'asyncio' and r.levelno >= logging.ERROR], 'an exception in a callback'
+    assert not [r for r in caplog.records if r.name == 'asyncio'
+                and r.levelno >= logging.ERROR], 'an exception in a callback'
 
 def where(address):
     ip, port = address.rsplit(':', 1)
@@ -74,7 +75,8 @@ async def test_same_message_twice_at_the_same_time(server):
 
 blobs = st.lists(st.one_of(st.binary(max_size=300), st.binary(max_size=100).map(base64.b64encode),
     st.dictionaries(st.sampled_from(['version', 'kernel_id', 'enc', 'sealed', 'key', 'conn_info']),
-                    st.sampled_from([1, 2, 'kernel-1', b64(bytes(32)), b64(bytes(96)), b64(bytes(256)), None, [], -1])).map(encode)), max_size=8)
+                    st.sampled_from([1, 2, 'kernel-1', b64(bytes(32)), b64(bytes(96)), b64(bytes(256)), None, [],
+                                     -1])).map(encode)), max_size=8)
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(blobs, st.booleans())
@@ -275,4 +277,5 @@ def test_log_is_bounded_in_lines_and_memory(caplog):
         for i in range(100): r.note(f'reason {i % 5}', f'2001:db8::{second:x}:{i:x}')
     lines = [x.getMessage() for x in caplog.records]
     assert len(lines) <= 10*21 and len(r._seen) <= 20 and len(r.total) == 5
-    assert sum(int(l.split()[0]) for l in lines if 'not logged' in l) + r._silent + sum('refused:' in l for l in lines) == 60_000
+    assert sum(int(l.split()[0]) for l in lines if 'not logged' in l) + r._silent + sum('refused:' in l
+        for l in lines) == 60_000

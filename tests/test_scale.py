@@ -10,7 +10,7 @@ from traitlets.config import Config
 from gateway_provisioners_ssh import hosts as hosts_mod, ssh
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.balance import backing_off_last
-from gateway_provisioners_ssh.channels import Wire
+from gateway_provisioners_ssh.channels import NonblockingSocket
 from gateway_provisioners_ssh.hosts import Host, Login, host_names, parse_hosts
 from gateway_provisioners_ssh.liveness import Pace
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner

@@ -34,7 +34,7 @@ class Place:
         shutil.rmtree(self.tmp, ignore_errors=True)
 
     def spec(self, python=sys.executable, flags=(), more=(), **kw):
-        "A kernelspec with a new name; `flags` of the interpreter, `more` arguments of the launcher, `kw`: `env` and options"
+        "A kernelspec of a new name; `flags` of the interpreter, `more` arguments of the launcher, `kw`: `env`, options"
         self.n += 1
         return self.remote.spec(f'standby{self.n}', lambda a: [str(python), *flags, *a[1:], *more], ['localhost'], **kw)
 
@@ -121,7 +121,7 @@ def unix():
 def lines(name, *keys): return [o for o in open(f'/proc/self/{name}').read().split('\n') if o.split(':')[0] in keys]
 mask = os.umask(0); os.umask(mask)
 fds = {o: kind(o) for o in os.listdir('/proc/self/fd')}
-fds = {o: k for o, k in fds.items() if not re.search('-journal|/profile_default$|^the listing', k)}   # the history may be written now
+fds = {o: k for o, k in fds.items() if not re.search('-journal|/profile_default$|^the listing', k)}   # not of the history
 print(json.dumps(dict(sockets_of_this_machine=unix(), flags=sys.flags, path=sys.path, argv=sys.argv, orig_argv=sys.orig_argv, warnoptions=sys.warnoptions, xoptions=sys._xoptions, executable=sys.executable, prefix=sys.prefix,
     environ=dict(os.environ), proc_environ=sorted(o for o in open('/proc/self/environ').read().split('\0') if o and not o.startswith('KERNEL_LAUNCH_SECRET=')),
     cmdline=open('/proc/self/cmdline').read().strip('\0').split('\0'), comm=open('/proc/self/comm').read(), cwd=os.getcwd(), umask=mask, limits=[resource.getrlimit(i) for i in range(16)],

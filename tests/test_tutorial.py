@@ -1,5 +1,5 @@
-"""What nbs/tutorial/first_kernel.ipynb shows of JupyterLab, done in a browser: the tile, a kernel on each host, an interrupt, a kernel that dies, a start that
-fails. With `GP_SCREENSHOTS=1` the pictures of that page are made anew."""
+"""What nbs/tutorial/first_kernel.ipynb shows of JupyterLab, done in a browser: the tile, a kernel on a host, an
+interrupt, a kernel that dies, a start that fails. With `GP_SCREENSHOTS=1` the pictures of that page are made anew."""
 import os, shutil, signal, sys
 import pytest
 from playwright.async_api import async_playwright
@@ -17,7 +17,8 @@ class TwoHosts(NetLab):
     def setup(self, n):
         super().setup(n)
         for h, name in zip(self.hosts, HOSTS): h.name = name
-        (self.base/'hosts').write_text('127.0.0.1 localhost\n::1 localhost\n' + ''.join(f'{h.address} {h.name}\n' for h in self.hosts))
+        names = ['127.0.0.1 localhost', '::1 localhost', *(f'{h.address} {h.name}' for h in self.hosts)]
+        (self.base/'hosts').write_text('\n'.join(names) + '\n')
 
 class Machines(matrix.Machines):
     "`fire` has the homes of this machine, `water` has none of them; ada can log in to both"
@@ -42,7 +43,8 @@ class Tutorial(matrix.Lab):
         self.proc = self.start(*self.argv)
         await self.ready()
         async with async_playwright() as p:
-            browser = await p.chromium.launch(executable_path=shutil.which('chromium'), headless=True, args=matrix.CHROMIUM)
+            chromium = shutil.which('chromium')
+            browser = await p.chromium.launch(executable_path=chromium, headless=True, args=matrix.CHROMIUM)
             try: await self.steps_of_the_page(await browser.new_page(viewport=dict(width=1000, height=560)))
             finally: await browser.close()
         self.proc.terminate()

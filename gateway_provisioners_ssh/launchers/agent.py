@@ -1823,11 +1823,11 @@ def _listen(agent, client, m, data):
     if not ip: raise Refused('no IPv4 address of the host reaches %s' % m['peer'])
     server = _listening_socket(ip, m.get('ports'), None)
     if not server: raise Refused('no port of %s can be listened on' % ip)
-    def answer(connection, line):
+    def reply(connection, line):
         if line != m['question'].encode(): return b''
         agent.loop.call_later(0, questions.close)
         return m['answer'].encode() + b'\n'
-    questions = LineServer(agent.loop, server, answer)
+    questions = LineServer(agent.loop, server, reply)
     agent.loop.call_later(float(m['seconds']), questions.close)
     return dict(ip=ip, port=server.getsockname()[1])
 

@@ -110,8 +110,8 @@ object TemporaryFiles {
 
   /** Makes a directory for all temporary files of this JVM: Spark copies jars there and spills to it. */
   def makeDirectory(): Unit = {
-    val given = Option(System.getenv("TMPDIR")).map(Paths.get(_)).filter(Files.isWritable(_))
-    val base = given.getOrElse(Paths.get(sys.props("java.io.tmpdir")))
+    val configured = Option(System.getenv("TMPDIR")).map(Paths.get(_)).filter(Files.isWritable(_))
+    val base = configured.getOrElse(Paths.get(sys.props("java.io.tmpdir")))
     val name = s"toree-${Self.pid}-${Hex.encode(Secrets.bytes(4))}"
     val dir = Files.createDirectory(base.resolve(name), Private.directory)
     remove(dir)

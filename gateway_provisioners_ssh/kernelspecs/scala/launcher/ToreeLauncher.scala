@@ -21,23 +21,24 @@ object Options {
   private val name = s"--(?:${Regex.quote(Protocol.optionPrefix)})?([a-z-]+)(?:=(.*))?".r
 
   def parse(args: List[String]): Options = {
-    type Given = Map[String, String]
-    def walk(rest: List[String], given: Given, toree: List[String]): (Given, List[String]) = rest match {
-      case Nil => (given, toree.reverse)
-      case "--" :: more => (given, toree.reverse ++ rest)
-      case "--nosparkcontext" :: more => walk(more, given + (Protocol.sparkOption -> "none"), toree)
-      case name(key, null) :: value :: more if known(key) => walk(more, given + (key -> value), toree)
+    type Values = Map[String, String]
+    def walk(rest: List[String], values: Values, toree: List[String]): (Values, List[String]) = rest match {
+      case Nil => (values, toree.reverse)
+      case "--" :: more => (values, toree.reverse ++ rest)
+      case "--nosparkcontext" :: more => walk(more, values + (Protocol.sparkOption -> "none"), toree)
+      case name(key, null) :: value :: more if known(key) => walk(more, values + (key -> value), toree)
       case name(key, null) :: _ if known(key) => throw new LaunchError(s"--$key: a value is missing", 2)
-      case name(key, value) :: more if known(key) => walk(more, given + (key -> value), toree)
-      case other :: more => walk(more, given, other :: toree)
+      case name(key, value) :: more if known(key) => walk(more, values + (key -> value), toree)
+      case other :: more => walk(more, values, other :: toree)
     }
-    val (given, toree) = walk(args, Map(), Nil)
-    def need(key: String) = given.getOrElse(key, throw new LaunchError(s"--$key is missing from kernel.json's argv", 2))
-    val mode = given.getOrElse(Protocol.sparkOption, "lazy")
+    val (values, toree) = walk(args, Map(), Nil)
+    def need(key: String) =
+      values.getOrElse(key, throw new LaunchError(s"--$key is missing from kernel.json's argv", 2))
+    val mode = values.getOrElse(Protocol.sparkOption, "lazy")
     if (!Protocol.sparkModes(mode))
       throw new LaunchError(s"--${Protocol.sparkOption}: lazy, eager or none, not '$mode'", 2)
     Options(need("kernel-id"), Address.parse(need("response-address")),
-      PortRange.parse(given.getOrElse("port-range", "0..0")), mode, given.get("alternate-sigint"), toree)
+      PortRange.parse(values.getOrElse("port-range", "0..0")), mode, values.get("alternate-sigint"), toree)
   }
 }
 
@@ -125,7 +126,7 @@ object ToreeLauncher {
     }
     answer.foreach { reply =>
       TemporaryFiles.leaveToAgent()
-      Protocol.controlFields.filter(reply.has(_)).foreach(name => fields.set(name, reply.get(name)))
+      Protocol.controlFields.filter(reply.has(_)).foreach(name => fields.replace(name, reply.get(name)))
     }
     if (ticket.network || answer.isEmpty) ticket.application.foreach(_.tell(options.response, options.kernelId, fields))
   }
@@ -157,8 +158,8 @@ object ToreeLauncher {
       ready.await()
       while (!ports.values.forall(_.listening(ip))) Thread.sleep(10)
       ports.values.foreach(_.release())
-      val process = Json.obj().put("kernel_id", options.kernelId).put("pid", Self.pid).put("pgid", Self.pgid)
-      report(ticket, options, info.deepCopy().setAll[ObjectNode](process))
+      val process = info.deepCopy().put("kernel_id", options.kernelId).put("pid", Self.pid).put("pgid", Self.pgid)
+      report(ticket, options, process)
     }
     val reporter = new Thread(() => try reportOnceReady() catch {
       case e: Throwable => Self.exit(Option(e.getMessage).getOrElse(e.toString))
