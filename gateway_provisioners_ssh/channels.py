@@ -26,7 +26,7 @@ HOOKS = {
     'Channel.remote_chanid': 'the number in messages that paramiko cannot make, such as `exit-signal`',
     'Channel.lock': 'the lock of the condition below',
     'Channel.out_buffer_cv': 'the condition that is notified when the window opens',
-    'Channel.in_buffer': 'the buffer whose event is set when data arrives (`set_event`)',
+    'Channel.in_buffer': 'the buffer of what arrives, which copies all of it twice; ours takes its place',
     'Channel.eof_received': 'whether the peer has said that no more comes',
     'Agent._connect': 'it speaks with an SSH agent at a socket of our choice',
     'SSHClient._agent': 'the agent whose keys are offered',
@@ -58,6 +58,7 @@ class NonblockingSocket:
         self.loop,self.sock = asyncio.get_running_loop(),sock
         sock.settimeout(poll_interval) # so it never blocks in the system, and `_flush` can write while paramiko reads
         self.fd,self.loop_thread = sock.fileno(),threading.get_ident()
+        self.received = b'' # What was read from the socket, and not by paramiko
         self.unsent,self.size,self.lock = deque(),0,threading.Lock() # What waits to be written, and its bytes
         self.closed = self.reading = self.timed_out = False # `timed_out`: the system gave it up, the peer was silent
         self.producers = set() # Functions, called in the loop when there is room again
@@ -76,6 +77,12 @@ class NonblockingSocket:
 @patch
 def recv(self:NonblockingSocket, n):
     "At most `n` bytes; none at the end; raises `TimeoutError` after `poll_interval`"
+    if not self.received: self.received = memoryview(self._receive())
+    data,self.received = bytes(self.received[:n]),self.received[n:]
+    return data
+
+@patch
+def _receive(self:NonblockingSocket, n=2**18):
     self.reading = True # before `closed` is looked at: see `_close_socket`
     try:
         if self.closed: return b''
@@ -177,7 +184,9 @@ class Transport(paramiko.Transport):
     def _send_user_message(self, data):
         with self.clear_to_send_lock:
             if not self.clear_to_send.is_set(): self.held.append(data)
-            elif self.active: self._send_message(data)
+            elif self.active:
+                # once the connection has ended, `Channel.recv` must not lose what it took, for want of a peer to tell
+                with suppress(EOFError): self._send_message(data)
 
     def _send_held(self):
         while self.held: self._send_message(self.held.popleft())
@@ -207,6 +216,34 @@ class Client(paramiko.SSHClient):
         self._agent = agent
 
 # %% ../nbs/05_channels.ipynb #c9521e80
+class _DataEvent:
+    "What a channel's buffer takes for a `threading.Event`"
+    def __init__(self, wake): self.set = wake
+    def clear(self): pass
+    def is_set(self): return False
+
+class _Inbox:
+    "What came by a channel, in the place of its first buffer `old`: it keeps the parts as they are"
+    def __init__(self, old, wake):
+        self.old,self.wake,self.parts = old,wake,deque()
+        old.set_event(_DataEvent(wake)) # paramiko's thread may be about to fill it for the last time
+
+    def feed(self, data): self.parts.append(data); self.wake()
+    def close(self): self.old.close()
+    def read_ready(self): return bool(self.parts) or self.old.read_ready()
+    def __len__(self): return len(self.old) + sum(map(len, list(self.parts)))
+
+    def read(self, n, timeout=None):
+        "At least one byte where `read_ready`, none at the end; raises `PipeTimeout`"
+        if self.old.read_ready() or not self.parts: return self.old.read(n, timeout)
+        data = self.parts.popleft()
+        if self.parts and len(data) + len(self.parts[0]) <= n: # each step above is dear, a copy is not
+            parts,size = [data],len(data)
+            while self.parts and (size := size + len(self.parts[0])) <= n: parts.append(self.parts.popleft())
+            data = b''.join(parts)
+        if len(data) > n: self.parts.appendleft(data[n:])
+        return data[:n]
+
 class _WindowCondition(threading.Condition):
     "The condition that a channel notifies when its window opens"
     def __init__(self, lock, wake):
@@ -223,7 +260,7 @@ def listen_to(
     "Have a channel tell what changes, instead of a thread that waits for it"
     chan.settimeout(0.0)
     chan.out_buffer_cv = _WindowCondition(chan.lock, wake)
-    chan.in_buffer.set_event(SimpleNamespace(set=wake, clear=lambda: None))
+    chan.in_buffer = _Inbox(chan.in_buffer, wake)
 
 # %% ../nbs/05_channels.ipynb #c9521e82
 class ChannelTransport(asyncio.Transport):
@@ -262,7 +299,7 @@ class ChannelTransport(asyncio.Transport):
 def _pump(self:ChannelTransport):
     "Move what can be moved"
     self.woken = False
-    while self.reading and self.chan.recv_ready(): self.protocol.data_received(self.chan.recv(2**20))
+    while self.reading and self.chan.recv_ready(): self.protocol.data_received(self.chan.recv(2**17))
     self._flush()
     ended = (self.chan.eof_received or self.chan.closed) and not self.chan.recv_ready()
     if not self.reading or self.eof or not ended: return

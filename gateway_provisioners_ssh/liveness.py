@@ -32,7 +32,7 @@ def watch_link(
 @dataclass(eq=False)
 class _Watched:
     "One connection, and what is known of it"
-    session:object # `heard`: when something came last; `patience`: what its agent was told; `beat(patience)` tells it anew and asks for an answer
+    session:object # `last_received`: when something came last; `idle_timeout`: what its agent was told; `heartbeat(idle_timeout)` tells it anew and asks for an answer
     timeout:float # Seconds that an answer may take
     answered:object # Function, called when an answer was there in time
     silent:object # Function, called once when it was not
@@ -83,7 +83,7 @@ def watch(self:Pace,
 def unwatch(self:Pace, session): self.watched.pop(session, None)
 
 @patch
-def _next(self:Pace, session): return session.heard + min(self.interval, session.patience/2)
+def _next(self:Pace, session): return session.last_received + min(self.interval, session.idle_timeout/2)
 
 @patch
 def _put(self:Pace, w, when):
@@ -116,14 +116,14 @@ def _tick(self:Pace):
 @patch
 def _look(self:Pace, w, now):
     "See whether the host answered, and whether it is to be asked again; returns whether it was"
-    if w.asked is not None and w.session.heard < w.asked:
+    if w.asked is not None and w.session.last_received < w.asked:
         if now < w.asked+w.timeout: self._put(w, w.asked+w.timeout)
         else: self.unwatch(w.session); w.silent()
         return False
     if w.asked is not None: w.asked = None; w.answered()
     if (due := self._next(w.session)) > now: self._put(w, due); return False
     w.asked = now
-    self.pause = min(1/self.rate, w.session.patience/3/len(self.watched)) # shorter while many were told too little
+    self.pause = min(1/self.rate, w.session.idle_timeout/3/len(self.watched)) # shorter while many were told too little
     self._put(w, now+min(w.timeout, self.interval))
-    w.session.beat(self.told)
+    w.session.heartbeat(self.told)
     return True

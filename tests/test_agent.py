@@ -1,17 +1,22 @@
-"The agent of a host: what it starts, watches and leaves behind, on each Python that a host may have; and what crashes, full disks and other users can do to it."
-import ast, asyncio, base64, contextlib, contextvars, hashlib, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, time, zlib
+"""The agent of a host: what it starts, watches and leaves behind, on each Python that a host may have; and what
+crashes, full disks and other users can do to it."""
+import ast, asyncio, base64, contextlib, contextvars, hashlib, json, os, random, re, shutil, signal, socket, subprocess
+import sys, tempfile, time, zlib
 from pathlib import Path
 import pytest
 from gateway_provisioners_ssh import remote
 from gateway_provisioners_ssh.launchers import agent
-from gateway_provisioners_ssh.remote import EXIT_UNKNOWN, AgentClosed, AgentSession, NoPython, Refusal, RemoteProcess, Tree, spawn, tree_of
+from gateway_provisioners_ssh.remote import EXIT_UNKNOWN, AgentClosed, AgentSession, NoPython, Refusal, RemoteProcess
+from gateway_provisioners_ssh.remote import Tree, spawn, tree_of
 from conftest import need
 from pace import until
 
 ME, OTHER = 1001, 1002   # users whom nobody else is
 PYTHON = os.path.realpath(sys.executable)
 SOURCE = Path(agent.__file__).read_text()
-QUICK = ('self.idle_timeout if self.clients else 1, self.end_if_idle', '.1, self.end_if_idle'), ('self.loop.call_later(30, self.maintain)', 'self.loop.call_later(.3, self.maintain)')   # what it does now and then, sooner
+# what it does now and then, sooner
+QUICK = (('self.idle_timeout if self.clients else 1, self.end_if_idle', '.1, self.end_if_idle'),
+    ('self.loop.call_later(30, self.maintain)', 'self.loop.call_later(.3, self.maintain)'))
 
 def changed(*changes):
     "What `agent_source` gives for an agent in whose source each `(old, new)` was replaced"
@@ -26,19 +31,24 @@ COMPRESSED, VERSION = changed(*QUICK)
 source = contextvars.ContextVar('source')   # what is sent
 
 @pytest.fixture(autouse=True)
-def sources(monkeypatch, real=remote.agent_source): monkeypatch.setattr(remote, 'agent_source', lambda: source.get(None) or real())
+def sources(monkeypatch, real=remote.agent_source):
+    monkeypatch.setattr(remote, 'agent_source', lambda: source.get(None) or real())
 
 class Host:
-    "Logins of one user: `open` is what an SSH session does, `sessions` gives a live one; `shell` is the login shell, `prefix` what makes it that user's"
+    """Logins of one user: `open` is what an SSH session does, `sessions` gives a live one; `shell` is the login shell,
+    `prefix` what makes it that user's"""
     def __init__(self, dir, *prefix):
-        self.dir, self.tmp, self.home, self.prefix, self.shell, self.pythons, self.uid, self.changes = dir, dir/'t', dir/'home', prefix, '/bin/sh', (PYTHON,), os.getuid(), QUICK
+        self.dir, self.tmp, self.home = dir, dir/'t', dir/'home'
+        self.prefix, self.shell, self.pythons, self.uid, self.changes = prefix, '/bin/sh', (PYTHON,), os.getuid(), QUICK
         for o in self.tmp, self.home: o.mkdir()
         self.env = dict(PATH=os.environ['PATH'], HOME=str(self.home), TMPDIR=str(self.tmp))
-        self.log, self.sh, self.opened, self.agents, self.started, self.one_at_a_time = str(self.tmp/'kernel.log'), None, [], set(), [], asyncio.Lock()
+        self.log, self.sh, self.one_at_a_time = str(self.tmp/'kernel.log'), None, asyncio.Lock()
+        self.opened, self.agents, self.started = [], set(), []
 
     async def open(self, *changes, idle_timeout=0, **env):
         "A session with the agent, or with one of another version: `changes` are `(old, new)` in its source"
-        p = await asyncio.create_subprocess_exec(*self.prefix, self.shell, '-c', agent.COMMAND, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        p = await asyncio.create_subprocess_exec(*self.prefix, self.shell, '-c', agent.COMMAND,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT, env=self.env | env, start_new_session=True)
         s = AgentSession(p.stdin.write, p.stdin.close, 'here', idle_timeout)
         s.process = p
@@ -62,7 +72,8 @@ class Host:
     async def start(self, script, session=None, **kw):
         kw = dict(env={}, max_bytes=65536, log=self.log) | kw
         async def given(): return session
-        p = await asyncio.wait_for(spawn(session or await self.sessions(), given if session else self.sessions, argv=['/bin/sh', '-c', script], **kw), 60)
+        p = await asyncio.wait_for(spawn(session or await self.sessions(), given if session else self.sessions,
+            argv=['/bin/sh', '-c', script], **kw), 60)
         self.started.append(p)
         return p
 
@@ -83,7 +94,8 @@ class Host:
         "The files in the end, once every agent has ended by itself"
         self.close_sessions()
         await until(lambda: not any(map(agent.start_time, self.agents)), 30, 'the end of all agents')
-        return sorted(o for o in (str(o.relative_to(self.tmp)) for o in self.tmp.rglob('*')) if o.split('/')[0] != 'bin')
+        return sorted(o for o in (str(o.relative_to(self.tmp)) for o in self.tmp.rglob('*'))
+            if o.split('/')[0] != 'bin')
 
     async def close(self):
         for p in self.started:
@@ -148,7 +160,9 @@ async def test_life(host):
     await p.release(keep_log=False)
     assert await host.left() == []
 
-@pytest.mark.parametrize('script, status', [('exit 0', 0), ('exit 255', 255), ('kill -KILL $$', -9), ('kill -TERM $$', -15), ('exec >&- 2>&-; exit 3', 3), ('sleep 1000 & exit 4', 4)])
+@pytest.mark.parametrize('script, status',
+    [('exit 0', 0), ('exit 255', 255), ('kill -KILL $$', -9), ('kill -TERM $$', -15), ('exec >&- 2>&-; exit 3', 3),
+        ('sleep 1000 & exit 4', 4)])
 async def test_exit_statuses(host, script, status):
     "Also of one that closed its output, and of one whose child keeps that open"
     p = await host.start(script)
@@ -160,10 +174,14 @@ async def test_exit_statuses(host, script, status):
 async def test_what_cannot_be_started(host):
     s, was = await host.sessions(), None
     for _ in range(3):
-        for kw, why in [(dict(argv=['/no/such']), '/no/such: not found'), (dict(argv=['/tmp']), 'Permission denied'), (dict(argv=[]), 'list index out of range'),
-                        (dict(argv=['sh'], env={'a=b': 'c'}), 'environment'), (dict(argv=['sh', 'a\0b']), 'null'), (dict(argv=['sh'], log='/no/such/log'), 'cannot write the log /no/such/log: No such'),
-                        (dict(argv=['sh'], max_bytes='x'), 'TypeError'), (dict(argv=['sh'], orphan_timeout='x'), 'ValueError')]:
-            with pytest.raises(Refusal, match=why): await spawn(s, host.sessions, **dict(dict(log=host.log, env={}, max_bytes=65536, ticket={}), **kw))
+        for kw, why in [
+                (dict(argv=['/no/such']), '/no/such: not found'), (dict(argv=['/tmp']), 'Permission denied'),
+                (dict(argv=[]), 'list index out of range'), (dict(argv=['sh'], env={'a=b': 'c'}), 'environment'),
+                (dict(argv=['sh', 'a\0b']), 'null'),
+                (dict(argv=['sh'], log='/no/such/log'), 'cannot write the log /no/such/log: No such'),
+                (dict(argv=['sh'], max_bytes='x'), 'TypeError'), (dict(argv=['sh'], orphan_timeout='x'), 'ValueError')]:
+            with pytest.raises(Refusal, match=why):
+                await spawn(s, host.sessions, **dict(dict(log=host.log, env={}, max_bytes=65536, ticket={}), **kw))
         was = was or fds(s.hello['pid'])
     assert fds(s.hello['pid']) == was and not s.processes
     assert (await s.request('list'))['kernels'] == []
@@ -200,16 +218,21 @@ async def test_a_very_long_orphan_timeout(host, timeout):
 
 async def test_variables_of_the_login(host):
     "A kernel gets what the login has, whatever the agent's own start uses"
-    odd = dict.fromkeys('p l n e s r x f IFS OLD ENV BASH_ENV PYTHONHOME PYTHONPATH PYTHONSTARTUP LD_DEBUG_OUTPUT CDPATH LC_ALL LANG'.split(), '1') | {'A': 'ünï \n two', 'BASH_FUNC_f%%': '() { echo f; }'}
+    names = 'p l n e s r x f IFS OLD ENV BASH_ENV PYTHONHOME PYTHONPATH PYTHONSTARTUP LD_DEBUG_OUTPUT CDPATH LC_ALL'
+    odd = dict.fromkeys([*names.split(), 'LANG'], '1') | {'A': 'ünï \n two', 'BASH_FUNC_f%%': '() { echo f; }'}
     (host.home/'json.py').write_text('raise SystemExit("the home is no place for modules")')
     (host.home/'os.py').write_text('raise SystemExit("the home is no place for modules")')
     host.env |= odd
     out = host.dir/'env'
-    p = await spawn(await host.sessions(), host.sessions, host.log, argv=['env', '-0'], env=dict(KERNEL_X='y'), max_bytes=65536)
+    p = await spawn(await host.sessions(), host.sessions, host.log, argv=['env', '-0'], env=dict(KERNEL_X='y'),
+        max_bytes=65536)
     assert await exited(p) == 0
-    got = dict(o.split('=', 1) for o in (await p.tail(1000)).split('\n[ended')[0].split('\n', 1)[1].split('\0') if '=' in o)
-    want = {k: v for k, v in host.env.items() if k not in ('IFS', 'BASH_FUNC_f%%')} | dict(KERNEL_X='y', PWD=str(host.home))
-    assert {k: got.get(k) for k in want} == want and not [k for k in got if k.startswith('GPSSH')] and len(got) <= len(want) + 4, (set(got) - set(want))
+    got = dict(o.split('=', 1) for o in (await p.tail(1000)).split('\n[ended')[0].split('\n', 1)[1].split('\0')
+        if '=' in o)
+    want = {k: v for k, v in host.env.items() if k not in ('IFS', 'BASH_FUNC_f%%')}
+    want |= dict(KERNEL_X='y', PWD=str(host.home))
+    assert {k: got.get(k) for k in want} == want
+    assert not [k for k in got if k.startswith('GPSSH')] and len(got) <= len(want) + 4, (set(got) - set(want))
 
 async def test_a_relative_cache_and_no_home(host):
     s = await host.open(XDG_CACHE_HOME='cache', HOME='')
@@ -220,7 +243,8 @@ async def test_a_relative_cache_and_no_home(host):
 @pytest.mark.parametrize('signum', [signal.SIGKILL, signal.SIGTERM])
 async def test_agent_killed(host, signum):
     "Its kernel goes on, also while it writes a lot; the next agent has it"
-    p = await host.start('trap "echo interrupted" INT; while :; do read x <"$FIFO" && { yes | head -c 300000; echo done $x; }; done', env=fifo(host), max_bytes=200_000)
+    script = 'while :; do read x <"$FIFO" && { yes | head -c 300000; echo done $x; }; done'
+    p = await host.start('trap "echo interrupted" INT; ' + script, env=fifo(host), max_bytes=200_000)
     await write(host, 'a')
     await logged(p, 'done a')
     was = host.sh.hello['pid']
@@ -327,7 +351,7 @@ async def test_directory_removed_from_an_idle_agent(host):
     assert await host.left() == []
 
 async def test_socket_removed(host):
-    "The next session finds the kernels: with the agent, which has put its socket back, or with another of the same version"
+    "The next session finds the kernels: with the agent, which has put its socket back, or with another of its version"
     p = await host.start('sleep 1000')
     pid = host.sh.hello['pid']
     os.unlink(host.private/f'agent-{VERSION}')
@@ -364,7 +388,8 @@ async def test_two_host_applications(host):
 
 async def test_forgotten_twice(host):
     p, second = await host.start('trap "" TERM; sleep 1000; sleep 1000'), await host.open()
-    forget = [asyncio.ensure_future(o.request('forget', id=p.id, log=p.log, keep_log=False)) for o in (host.sh, second, host.sh)]
+    forget = [asyncio.ensure_future(o.request('forget', id=p.id, log=p.log, keep_log=False))
+        for o in (host.sh, second, host.sh)]
     await asyncio.wait_for(asyncio.gather(*forget), 60)
     await second.request('forget', id=p.id, log=p.log, keep_log=False)
     assert await host.left() == []
@@ -390,7 +415,8 @@ async def test_another_versions_orphans(host):
     "A kernel that is watched through either agent is no orphan to the other"
     async def orphaned(session):
         "Start another one with such a time, and wait until that has made its agent end it"
-        pid = (await session.request('start', id=os.urandom(8).hex(), argv=['sleep', '1000'], env={}, max_bytes=65536, log=host.log + '2', orphan_timeout=.5))['pid']
+        pid = (await session.request('start', id=os.urandom(8).hex(), argv=['sleep', '1000'], env={}, max_bytes=65536,
+            log=host.log + '2', orphan_timeout=.5))['pid']
         for o in host.opened: o is keep or o.close()
         await until(lambda: group_ended(pid), what='the end of an orphan')
     keep, b = await host.sessions(), await host.open(OTHER_VERSION)
@@ -410,7 +436,7 @@ async def test_another_versions_orphans(host):
     await until(lambda: group_ended(p.pid))
 
 async def test_another_version_takes_over(host):
-    "What a killed agent had, one of another version that runs already takes over, so that no kernel waits for someone to read"
+    "What a killed agent had, one of another version that runs already takes over, so that each kernel's output is read"
     p = await host.start('while :; do read x <"$FIFO"; yes | head -c 300000; echo $x; done', env=fifo(host))
     b = await host.open(OTHER_VERSION)
     async def of_b(): return b
@@ -424,7 +450,8 @@ async def test_another_version_takes_over(host):
 
 async def test_adopted_by_one_of_two(host):
     "Agents of two versions come at once, after the one before them was killed: one pipe has one reader"
-    p = await host.start('read x <"$FIFO"; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo line $i; done; sleep 1000', env=fifo(host), max_bytes=2**20)
+    p = await host.start('read x <"$FIFO"; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo line $i; done; sleep 1000',
+        env=fifo(host), max_bytes=2**20)
     await host.kill(host.sh.hello['pid'])
     p.forget()
     pair = await asyncio.gather(host.open(OTHER_VERSION), host.open())
@@ -449,13 +476,15 @@ async def test_every_python(host, version):
     host.env['PATH'] = '/usr/bin:/bin'
     s = await host.sessions()
     assert s.hello['python'].startswith(version + '.')
-    p = await host.start('echo "$KERNEL_LAUNCH_SECRET"; trap "exit 6" INT; while :; do sleep .05; done', ticket=dict(kernel_id='k'), title='ein kernel: ü')
+    p = await host.start('echo "$KERNEL_LAUNCH_SECRET"; trap "exit 6" INT; while :; do sleep .05; done',
+        ticket=dict(kernel_id='k'), title='ein kernel: ü')
     await until(lambda: (host.private/f'k-{p.id}/record').exists())
     while len(text := (await p.tail(1000)).splitlines()) < 2: await asyncio.sleep(.01)
     ticket = json.loads(base64.b64decode(text[1]))
     with socket.socket(socket.AF_UNIX) as c:
         c.connect(ticket['socket'])
-        c.sendall(json.dumps(dict(token=ticket['token'], ip='127.0.0.1', pgid=p.pid, fields=dict(a=1))).encode() + b'\n')
+        c.sendall(json.dumps(dict(token=ticket['token'], ip='127.0.0.1', pgid=p.pid,
+            fields=dict(a=1))).encode() + b'\n')
         assert c.recv(1000) == b'{}\n'
     assert await asyncio.wait_for(p.report, 20) == dict(a=1)
     assert await p.signal(2) and await exited(p) == 6
@@ -471,7 +500,8 @@ def test_syntax_floor():
     "Nothing newer than Python 3.6, but for what is used only where it is"
     vermin = Path(sys.executable).parent/'vermin'
     need(None if vermin.exists() else 'needs vermin')
-    r = subprocess.run([vermin, '-t=3.6-', '--no-tips', '--exclude', 'os.pidfd_open', '--violations', agent.__file__], capture_output=True, text=True)
+    r = subprocess.run([vermin, '-t=3.6-', '--no-tips', '--exclude', 'os.pidfd_open', '--violations', agent.__file__],
+        capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
 
 def arguments_of(operation):
@@ -487,17 +517,22 @@ def arguments_of(operation):
         for o in (o for f in functions.get(name, ()) for o in ast.walk(f)):
             if isinstance(o, ast.Subscript) and is_request(o.value): found.add(o.slice.value)
             elif isinstance(o, ast.Compare) and is_request(o.comparators[0]): found.add(o.left.value)
-            elif isinstance(o, ast.Call) and getattr(o.func, 'attr', '') == 'get' and is_request(o.func.value): found.add(o.args[0].value)
-            elif isinstance(o, ast.Call) and any(map(is_request, o.args)): read(getattr(o.func, 'attr', getattr(o.func, 'id', '')))
+            elif isinstance(o, ast.Call) and getattr(o.func, 'attr', '') == 'get' and is_request(o.func.value):
+                found.add(o.args[0].value)
+            elif isinstance(o, ast.Call) and any(map(is_request, o.args)):
+                read(getattr(o.func, 'attr', getattr(o.func, 'id', '')))
     hooks = dict(start=['admit', 'spawn'], forget=['forget']).get(operation, ())
     for f in agent.OPERATIONS[operation], *(f for o in hooks for f in agent.HOOKS[o].values()): read(f.__name__)
-    return found - {'n', 'op', 'as', 'size', 'event'} - ({'ticket', 'ports'} if operation == 'standby' else set())   # a template has no ticket
+    # a template has no ticket
+    return found - {'n', 'op', 'as', 'size', 'event'} - ({'ticket', 'ports'} if operation == 'standby' else set())
 
 def test_the_table_of_operations():
     "Lists every operation, with the arguments that it reads"
     cells = json.loads((Path(agent.__file__).parents[2]/'nbs/08_agent.ipynb').read_text())['cells']
-    table = ''.join(next(o['source'] for o in cells if '| request | arguments |' in ''.join(o['source']))).split('| request | arguments |')[1].split('\n\n')[0]
-    rows = {re.findall(r'`(\w+)`', o.split('|')[1])[0]: set(re.findall(r'`(\w+)`', o.split('|')[2])) for o in table.splitlines() if o.startswith('| `')}
+    table = ''.join(next(o['source'] for o in cells
+        if '| request | arguments |' in ''.join(o['source']))).split('| request | arguments |')[1].split('\n\n')[0]
+    rows = {re.findall(r'`(\w+)`', o.split('|')[1])[0]: set(re.findall(r'`(\w+)`', o.split('|')[2]))
+        for o in table.splitlines() if o.startswith('| `')}
     assert rows == {o: arguments_of(o) for o in agent.OPERATIONS}
 
 def empty_path(host, **links):
@@ -534,7 +569,8 @@ def login_shell(host, script):
     Path(host.shell).write_text(script)
     os.chmod(host.shell, 0o755)
 
-@pytest.mark.parametrize('banner', ['echo "Welcome to $0"; echo "no Python 3.6 or newer is fun"', 'printf "no newline at the end of a banner"', 'yes banner | head -c 60000', 'printf "\\377\\000\\033[2J"'])
+@pytest.mark.parametrize('banner', ['echo "Welcome to $0"; echo "no Python 3.6 or newer is fun"',
+    'printf "no newline at the end of a banner"', 'yes banner | head -c 60000', 'printf "\\377\\000\\033[2J"'])
 async def test_login_that_prints(host, banner):
     login_shell(host, f'#!/bin/sh\n{banner}\nexec /bin/sh "$@"\n')
     p = await host.start('exit 5')
@@ -549,7 +585,8 @@ async def test_no_login(host):
     host.shell = '/bin/false'
     with pytest.raises(AgentClosed, match='^no agent could be started on here$'): await host.open()
     login_shell(host, '#!/bin/sh\necho This account is not available. >&2\nexit 1\n')
-    with pytest.raises(AgentClosed, match='no agent could be started on here: This account is not available.'): await host.open()
+    with pytest.raises(AgentClosed, match='no agent could be started on here: This account is not available.'):
+        await host.open()
 
 # Places that are full, read-only, or far down
 
@@ -569,15 +606,19 @@ async def test_read_only_home(host):
 async def test_full_tmp(host):
     "Nothing is started that could not be recorded, and a clear error says why; when there is room again all is well"
     root()
-    host.prefix = namespace(f'mount -t tmpfs -o size=256k none {host.tmp}', f'(head -c 1000000 /dev/zero >{host.tmp}/big 2>/dev/null || :)')
+    host.prefix = namespace(f'mount -t tmpfs -o size=256k none {host.tmp}',
+        f'(head -c 1000000 /dev/zero >{host.tmp}/big 2>/dev/null || :)')
     s = await host.sessions()
     for log in host.log, str(host.dir/'kernel.log'):
         with pytest.raises(Refusal, match='No space left on device'): await host.start('sleep 1000', log=log)
     assert (await s.request('list'))['kernels'] == []
     inside = Path(f'/proc/{s.hello["pid"]}/root{host.tmp}')
-    assert sorted(o.name for o in inside.iterdir()) == ['big', 'gpssh-0'] and [o.name for o in (inside/'gpssh-0').iterdir()] == [f'agent-{VERSION}']
+    assert sorted(o.name for o in inside.iterdir()) == ['big', 'gpssh-0']
+    assert [o.name for o in (inside/'gpssh-0').iterdir()] == [f'agent-{VERSION}']
     os.unlink(inside/'big')
-    p = await host.start('yes | head -c 1000000; echo the end; sleep 1000', log=str(host.tmp/'kernel.log'), max_bytes=2**20)   # more than there is room for
+    # more than there is room for
+    p = await host.start('yes | head -c 1000000; echo the end; sleep 1000', log=str(host.tmp/'kernel.log'),
+        max_bytes=2**20)
     await until(lambda: os.stat(inside/'kernel.log').st_size > 100_000)
     assert await p.signal(15) and await exited(p) == -15
 
@@ -609,7 +650,8 @@ async def test_very_long_tmpdir(host):
     long = host.tmp/('x'*200)
     long.mkdir()
     host.env['TMPDIR'] = str(long)
-    if os.geteuid() == 0: host.prefix = namespace(f'mount --bind {host.tmp} /tmp')   # what is in the way of no other test
+    # what is in the way of no other test
+    if os.geteuid() == 0: host.prefix = namespace(f'mount --bind {host.tmp} /tmp')
     p = await host.start('exit 5', log='/tmp/kernel.log' if host.prefix else host.log)
     assert await exited(p) == 5
     await p.release(False)
@@ -620,7 +662,8 @@ async def test_very_long_tmpdir(host):
 async def test_200_kernels(host):
     s, n = await host.sessions(), 200
     was = fds(s.hello['pid'])
-    ps = await asyncio.gather(*(spawn(s, host.sessions, f'{host.log}-{i}', argv=['sleep', '1000'], env={}, max_bytes=65536) for i in range(n)))
+    ps = await asyncio.gather(*(spawn(s, host.sessions, f'{host.log}-{i}', argv=['sleep', '1000'], env={},
+        max_bytes=65536) for i in range(n)))
     host.started += ps
     assert len((await s.request('list'))['kernels']) == n
     for p in ps: os.killpg(p.pid, 9)   # all at once
@@ -646,7 +689,8 @@ async def test_ends_by_itself(host):
 class Raw:
     "A client that does as it likes: `send` and `received` frames"
     def __init__(self, host, token=''):
-        self.p = subprocess.Popen(['/bin/sh', '-c', agent.COMMAND], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=host.env, start_new_session=True)
+        self.p = subprocess.Popen(['/bin/sh', '-c', agent.COMMAND], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=host.env, start_new_session=True)
         self.send(agent.bootstrap((PYTHON,), COMPRESSED, VERSION))
         self.hello = json.loads(self.p.stdout.readline())
         host.agents.add(self.hello['pid'])
@@ -701,7 +745,8 @@ TREE = 'ab'*32
 
 async def parts(host, s): return [o for o in os.listdir(s.hello['cache']) if o.startswith('.')]
 
-@pytest.mark.parametrize('path', ['../x', '/etc/x', 'a/../../x', '.', '', '..', 'a\0b', 5, None, '\ud800', 'a'*300, 'dir/..', '/', '//x'])
+@pytest.mark.parametrize('path', ['../x', '/etc/x', 'a/../../x', '.', '', '..', 'a\0b', 5, None, '\ud800', 'a'*300,
+    'dir/..', '/', '//x'])
 async def test_bad_paths(host, path):
     s = await host.sessions()
     with pytest.raises(Refusal): await s.request('put', b'x', tree=TREE, path=path, mode=0)
@@ -743,7 +788,9 @@ async def test_interrupted_put(host):
     await s.request('put', b'another', tree=TREE, path='d/a', mode=0o600)
     await host.sh.request('put', b'second', tree=TREE, path='d/a', mode=0o700)
     for o in host.sh, s: await o.request('put', tree=TREE, done=True)
-    for o in host.sh, s: await o.request('put', b'once more', tree=TREE, path='d/a', mode=0), await o.request('put', tree=TREE, done=True)
+    for o in host.sh, s:
+        await o.request('put', b'once more', tree=TREE, path='d/a', mode=0)
+        await o.request('put', tree=TREE, done=True)
     assert os.listdir(s.hello['cache']) == [TREE]
     file = Path(s.hello['cache'])/TREE/'d/a'
     assert file.read_text() == 'first second' and oct(file.stat().st_mode) == '0o100700'
@@ -758,7 +805,9 @@ async def test_two_clients_send_one_tree(host):
     assert len(places := {*await asyncio.gather(*(s.ship(tree) for s in ss))}) == 1
     place = Path(places.pop())
     assert os.listdir(place.parent) == [tree.name]
-    assert sorted(str(o.relative_to(place)) for o in place.rglob('*') if o.is_file()) == sorted(o for o, _ in tree.files) and (place/'large.jar').read_bytes() == large
+    files = sorted(str(o.relative_to(place)) for o in place.rglob('*') if o.is_file())
+    assert files == sorted(o for o, _ in tree.files)
+    assert (place/'large.jar').read_bytes() == large
     assert tree.name in (await host.open()).hello['trees']
 
 # Hand-overs
@@ -831,7 +880,9 @@ async def test_a_report_is_taken_once(host):
     assert report(host, token, ip='127.0.0.1', fields=dict(a=2)) == b''
     assert await asyncio.wait_for(p.report, 20) == dict(a=1)
 
-@pytest.mark.parametrize('said', [dict(pgid=10**19), dict(pgid=2**31), dict(ip='x'*300), dict(ip='\0'), dict(ip='a.b.c.invalid'), dict(ip='256.1.1.1'), dict(remove=['/tmp/', '/tmp/.', '/tmp//x', '/tmp/x/../..', 5, '/etc']),
+@pytest.mark.parametrize('said', [dict(pgid=10**19), dict(pgid=2**31), dict(ip='x'*300), dict(ip='\0'),
+    dict(ip='a.b.c.invalid'), dict(ip='256.1.1.1'),
+    dict(remove=['/tmp/', '/tmp/.', '/tmp//x', '/tmp/x/../..', 5, '/etc']),
     dict(ip='0.0.0.0'), dict(ip=5), dict(fields=5), dict(remove={})], ids=str)
 async def test_odd_reports(host, said):
     "Are taken as far as they make sense, and the kernel's end is told all the same"
@@ -888,7 +939,8 @@ async def test_ended_together(host):
 async def sudo(host):
     "Commands in place of sudo: what `host.sudo` holds is done with the rest of the command in `$@`"
     (bin := host.dir/'bin').mkdir()
-    (bin/'sudo').write_text(f'#!/bin/sh\nwhile [ "$1" != -- ]; do [ "$1" = -u ] && u=$2; shift; done; shift\nexport HOME={host.dir}/$u TMPDIR={host.dir}/$u/t; . {host.dir}/rule\nexec "$@"\n')
+    (bin/'sudo').write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do [ "$1" = -u ] && u=$2; shift; done; shift\n'
+        f'export HOME={host.dir}/$u TMPDIR={host.dir}/$u/t; . {host.dir}/rule\nexec "$@"\n')
     (bin/'sudo').chmod(0o755)
     for o in 'ada', 'eve': (host.dir/o/'t').mkdir(parents=True)
     (host.dir/'rule').write_text('')
@@ -904,7 +956,8 @@ async def test_agents_of_other_users(host, sudo):
     await host.sessions()
     was = fds(host.sh.hello['pid'])
     ps = await asyncio.gather(as_user(host, 'ada'), as_user(host, 'eve'), as_user(host, 'ada'))
-    assert ps[0].user == 'ada' and (await host.sh.greeting('ada'))['home'] == f'{host.dir}/ada' and len(host.agents) == 3
+    assert ps[0].user == 'ada' and len(host.agents) == 3
+    assert (await host.sh.greeting('ada'))['home'] == f'{host.dir}/ada'
     assert await ps[0].signal(15) and await exited(ps[0]) == -15
     for p in ps: await p.release(False)
     second = await host.open()
@@ -915,8 +968,10 @@ async def test_agents_of_other_users(host, sudo):
     host.sh.close()
     assert await host.left() == [] and not [*host.dir.glob('*/t/*')]
 
-@pytest.mark.parametrize('rule, why', [('echo "sudo: a password is required" >&2; exit 1', 'a password is required'), ('exit 1', 'the agent of ada ended'), ('exec >/dev/null 2>&1; sleep .1; exit 1', 'the agent of ada ended'),
-    ('echo no frame; exec sleep 3', 'ended'), ('head -c 3000000 /dev/zero 2>/dev/null; exec sleep 3', 'the agent of ada ended'), ('kill -9 $$', 'ended')])
+@pytest.mark.parametrize('rule, why', [('echo "sudo: a password is required" >&2; exit 1', 'a password is required'),
+    ('exit 1', 'the agent of ada ended'), ('exec >/dev/null 2>&1; sleep .1; exit 1', 'the agent of ada ended'),
+    ('echo no frame; exec sleep 3', 'ended'),
+    ('head -c 3000000 /dev/zero 2>/dev/null; exec sleep 3', 'the agent of ada ended'), ('kill -9 $$', 'ended')])
 async def test_sudo_fails(host, sudo, rule, why):
     s, was = await host.sessions(), None
     sudo(rule)
@@ -939,7 +994,8 @@ async def test_no_sudo(host):
         was = was or fds(s.hello['pid'])
     assert fds(s.hello['pid']) == was
     for user in '-x', 5, None, '', ['ada']:
-        with pytest.raises(Refusal, match='no name of a user|not found'): await s._request('impersonate', b'', '', dict(user=user))
+        with pytest.raises(Refusal, match='no name of a user|not found'):
+            await s._request('impersonate', b'', '', dict(user=user))
 
 async def test_agent_of_another_user_killed(host, sudo):
     p = await as_user(host, 'ada')
@@ -960,7 +1016,8 @@ async def test_agent_of_the_login_killed(host, sudo):
 
 async def test_a_user_cannot_answer_for_others(host, sudo):
     "Whatever the agent of a user says concerns that user's requests only"
-    sudo('echo \'{"event": "hello", "cache": "/c", "home": "/h", "trees": []}\'; while sleep .01; do for n in 1 2 3 4 5 6 7 8 9; do echo "{\\"n\\": $n, \\"ok\\": {\\"forged\\": 1}}"; done; done')
+    sudo('echo \'{"event": "hello", "cache": "/c", "home": "/h", "trees": []}\'; while sleep .01; do '
+        'for n in 1 2 3 4 5 6 7 8 9; do echo "{\\"n\\": $n, \\"ok\\": {\\"forged\\": 1}}"; done; done')
     s = await host.sessions()
     await s.greeting('eve')
     os.kill(s.hello['pid'], signal.SIGSTOP)
@@ -986,7 +1043,10 @@ async def mine():
         host.tmp.chmod(0o1777)
         (host.tmp/'bin').mkdir()
         os.chown(host.home, ME, ME)
-        host.prefix = ('unshare', '-m', '/bin/sh', '-c', f'mount --bind {host.home} /mnt && mount --bind {host.tmp} /tmp && mount -t tmpfs -o mode=1777 none /var/tmp && mount -t tmpfs -o mode=1777 none /dev/shm && exec setpriv --reuid {ME} --regid {ME} --clear-groups "$@"', 'sh')
+        host.prefix = ('unshare', '-m', '/bin/sh', '-c',
+            f'mount --bind {host.home} /mnt && mount --bind {host.tmp} /tmp && '
+            'mount -t tmpfs -o mode=1777 none /var/tmp && mount -t tmpfs -o mode=1777 none /dev/shm && '
+            f'exec setpriv --reuid {ME} --regid {ME} --clear-groups "$@"', 'sh')
         host.pythons, host.log, host.uid = (), '/tmp/kernel.log', ME
         del host.env['TMPDIR']
         host.env['HOME'] = '/mnt'   # what is in /tmp is out of sight
@@ -995,20 +1055,27 @@ async def mine():
 @contextlib.contextmanager
 def another(host, script):
     "A process of another user, once it has said a word: Python code that finds the host's log at `log`"
-    p = subprocess.Popen(['setpriv', '--reuid', str(OTHER), '--regid', str(OTHER), '--clear-groups', '/usr/bin/python3', '-c',
-        f'import os, sys\nlog = {str(host.tmp/"kernel.log")!r}\n{script}'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen(['setpriv', '--reuid', str(OTHER), '--regid', str(OTHER), '--clear-groups',
+        '/usr/bin/python3', '-c',
+        f'import os, sys\nlog = {str(host.tmp/"kernel.log")!r}\n{script}'], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True)
     try: p.stdout.readline(); yield p
     finally: p.kill(); p.communicate()
 
 lay = "mine = os.path.basename(log)+'-mine'; os.chdir(os.path.dirname(log)); "
 pipe = "os.mkfifo({0}); os.chmod({0}, 0o666); pipe = os.open({0}, os.O_RDWR | os.O_NONBLOCK)"
-laid = dict(file="open(mine, 'w').write('of mine'); os.chmod(mine, 0o666); os.link(mine, log)", link="open(mine, 'w').write('of mine'); os.chmod(mine, 0o666); os.symlink(mine, log)",
-            dangling_link="os.symlink(mine, log)", device="os.symlink('/dev/null', log)", pipe=pipe.format('log'), link_to_pipe=pipe.format('mine')+"; os.symlink(mine, log)",
-            directory="os.mkdir(log, 0o777)")
+laid = dict(
+    file="open(mine, 'w').write('of mine'); os.chmod(mine, 0o666); os.link(mine, log)",
+    link="open(mine, 'w').write('of mine'); os.chmod(mine, 0o666); os.symlink(mine, log)",
+    dangling_link="os.symlink(mine, log)", device="os.symlink('/dev/null', log)",
+    pipe=pipe.format('log'), link_to_pipe=pipe.format('mine')+"; os.symlink(mine, log)",
+    directory="os.mkdir(log, 0o777)")
 laid = {k: lay+v for k,v in laid.items()}
 read = """
 sys.stdin.readline()
-try: print(os.read(pipe, 1000) if 'pipe' in globals() else open(mine).read() if os.path.exists(mine) else '', flush=True)
+try:
+    if 'pipe' in globals(): print(os.read(pipe, 1000), flush=True)
+    else: print(open(mine).read() if os.path.exists(mine) else '', flush=True)
 except BlockingIOError: print(flush=True)
 """
 
@@ -1025,7 +1092,9 @@ async def test_something_in_place_of_the_log(mine, what):
 @pytest.mark.parametrize('what', laid)
 async def test_something_put_in_place_of_the_log_just_then(mine, what):
     "Between the removal of an old log and the making of the new one"
-    wait = ('self.fd = self._create(self.path)\n', 'open("/tmp/now", "w")\n            while not os.path.exists("/tmp/then"): time.sleep(.01)\n            self.fd = self._create(self.path)\n')
+    wait = ('self.fd = self._create(self.path)\n',
+        'open("/tmp/now", "w")\n            while not os.path.exists("/tmp/then"): time.sleep(.01)\n'
+        '            self.fd = self._create(self.path)\n')
     with another(mine, f"""print(flush=True)
 import time
 dir = os.path.dirname(log)
@@ -1094,15 +1163,25 @@ async def test_a_long_title(host):
     await p.release()
     assert sum(o.stat().st_size for o in host.tmp.glob('kernel.log*')) <= 100_000
 
-places = dict(directory="os.mkdir(dir, 0o777); os.chmod(dir, 0o777)", closed="os.mkdir(dir, 0o700)", link="os.symlink('/var', dir)", dangling_link="os.symlink(dir+'x', dir)", file="open(dir, 'w')",
-              link_to_ours="os.symlink('/tmp/ours', dir)")
+places = dict(
+    directory="os.mkdir(dir, 0o777); os.chmod(dir, 0o777)", closed="os.mkdir(dir, 0o700)",
+    link="os.symlink('/var', dir)", dangling_link="os.symlink(dir+'x', dir)", file="open(dir, 'w')",
+    link_to_ours="os.symlink('/tmp/ours', dir)")
 
 @pytest.mark.parametrize('what', places)
 async def test_something_in_place_of_the_private_directory(mine, what):
     "The next name is taken; and kept, when the first is free again"
     (ours := mine.tmp/'ours').mkdir(0o700)
     os.chown(ours, ME, ME)
-    with another(mine, f"dir = os.path.dirname(log) + '/gpssh-{ME}'; {places[what]}; print(flush=True); sys.stdin.readline(); os.rename(dir, dir + '-gone'); print(flush=True); sys.stdin.readline()") as p:
+    with another(mine, f"""
+dir = os.path.dirname(log) + '/gpssh-{ME}'
+{places[what]}
+print(flush=True)
+sys.stdin.readline()
+os.rename(dir, dir + '-gone')
+print(flush=True)
+sys.stdin.readline()
+""") as p:
         q = await mine.start('sleep 1000')
         pid = mine.sh.hello['pid']
         assert (mine.tmp/f'gpssh-{ME}-1/agent-{VERSION}').is_socket() and not [*ours.iterdir()]
@@ -1111,14 +1190,22 @@ async def test_something_in_place_of_the_private_directory(mine, what):
         assert (await mine.sessions()).hello['pid'] == pid and await q.signal(0)
 
 async def test_every_name_of_the_private_directory_is_taken(mine):
-    with another(mine, f"for o in '', '-1', '-2': os.mkdir(os.path.dirname(log) + '/gpssh-{ME}' + o)\nprint(flush=True); sys.stdin.readline()"):
-        for o in '/var/tmp', '/dev/shm': mine.prefix = (*mine.prefix[:4], mine.prefix[4].replace(f'mode=1777 none {o}', f'ro none {o}'), *mine.prefix[5:])
+    with another(mine, f"""
+for o in '', '-1', '-2': os.mkdir(os.path.dirname(log) + '/gpssh-{ME}' + o)
+print(flush=True)
+sys.stdin.readline()
+"""):
+        for o in '/var/tmp', '/dev/shm':
+            mine.prefix = (*mine.prefix[:4], mine.prefix[4].replace(f'mode=1777 none {o}', f'ro none {o}'),
+                *mine.prefix[5:])
         s = await mine.open()
         assert (mine.home/f'.cache/gpssh-{socket.gethostname()[:20]}/agent-{VERSION}').is_socket()
         shutil.rmtree(mine.home/'.cache')
         s.close()
         os.chown(mine.home, 0, 0)
-        with pytest.raises(AgentClosed, match='no directory for sockets and records can be made .*belongs to another user'): await mine.open()
+        why = 'no directory for sockets and records can be made .*belongs to another user'
+        with pytest.raises(AgentClosed, match=why):
+            await mine.open()
 
 async def test_others_may_not_enter(mine):
     p = await mine.start('sleep 1000')
