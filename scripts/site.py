@@ -75,8 +75,10 @@ def sections():
 def sidebar(page, titles):
     out = []
     for name, pages in sections():
-        to = {p: target(page, os.path.relpath(p, Path(page).parent)) for p in pages}
-        items = ''.join(f'<li{" class=here" if p == page else ""}><a href="{o}">{html.escape(titles[p])}</a>' for p, o in to.items())
+        def item(p):
+            to = target(page, os.path.relpath(p, Path(page).parent))
+            return f'<li{" class=here" if p == page else ""}><a href="{to}">{html.escape(titles[p])}</a>'
+        items = ''.join(map(item, pages))
         is_open = ' open' if page in pages or not name else ''
         items = f'<ul>{items}</ul>'
         out.append(f'<details{is_open}><summary>{name}</summary>{items}</details>' if name else items)
@@ -92,7 +94,7 @@ main { flex: 1; min-width: 0; max-width: 62rem; padding: 1rem 1.5rem; }
 main p, main li { max-width: 50rem; }
 a { color: #1b6ca8; }
 pre { background: #f6f6f6; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
-code { font-size: .9em; overflow-wrap: anywhere; } pre code { overflow-wrap: normal; }
+code { font-size: .9em; overflow-wrap: break-word; } pre code { overflow-wrap: normal; }
 .output pre { background: none; border-left: 2px solid lightsalmon; margin-left: .8rem; }
 .output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }

@@ -1,5 +1,6 @@
 """The wheel, built from the sdist, in an empty virtual environment and home of each Python that the package is for:
-every module is imported, and the demo runs kernels on mock hosts. The Python of the tests is left out, as it runs all other tests."""
+every module is imported, and the demo runs kernels on mock hosts. The Python of the tests is left out, as it runs all
+other tests."""
 import os, pwd, shutil, subprocess, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
