@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_core.utils import ensure_async
 from .background import background, in_thread, spawn_task
-from .hosts import Host, HostError
+from .errors import LaunchError
+from .hosts import Host
 from .operators import HOST_ERRORS, KernelLog, RunningKernel, Site, Trouble, as_trouble, kernels_on, read_log
 from .operators import site, size, stop
 from .provisioner import DistributedProvisioner, shared

@@ -6,7 +6,8 @@ from playwright.async_api import async_playwright, expect
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from conftest import need
 from hosts import NetLab, REPO
-from kernels import Timer, gone, until, within
+from kernels import gone
+from pace import Timer, until, within
 import matrix
 
 SHARED, FOREIGN = 'node2', 'grace@node3'   # hosts, as the kernelspecs `shared` and `foreign` name them
