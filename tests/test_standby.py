@@ -141,7 +141,8 @@ def blurred(facts, km):
     text = facts.replace(km.kernel_id, 'ID')
     return json.loads(re.sub(r'/k-[0-9a-f]{16}/', '/K/', re.sub(r'MCowBQYDK2VuAyEA[\w+/=]+', 'PUBLIC_KEY', text)))
 
-VARIABLES = dict(LANG='C.UTF-8', TZ='Pacific/Chatham', PYTHONWARNINGS='error::BytesWarning', PYTHONHASHSEED='7', PYTHONUTF8='1',
+VARIABLES = dict(LANG='C.UTF-8', TZ='Pacific/Chatham', PYTHONWARNINGS='error::BytesWarning', PYTHONHASHSEED='7',
+    PYTHONUTF8='1',
                  PYTHONDONTWRITEBYTECODE='1', PYTHONOPTIMIZE='1')
 
 @pytest.mark.parametrize('env, flags', [({}, ()), (VARIABLES, ()), ({}, ('-Xutf8=0', '-Werror::BytesWarning', '-bO'))],
@@ -149,12 +150,16 @@ VARIABLES = dict(LANG='C.UTF-8', TZ='Pacific/Chatham', PYTHONWARNINGS='error::By
 async def test_it_is_a_process_like_a_cold_one(place, env, flags):
     name, facts = place.spec(env=env, flags=flags), {}
     for kind in 'cold', 'forked':
-        async with kernel_of_kind(place, name, kind) as (km, kc): facts[kind] = blurred((await printed(kc, FACTS))[0], km)
+        async with kernel_of_kind(place, name, kind) as (km, kc):
+            facts[kind] = blurred((await printed(kc, FACTS))[0], km)
     def only(a, b): return [o for o in a if a.count(o) > b.count(o)] if isinstance(a, list) else a
-    assert {k: (only(v, w), only(w, v)) for (k, v), w in zip(facts['cold'].items(), facts['forked'].values()) if v != w} == {} and len(facts['cold']) > 40
+    assert {k: (only(v, w), only(w, v)) for (k, v), w in zip(facts['cold'].items(), facts['forked'].values())
+        if v != w} == {} and len(facts['cold']) > 40
 
-DRAWS = ('random.random()', 'secrets.token_hex()', 'str(uuid.uuid1())', 'str(uuid.uuid4())', 'os.path.basename(tempfile.mkdtemp())', 'bytes(multiprocessing.current_process().authkey)',
-         'numpy.random.random()', 'numpy.random.default_rng().random()', 'os.urandom(9)', 'next(tempfile._get_candidate_names())', 'random.SystemRandom().random()')
+DRAWS = ('random.random()', 'secrets.token_hex()', 'str(uuid.uuid1())', 'str(uuid.uuid4())',
+    'os.path.basename(tempfile.mkdtemp())', 'bytes(multiprocessing.current_process().authkey)',
+         'numpy.random.random()', 'numpy.random.default_rng().random()', 'os.urandom(9)',
+    'next(tempfile._get_candidate_names())', 'random.SystemRandom().random()')
 
 async def test_what_is_drawn_is_never_drawn_twice(place):
     name = place.spec(preload=['numpy', 'random', 'uuid', 'tempfile', 'secrets', 'multiprocessing'])
@@ -201,19 +206,25 @@ async def test_what_users_do(place, plain, kind):
         mark = f'"{km.kernel_id}"'
         await kc.execute_interactive(mark, store_history=True, timeout=30)
         await km.shutdown_kernel()
-    async with place.kernel(plain, dict(standby=kind != 'forked')) as (_, kc):   # history is common to kernels of both kinds
-        assert mark in {o[2] for o in (await kc.history(hist_access_type='search', pattern='"*"', n=100, reply=True, timeout=30))['content']['history']}
+    # history is common to kernels of both kinds
+    async with place.kernel(plain, dict(standby=kind != 'forked')) as (_, kc):
+        assert mark in {o[2] for o in (await kc.history(hist_access_type='search', pattern='"*"', n=100, reply=True,
+            timeout=30))['content']['history']}
 
 async def test_pictures(place):
     "With the library imported by the template, or by the kernel; ipykernel sets variables first that it reads"
     states = []
-    for kind, name in ('cold', place.spec()), ('forked', place.spec(preload=['matplotlib.pyplot'])), ('forked', place.spec(preload=['matplotlib'])):
+    for kind, name in ('cold', place.spec()), ('forked', place.spec(preload=['matplotlib.pyplot'])), ('forked',
+        place.spec(preload=['matplotlib'])):
         async with kernel_of_kind(place, name, kind) as (_, kc):
             for first in '', '%matplotlib inline\n':
                 seen = []
-                await kc.execute_interactive(f'{first}import matplotlib.pyplot as plt\nplt.plot([1, 2]);', timeout=90, allow_stdin=False, output_hook=lambda m: seen.append(m['content'].get('data', {})))
-                assert [o for o in seen if base64.b64decode(o.get('image/png', '')).startswith(b'\x89PNG')], (kind, first)
-                states.append(await value(kc, '(plt.get_backend(), plt.rcParams["backend"], plt.isinteractive(), __import__("os").environ["MPLBACKEND"])'))
+                await kc.execute_interactive(f'{first}import matplotlib.pyplot as plt\nplt.plot([1, 2]);', timeout=90,
+                    allow_stdin=False, output_hook=lambda m: seen.append(m['content'].get('data', {})))
+                assert [o for o in seen if base64.b64decode(o.get('image/png', '')).startswith(b'\x89PNG')], (kind,
+                    first)
+                states.append(await value(kc,
+                    '(plt.get_backend(), plt.rcParams["backend"], plt.isinteractive(), __import__("os").environ["MPLBACKEND"])'))
     assert states[::2] == states[:1]*3 and states[1::2] == states[1:2]*3
 
 async def control(kc, kind, content, **more):
@@ -227,8 +238,10 @@ async def control(kc, kind, content, **more):
 @kinds
 async def test_debugger_and_subshells(place, plain, kind):
     async with kernel_of_kind(place, plain, kind) as (_, kc):
-        def debug(n, command, **arguments): return control(kc, 'debug_request', dict(type='request', seq=n, command=command, arguments=arguments))
-        said = await debug(1, 'initialize', clientID='t', adapterID='', pathFormat='path', linesStartAt1=True, columnsStartAt1=True)
+        def debug(n, command, **arguments):
+            return control(kc, 'debug_request', dict(type='request', seq=n, command=command, arguments=arguments))
+        said = await debug(1, 'initialize', clientID='t', adapterID='', pathFormat='path', linesStartAt1=True,
+            columnsStartAt1=True)
         assert said['success'] and said['body']['supportsSetVariable']
         assert (await debug(2, 'attach'))['success']
         assert (await debug(3, 'debugInfo'))['body']['isStarted']
@@ -236,7 +249,8 @@ async def test_debugger_and_subshells(place, plain, kind):
         assert (await debug(4, 'disconnect', restart=False, terminateDebuggee=False))['success']
         shell = (await control(kc, 'create_subshell_request', {}))['subshell_id']
         await busy(kc, 'import time; print("busy", flush=True); time.sleep(1000)')
-        msg = kc.session.msg('execute_request', dict(code='', silent=True, store_history=False, user_expressions=dict(v='6*7'), allow_stdin=False))
+        msg = kc.session.msg('execute_request',
+            dict(code='', silent=True, store_history=False, user_expressions=dict(v='6*7'), allow_stdin=False))
         msg['header']['subshell_id'] = shell
         kc.shell_channel.send(msg)
         assert (await reply_to(kc, msg['header']['msg_id']))['user_expressions']['v']['data']['text/plain'] == '42'
@@ -245,11 +259,14 @@ async def test_debugger_and_subshells(place, plain, kind):
 async def test_input(place, plain, kind):
     async with kernel_of_kind(place, plain, kind) as (_, kc):
         out = []
-        await kc.execute_interactive('print(input("name? "))', stdin_hook=lambda m: kc.input('Ada'), allow_stdin=True, timeout=30, output_hook=lambda m: out.append(m['content'].get('text', '')))
+        await kc.execute_interactive('print(input("name? "))', stdin_hook=lambda m: kc.input('Ada'), allow_stdin=True,
+            timeout=30, output_hook=lambda m: out.append(m['content'].get('text', '')))
         assert ''.join(out) == 'Ada\n'
 
 @kinds
-@pytest.mark.parametrize('code, status', [('import os; os._exit(3)', 3), ('import os, signal; os.kill(os.getpid(), signal.SIGSEGV)', -11), ('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', -9)])
+@pytest.mark.parametrize('code, status', [('import os; os._exit(3)', 3),
+    ('import os, signal; os.kill(os.getpid(), signal.SIGSEGV)', -11),
+    ('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', -9)])
 async def test_how_it_ends(place, plain, kind, code, status):
     async with kernel_of_kind(place, plain, kind) as (km, kc):
         kc.execute(code)
@@ -326,10 +343,12 @@ async def test_what_has_changed(place, venv):
             assert await is_forked(kc) and await value(kc, expr) != want, expr
         change(venv)
         async with place.kernel(name) as (km, kc):
-            assert not await is_forked(kc) and await value(kc, expr) == want and 'has changed' in km.provisioner.process.cold, expr
+            assert not await is_forked(kc) and await value(kc,
+                expr) == want and 'has changed' in km.provisioner.process.cold, expr
     assert await place.warm(name) == ''
     async with place.kernel(name) as (km, kc):
-        assert await is_forked(kc) and [await value(kc, expr) for _, expr, _ in CHANGES.values()] == [want for *_, want in CHANGES.values()]
+        assert await is_forked(kc) and [await value(kc, expr) for _, expr, _ in CHANGES.values()] == [want for *_,
+            want in CHANGES.values()]
 
 async def test_what_changes_while_it_is_imported(place, venv):
     "Nobody can tell which state a process has that imported it meanwhile: another attempt is made"
@@ -339,14 +358,16 @@ if gpt_slow.VALUE == 1:
     with open(gpt_slow.__file__, 'w') as f: f.write('VALUE = 2')""")
     name = place.spec(venv.python, preload=['gpt_upgrader'])
     assert await place.warm(name) == ''
-    async with place.kernel(name) as (_, kc): assert await is_forked(kc) and await value(kc, "__import__('gpt_slow').VALUE") == 2
+    async with place.kernel(name) as (_, kc):
+        assert await is_forked(kc) and await value(kc, "__import__('gpt_slow').VALUE") == 2
 
 async def test_the_interpreter_that_the_command_means_now(place, plain, tmp_path):
     "PATH may lead to another one than it did"
     python, path = 'python3.%d' % sys.version_info[1], f'{tmp_path}:{Path(sys.executable).parent}:{os.environ["PATH"]}'
     async def start(op, **more):
         m = await place.request(plain)
-        return (await place.tell(op, m | dict(argv=[python, *m['argv'][1:]], env=m['env'] | dict(PATH=path), **more)))['cold']
+        return (await place.tell(op, m | dict(argv=[python, *m['argv'][1:]], env=m['env'] | dict(PATH=path),
+            **more)))['cold']
     async def started():
         try: return await start('start', id='ab'*8, log=str(tmp_path/'log'), max_bytes=9999)
         finally: await place.tell('forget', dict(id='ab'*8))
@@ -358,15 +379,19 @@ async def test_the_interpreter_that_the_command_means_now(place, plain, tmp_path
 async def test_variables_that_change_what_an_interpreter_does(place, plain, variable):
     assert await place.warm(plain) == ''
     other = place.spec(env={variable: 'C' if variable == 'LC_ALL' else '/nowhere' if 'PATH' in variable else 'ignore'})
-    async with place.kernel(other) as (_, kc): assert not await is_forked(kc) and await value(kc, f'__import__("os").environ[{variable!r}]')
-    async with place.kernel(plain) as (_, kc): assert await is_forked(kc) and not await value(kc, f'__import__("os").environ.get({variable!r})')
+    async with place.kernel(other) as (_, kc):
+        assert not await is_forked(kc) and await value(kc, f'__import__("os").environ[{variable!r}]')
+    async with place.kernel(plain) as (_, kc):
+        assert await is_forked(kc) and not await value(kc, f'__import__("os").environ.get({variable!r})')
 
 async def test_another_kernel_class(place, plain, venv):
     "The same template serves it, for the class is imported by each kernel"
     (venv.site/'gpt_kernel.py').write_text('from ipykernel.ipkernel import IPythonKernel\nclass Mine(IPythonKernel): banner = "mine"')
-    plain, mine = (place.spec(venv.python, more=['--kernel-class-name', o]) for o in ('ipykernel.ipkernel.IPythonKernel', 'gpt_kernel.Mine'))
+    plain, mine = (place.spec(venv.python, more=['--kernel-class-name', o])
+        for o in ('ipykernel.ipkernel.IPythonKernel', 'gpt_kernel.Mine'))
     for kind in 'cold', 'forked':
-        async with kernel_of_kind(place, mine, kind) as (_, kc): assert await value(kc, 'get_ipython().kernel.banner') == 'mine'
+        async with kernel_of_kind(place, mine, kind) as (_, kc):
+            assert await value(kc, 'get_ipython().kernel.banner') == 'mine'
 
 async def test_modules_in_the_kernels_directory(place):
     "They come before those installed, which the template has imported; elsewhere the template goes on to serve"
@@ -376,7 +401,8 @@ async def test_modules_in_the_kernels_directory(place):
     (place.cwd/'sub/difflib.py').write_text('MINE = True')   # IPython finds the standard library's first
     assert await place.warm(name) == ''
     async with place.kernel(name, env=os.environ | dict(KERNEL_WORKING_DIR=str(place.cwd/'sub'))) as (km, kc):
-        assert not await is_forked(kc) and await value(kc, '__import__("numpy").MINE') and km.provisioner.process.cold.endswith('has its own numpy.py')
+        assert not await is_forked(kc) and await value(kc,
+            '__import__("numpy").MINE') and km.provisioner.process.cold.endswith('has its own numpy.py')
         assert not await value(kc, 'hasattr(__import__("difflib"), "MINE")')
     async with place.kernel(name) as (_, kc): assert await is_forked(kc) and await value(kc, '__import__("numpy").pi')
 
@@ -456,7 +482,8 @@ async def test_what_no_template_can_import(place, tmp_path, caplog, kind):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             async with place.kernel(name) as (_, kc): assert not await is_forked(kc)
-    assert len([o for o in caplog.messages if re.search(f'started cold, without a template: {why}', o)]) <= 1 and caplog.text.count('started cold') <= 1
+    assert len([o for o in caplog.messages
+        if re.search(f'started cold, without a template: {why}', o)]) <= 1 and caplog.text.count('started cold') <= 1
     if kind != 'ends' and kind != 'garbage': assert caplog.text.count('started cold') == 1
 
 # Its life
@@ -509,7 +536,9 @@ async def test_a_start_given_up_at_any_moment_leaves_nothing(place, plain):
         else: await km.shutdown_kernel(now=True)
         ids.append(km.kernel_id)
     assert given_up > 3
-    def left(): return [p for p, name, _ in place.processes() if name not in ('gpssh-agent', 'gpssh-standby', 'cat')] + [o for o in place.tmp.rglob('*') if 'k-' in str(o) or 'kernel-' in o.name]
+    def left():
+        return [p for p, name, _ in place.processes() if name not in ('gpssh-agent', 'gpssh-standby', 'cat')] + [o
+            for o in place.tmp.rglob('*') if 'k-' in str(o) or 'kernel-' in o.name]
     await until(lambda: not left(), 30, 'nothing left')
     async with kernel_of_kind(place, plain, 'forked'): pass
 
@@ -519,7 +548,8 @@ async def test_forty_at_once(place, plain):
     async with contextlib.AsyncExitStack() as stack:
         kernels = await asyncio.gather(*(stack.enter_async_context(place.kernel(plain)) for _ in range(40)))
         infos = [km.get_connection_info() for km, _ in kernels]
-        assert len({o['key'] for o in infos}) == 40 and len({v for o in infos for k, v in o.items() if k.endswith('_port')}) == 200
+        assert len({o['key'] for o in infos}) == 40 and len({v for o in infos for k, v in o.items()
+            if k.endswith('_port')}) == 200
         pids = await asyncio.gather(*(value(kc, '__import__("os").getpid()') for _, kc in kernels))
         assert pids == [km.provisioner.fields['pid'] for km, _ in kernels] and len(set(pids)) == 40
         forked = await asyncio.gather(*(is_forked(kc) for _, kc in kernels))
@@ -563,14 +593,17 @@ def memory_of(pid):
                 mem.seek(first)
                 yield mem.read(last - first)
 
-def secrets_in(pid, secrets): return sorted({name for part in memory_of(pid) for name, text in secrets.items() if text in part})
+def secrets_in(pid, secrets):
+    return sorted({name for part in memory_of(pid) for name, text in secrets.items() if text in part})
 
 async def test_no_kernel_has_a_secret_of_another(place, plain):
     "Neither a template nor what it forks has seen any; what is searched for would be found: the kernels themselves have it"
-    async with kernel_of_kind(place, plain, 'cold') as (cold, _), kernel_of_kind(place, plain, 'forked') as (first, _), place.kernel(plain) as (last, kc):
+    async with kernel_of_kind(place, plain, 'cold') as (cold, _), kernel_of_kind(place, plain, 'forked') as (first,
+        _), place.kernel(plain) as (last, kc):
         assert await is_forked(kc)
         ticket = dict(o.split('=', 1) for o in Path(f'/proc/{cold.provisioner.fields["pid"]}/environ').read_text().split('\0') if '=' in o)['KERNEL_LAUNCH_SECRET']
-        secrets = dict(ticket=ticket.encode(), token=json.loads(base64.b64decode(ticket))['token'].encode(), key_of_first=first.session.key, key_of_cold=cold.session.key)
+        secrets = dict(ticket=ticket.encode(), token=json.loads(base64.b64decode(ticket))['token'].encode(),
+            key_of_first=first.session.key, key_of_cold=cold.session.key)
         try: assert secrets_in(cold.provisioner.fields['pid'], secrets)[0] == 'key_of_cold'
         except PermissionError: pytest.skip('this system does not let a process of the same user be read')
         assert secrets_in(first.provisioner.fields['pid'], secrets) == ['key_of_first']

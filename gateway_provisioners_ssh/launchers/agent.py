@@ -900,18 +900,19 @@ class Client:
         if 'as' in m: result['as'] = m['as']
         self.send(dict(n=m.get('n') if type(m.get('n')) is int else None, **result))
 
-    def disconnected(self):
-        self.agent.loop.cancel(self.timer)
-        if self.waiter is not None: os.close(self.waiter)
-        for o in list(self.peers.values()): o.stream.close()
-        for o in self.partial_trees.values(): remove_tree(o)
-        self.agent.clients.discard(self)
-        for o in list(self.agent.kernels.values()):
-            o.watchers.discard(self)
-            o.watchers_changed()
-        self.agent.state_changed()
-
 # %% ../../nbs/08_agent.ipynb #a13bb7bc
+@patch
+def disconnected(self:Client):
+    self.agent.loop.cancel(self.timer)
+    if self.waiter is not None: os.close(self.waiter)
+    for o in list(self.peers.values()): o.stream.close()
+    for o in self.partial_trees.values(): remove_tree(o)
+    self.agent.clients.discard(self)
+    for o in list(self.agent.kernels.values()):
+        o.watchers.discard(self)
+        o.watchers_changed()
+    self.agent.state_changed()
+
 @patch
 def set_idle_timeout(self:Client, seconds):
     "Close this connection when nothing has come for so long; 0: never"
@@ -2290,6 +2291,7 @@ def _check_room(agent, client, m, go_on):
         raise Refused(NO_ROOM + '%.1f GiB of memory are available, %.1f wanted' % sizes)
     go_on(m)
 
+# %% ../../nbs/11_load.ipynb #009dca89
 @hook('admit')
 def _reserve_gpus(agent, client, m, go_on):
     "Give a start the GPUs that it wants, once it is known which are free"
