@@ -215,7 +215,8 @@ async def way_found(remote, *hosts, **config):
 
 def filtered(host, verdict):
     "Let the host do this with packets to TCP ports other than 22"
-    host.ns.nft(f'table inet fw {{ chain input {{ type filter hook input priority 0; ct state established,related accept; iifname "lo" accept; '
+    host.ns.nft(f'table inet fw {{ chain input {{ type filter hook input priority 0; '
+                f'ct state established,related accept; iifname "lo" accept; '
                 f'tcp dport 22 accept; meta l4proto tcp {verdict}; }}\n}}\n')
 
 @pytest.mark.parametrize('verdict, why', [('drop', 'timed out'), ('reject with tcp reset', 'connection refused'),
@@ -248,12 +249,14 @@ def front(net):
     c, ns = net.client, net[1].ns
     ns.run('sh', '-c', 'echo 1 > /proc/sys/net/ipv4/ip_forward')
     ns.nft(f"""table ip gw {{
-        chain pre {{ type nat hook prerouting priority -100; tcp dport 22 dnat to {net[0].address}; meta l4proto tcp redirect to :7777; }}
+        chain pre {{ type nat hook prerouting priority -100; tcp dport 22 dnat to {net[0].address};
+                     meta l4proto tcp redirect to :7777; }}
         chain post {{ type nat hook postrouting priority 100; ip daddr {net[0].address} masquerade; }}
     }}\n""")
     echo = ns.popen(sys.executable, '-c', ECHO, stdout=subprocess.PIPE)
     assert echo.stdout.readline() == b'there\n'
-    c.alias('front', HostName=net[1].address, HostKeyAlias=net[0].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts)
+    c.alias('front', HostName=net[1].address, HostKeyAlias=net[0].address, User='root', IdentityFile=c.key,
+            UserKnownHostsFile=c.known_hosts)
     yield
     echo.kill(); echo.wait(); echo.stdout.close()
     del c.aliases['front']
@@ -282,12 +285,12 @@ forget()"""
 @pytest.mark.parametrize('ports, why', [((22,), 'timed out'), (None, '')], ids=['to port 22 only', 'to all ports'])
 def test_auto_behind_nat(remote, net, ports, why):
     env = net.client.environ() | {k: v for k, v in os.environ.items() if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))}
-    app = net.laptop(ports).popen(sys.executable, '-c', BEHIND_NAT, env=env | dict(PATH=os.environ['PATH'], PYTHONPATH=str(HERE), GP_ENABLE_TUNNELING='auto'),
-        stdout=subprocess.PIPE, text=True)
+    env |= dict(PATH=os.environ['PATH'], PYTHONPATH=str(HERE), GP_ENABLE_TUNNELING='auto')
+    app = net.laptop(ports).popen(sys.executable, '-c', BEHIND_NAT, env=env, stdout=subprocess.PIPE, text=True)
     assert json.loads(app.communicate(timeout=120)[0]) == ['127.0.0.1' if why else net[0].address, why]
 
 async def test_auto_after_a_reconnection(remote, net):
-    "What was found holds for one connection: this machine may be in another network by the next. Kernels keep their way, also when they are restarted"
+    "What was found holds for one connection: the next may be in another network. Kernels keep their way, also when restarted"
     async with remote.on('node1', config=AUTO | dict(connect_timeout=2)) as (km, kc):
         assert await found(km) == ''
         async with remote.on('node1', config=AUTO | dict(connect_timeout=2)) as (direct, _):
@@ -326,7 +329,8 @@ async def test_check_says_whether_ports_can_be_reached(net):
     "A firewall in the way is a fault of the host only where there is to be no tunnel"
     filtered(net[0], 'reject with tcp reset')
     async def said(host, way):
-        async with site([host], Config(DistributedProvisioner=dict(tunneling_enabled=way)), python=sys.executable) as s: report, = await check(s)
+        config = Config(DistributedProvisioner=dict(tunneling_enabled=way))
+        async with site([host], config, python=sys.executable) as s: report, = await check(s)
         return [(o.state, o.text) for o in report.findings if o.what in ('kernel ports', 'tunnel')]
     refused = 'cannot be reached (connection refused)'
     assert await said('node1', 'auto') == [('ok', refused + ', so connections go through SSH'), ('ok', 'ok')]
