@@ -1744,6 +1744,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'gateway_provisioners_ssh/mock_ssh.py'),
                                                    'gateway_provisioners_ssh.mock_ssh.MockHosts.entries': ( 'mock_ssh.html#mockhosts.entries',
                                                                                                             'gateway_provisioners_ssh/mock_ssh.py'),
+                                                   'gateway_provisioners_ssh.mock_ssh.MockHosts.new_host': ( 'mock_ssh.html#mockhosts.new_host',
+                                                                                                             'gateway_provisioners_ssh/mock_ssh.py'),
                                                    'gateway_provisioners_ssh.mock_ssh.MockHosts.start': ( 'mock_ssh.html#mockhosts.start',
                                                                                                           'gateway_provisioners_ssh/mock_ssh.py'),
                                                    'gateway_provisioners_ssh.mock_ssh.MockHosts.stop': ( 'mock_ssh.html#mockhosts.stop',

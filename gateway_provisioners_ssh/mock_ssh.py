@@ -603,11 +603,13 @@ class MockHosts(Startable):
         try:
             for i in range(self.n):
                 address = f'127.0.0.{self.base+i}' if sys.platform == 'linux' else '127.0.0.1'
-                host = MockHost(f'mock{i+1}', address, client_key=self.client_key, **self.options)
-                self.hosts.append(host.start())
+                self.hosts.append(self.new_host(i, address).start())
             self._write()
         except BaseException: self.stop(); raise
         return self
+
+    def new_host(self, i: int, address: str) -> MockHost:
+        return MockHost(f'mock{i+1}', address, client_key=self.client_key, **self.options)
 
 # %% ../nbs/07_mock_ssh.ipynb #2be53807
 @patch

@@ -14,8 +14,8 @@ from spark import Missing, need
 
 class Hosts(MockHosts):
     "Two mock hosts with names for readers."
-    def _host(self, i):
-        host = super()._host(i)
+    def new_host(self, i, address):
+        host = super().new_host(i, address)
         host.name = ('fire', 'water')[i]
         if i: host.env = {**host.env, **self.water}
         return host
