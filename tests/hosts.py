@@ -40,12 +40,12 @@ def _same(pid, start): return (st := _stat(pid)) and st[0] != b'Z' and st[19].de
 
 def _kill_all(pids, timeout=10):
     "SIGKILL to everything the function `pids` returns until it returns nothing"
-    end = time.monotonic() + timeout
-    while left := [o for o in map(_proc, pids()) if o]:
-        if time.monotonic() > end: raise TimeoutError(f'still there after SIGKILL: {left}')
-        for o in left:
+    def killed():
+        for o in (left := [o for o in map(_proc, pids()) if o]):
             with contextlib.suppress(ProcessLookupError): os.kill(o.pid, signal.SIGKILL)
-        time.sleep(0.02)
+        return not left
+    try: wait(killed, timeout)
+    except TimeoutError as e: raise TimeoutError(f'still there after SIGKILL: {[*filter(None, map(_proc, pids()))]}') from e
 
 def _sshd_tree(master):
     ppid = {o: int(st[1]) for o in _pids() if (st := _stat(o))}
@@ -605,10 +605,10 @@ def destroy(base):
     sshds = [o for m in masters if str(base) in os.fsdecode(_read(m, 'cmdline')) for o in _sshd_tree(m)]
     mark = _owner(base)[2:]
     _kill_all(lambda: [o for o in _pids() if o in sshds or mark and _environ(o).get('GP_TEST_MARK') == mark[0]])
-    for _ in range(50):
+    def removed():
         shutil.rmtree(base, ignore_errors=True)
-        if not base.exists(): break
-        time.sleep(0.1)
+        return not base.exists()
+    with contextlib.suppress(TimeoutError): wait(removed, 5, pause=.1)
 
 def reap(base):
     signal.signal(signal.SIGINT, signal.SIG_IGN)

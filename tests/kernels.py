@@ -1,6 +1,6 @@
 """Kernels on test hosts as host applications start them: a kernelspec that `jupyter ssh-spec install` wrote, found by whatever application is
 asked to use it, and a look at what a kernel left behind, here and on its host. Also launchers that a test itself starts, and what clients do."""
-import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, uuid
+import asyncio, base64, contextlib, json, os, shutil, signal, socket, subprocess, sys, uuid
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +290,11 @@ async def reported_client(fields):
         await kc.wait_for_ready(timeout=90)
         yield kc
     finally: kc.stop_channels()
+
+async def ticket_of(process):
+    "What a process that an agent started was given as its ticket, where it prints `KERNEL_LAUNCH_SECRET` after the title of its log"
+    async def printed(): return len(lines := (await process.tail(1000)).splitlines()) > 1 and lines
+    return json.loads(base64.b64decode((await until(printed, 60, 'its ticket'))[1]))
 
 async def control(k, request):
     "What a host application asks of a `launched` kernel: `{'signum': N}`, 0 to know whether it lives, or `{'shutdown': 1}`"

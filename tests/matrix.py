@@ -262,10 +262,10 @@ class Server(Application):
         self.url, self.token = info['url'].rstrip('/'), info['token']
         await self.answers()
     async def answers(self):
-        for _ in range(600):
+        async def answer():
             with contextlib.suppress(OSError): return await self.request('GET', 'api', 200)
             assert self.proc.poll() is None, 'ended'
-            await asyncio.sleep(.1)
+        await until(answer, 60, 'its first answer')
 
     token = ''
     @property

@@ -7,7 +7,7 @@ Noted are passwords, and as they are made or received every launch's ticket and 
 and CURVE secret. They are searched for in what is logged at DEBUG, in the reports of failed tests with their
 tracebacks, and in the argument vectors of all processes. A run in which one is found, or none was noted, fails; with
 pytest-xdist that is up to the process that has the others do the work."""
-import base64, contextlib, json, logging, os, tempfile, threading
+import base64, contextlib, logging, os, tempfile, threading
 from pathlib import Path
 import pytest
 from gateway_provisioners_ssh.handshake import LegacyKey, LaunchKeys

@@ -2,7 +2,7 @@
 
 `Standalone` and `Yarn` are context managers for scripts and notebooks; the fixtures at the end are what tests use. Every port is ephemeral,
 every file is under one directory, and nothing of it outlives the session. What is missing on the machine is an error that names it."""
-import fcntl, hashlib, json, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
+import fcntl, hashlib, json, os, re, shutil, signal, socket, subprocess, sys, tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape
 
 import psutil, pytest
 from hosts import NetLab
+from pace import wait
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'gateway_provisioners_ssh'  # as it is before tests get a home of their own
@@ -60,14 +61,6 @@ def free_ports(address:str, n:int) -> list[int]:
     finally:
         for s in socks: s.close()
 
-def until(what:str, check, timeout:float=30, every:float=.05):
-    "The first true value of `check()`, or a `TimeoutError` that says what was waited for."
-    end = time.monotonic() + timeout
-    while not (got := check()):
-        if time.monotonic() > end: raise TimeoutError(f'{what}: not within {timeout:g} s')
-        time.sleep(every)
-    return got
-
 class Daemon:
     "One JVM in a session of its own that ends with this process; its output goes to `log`."
     def __init__(self, name:str, argv:list[str], env:dict[str, str], log:Path):
@@ -84,7 +77,7 @@ class Daemon:
             if got := check(): return got
             if self.proc.poll() is not None:
                 raise RuntimeError(f'{self.name} ended with status {self.proc.returncode}:\n{self.output()[-3000:]}')
-        try: return until(f'{self.name}: {what}', look, timeout)
+        try: return wait(look, timeout, f'{self.name}: {what}', pause=.05)
         except TimeoutError as e: raise TimeoutError(f'{e}:\n{self.output()[-3000:]}') from None
 
     def says(self, pattern:str, timeout:float=60) -> str:
@@ -203,7 +196,8 @@ class Standalone(Cluster):
 
     def wait_state(self, name:str, state:str, timeout:float=30) -> dict:
         "The application of that name once its state is `state`: WAITING, RUNNING, FINISHED, FAILED, KILLED."
-        return until(f'application {name} {state}', lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout)
+        return wait(lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout,
+                    f'application {name} {state}', pause=.05)
 
 class Yarn(Cluster):
     "A YARN ResourceManager and one NodeManager over the local file system, with the capacity scheduler."
@@ -273,7 +267,8 @@ class Yarn(Cluster):
 
     def wait_state(self, name:str, state:str, timeout:float=30) -> dict:
         "The application of that name once its state is `state`: ACCEPTED, RUNNING, FINISHED, FAILED, KILLED."
-        return until(f'application {name} {state}', lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout)
+        return wait(lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout,
+                    f'application {name} {state}', pause=.05)
 
 @pytest.fixture(scope='session')
 def cluster_network(request) -> dict:

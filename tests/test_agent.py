@@ -1,15 +1,16 @@
 """The agent of a host: what it starts, watches and leaves behind, on each Python that a host may have; and what
 crashes, full disks and other users can do to it."""
-import ast, asyncio, base64, contextlib, contextvars, hashlib, json, os, random, re, shutil, signal, socket, subprocess
-import sys, tempfile, time, zlib
+import ast, asyncio, contextlib, contextvars, hashlib, json, os, random, re, shutil, signal, socket, subprocess
+import sys, tempfile, zlib
 from pathlib import Path
 import pytest
 from gateway_provisioners_ssh import remote
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import EXIT_UNKNOWN, AgentClosed, AgentSession, NoPython, Refusal, RemoteProcess
-from gateway_provisioners_ssh.remote import Tree, spawn, tree_of
+from gateway_provisioners_ssh.remote import spawn, tree_of
 from conftest import need
-from pace import until
+from kernels import ticket_of
+from pace import Timer, until
 
 ME, OTHER = 1001, 1002   # users whom nobody else is
 PYTHON = os.path.realpath(sys.executable)
@@ -128,10 +129,8 @@ async def host():
 
 async def logged(p, *words):
     "The log, once all the words are lines of it"
-    async def seen():
-        while not set(words) <= set((said := await p.tail(1000)).splitlines()): await asyncio.sleep(.01)
-        return said
-    return await asyncio.wait_for(seen(), 60)
+    async def seen(): return set(words) <= set((said := await p.tail(1000)).splitlines()) and said
+    return await until(seen, 60, f'{words} in the log')
 
 async def exited(p): return await asyncio.wait_for(asyncio.shield(p.exited), 60)
 def fds(pid): return len(os.listdir(f'/proc/{pid}/fd'))
@@ -479,8 +478,8 @@ async def test_every_python(host, version):
     p = await host.start('echo "$KERNEL_LAUNCH_SECRET"; trap "exit 6" INT; while :; do sleep .05; done',
         ticket=dict(kernel_id='k'), title='ein kernel: ü')
     await until(lambda: (host.private/f'k-{p.id}/record').exists())
-    while len(text := (await p.tail(1000)).splitlines()) < 2: await asyncio.sleep(.01)
-    ticket = json.loads(base64.b64decode(text[1]))
+    ticket = await ticket_of(p)
+    title = (await p.tail(1000)).splitlines()[0]
     with socket.socket(socket.AF_UNIX) as c:
         c.connect(ticket['socket'])
         c.sendall(json.dumps(dict(token=ticket['token'], ip='127.0.0.1', pgid=p.pid,
@@ -488,7 +487,7 @@ async def test_every_python(host, version):
         assert c.recv(1000) == b'{}\n'
     assert await asyncio.wait_for(p.report, 20) == dict(a=1)
     assert await p.signal(2) and await exited(p) == 6
-    assert (await p.tail(1)) == '[ended with status 6]\n' and text[0] == 'ein kernel: ü'
+    assert (await p.tail(1)) == '[ended with status 6]\n' and title == 'ein kernel: ü'
     await p.release(False)
     p = await host.start('trap "exit 6" INT; while :; do sleep .05; echo x; done')
     await host.kill(s.hello['pid'])
@@ -682,9 +681,9 @@ async def test_ends_by_itself(host):
     assert [o.name for o in host.private.iterdir()] == [f'agent-{changed()[1]}']
     s.close()
     await second.ping()
-    began = time.monotonic()
+    t = Timer()
     assert await host.left() == []
-    print(f'{time.monotonic() - began:.2f} s')
+    print(t)
 
 class Raw:
     "A client that does as it likes: `send` and `received` frames"
@@ -862,10 +861,6 @@ def tell(host, line):
         c.connect(str(host.private/f'agent-{VERSION}'))
         c.sendall(line)
         with contextlib.suppress(OSError): return c.recv(65536)
-
-async def ticket_of(p):
-    while len(text := (await p.tail(1000)).splitlines()) < 2: await asyncio.sleep(.01)
-    return json.loads(base64.b64decode(text[1]))
 
 async def reporting(host, script='sleep 1000', **kw):
     p = await host.start(f'echo "$KERNEL_LAUNCH_SECRET"; {script}', ticket={}, **kw)

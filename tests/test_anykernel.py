@@ -1,6 +1,6 @@
 """Any installed kernelspec as it is: kernels of several languages, made for this machine and none for any other, run on
 SSH hosts after `jupyter ssh-spec install --from-kernel NAME`."""
-import asyncio, json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import psutil, pytest
 from conftest import need
@@ -52,8 +52,8 @@ async def lives(r, name, code, answer, endless, took=1.5, **kw):
             async def seconds():
                 stop = await interrupted(k, endless, after=1)
                 assert stop.status != 'ok'
-                # as some answer what comes right after an interrupt
-                while (got := await run(k, code)).status.startswith('abort'): await asyncio.sleep(.1)
+                async def answered(): return not (got := await run(k, code)).status.startswith('abort') and got
+                got = await until(answered, 60, 'no more aborted')   # as some answer what comes right after an interrupt
                 assert got.text.strip() == answer
                 return stop.took
             await within(took, seconds)

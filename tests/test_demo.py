@@ -1,9 +1,10 @@
 "The demo as a user runs it: on a terminal, into a pipe, interrupted, and where something is wrong."
-import asyncio, io, os, pty, re, select, signal, subprocess, sys, threading, time
+import io, os, pty, re, select, signal, subprocess, sys, threading
 from pathlib import Path
 import pytest
 from gateway_provisioners_ssh import demo as D
 from hosts import interruptible
+from pace import Timer, wait
 
 ARGV = [sys.executable, '-c', 'import sys; from gateway_provisioners_ssh.demo import demo; sys.exit(demo())']
 
@@ -24,19 +25,18 @@ def with_env(place):
     return [(o/'cmdline').read_bytes().decode().replace('\0', ' ') for o in Path('/proc').glob('[0-9]*') if has(o)]
 
 def check_nothing_left(place):
-    end = time.monotonic() + 10
-    while with_env(place) and time.monotonic() < end: time.sleep(.05)
-    assert with_env(place) == []
+    try: wait(lambda: not with_env(place), 10)
+    except TimeoutError: raise AssertionError(with_env(place)) from None
     assert [str(o) for o in place.rglob('*') if o.is_file()] == [] and list((place/'tmp').iterdir()) == []
 
 def test_into_a_pipe(places):
     env, place = places
     env |= dict(GP_REMOTE_HOSTS='nowhere.invalid', GP_AUTHORIZED_USERS='nobody',
         KERNEL_REMOTE_HOST='nowhere.invalid')  # the user's own settings do not matter
-    begun = time.monotonic()
+    t = Timer()
     r = subprocess.run(ARGV, env=env, capture_output=True, text=True, timeout=120, cwd=place)
     assert (r.returncode, r.stderr) == (0, ''), r.stdout + r.stderr
-    assert time.monotonic() - begun < 60
+    assert t < 60
     out = r.stdout
     assert '\x1b' not in out and out.count(' 3/3 cells') >= 3 and len(
         set(re.findall(r'^k\d +(mock\d)', out, re.M))) == 3

@@ -1,10 +1,10 @@
 """What can go wrong between a host application and its hosts, done for real: links cut and healed, servers restarted, plugs pulled, connections
 killed at the worst moment, applications killed, floods, skewed clocks, full disks, other users. `-s` shows how long things took."""
-import asyncio, contextlib, json, os, random, re, signal, socket, statistics, subprocess, sys, textwrap, time
+import asyncio, contextlib, json, os, queue, random, re, signal, socket, statistics, subprocess, sys, textwrap, time
 import psutil, pytest
 from jupyter_client.ioloop import AsyncIOLoopKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory
-from gateway_provisioners_ssh import handshake, response
+from gateway_provisioners_ssh import response
 from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import ControlKey
 from gateway_provisioners_ssh.hosts import Host
@@ -12,7 +12,7 @@ from gateway_provisioners_ssh.provisioner import _control, shared
 from gateway_provisioners_ssh.errors import LaunchError
 from gateway_provisioners_ssh.ssh import HostError
 from kernels import Remote, busy, client_of, forget, interrupt, kill, printed, reply_to, value
-from pace import Timer, until, within
+from pace import Deadline, Timer, slowness, until, within
 
 @pytest.fixture
 def remote(hosts, tmp_path, monkeypatch):
@@ -26,9 +26,11 @@ def run_dirs(host): return [str(o) for o in host.tmp.glob('gpssh-*/k-*')]
 
 async def stream(kc, msg_id, until, timeout):
     "What the cell `msg_id` prints, up to and including `until`"
-    out, end = '', time.monotonic() + timeout
+    out, deadline = '', Deadline(timeout)
     while until not in out:
-        m = await kc.get_iopub_msg(timeout=max(.1, end-time.monotonic()))
+        assert not deadline.passed(), out
+        try: m = await kc.get_iopub_msg(timeout=1)
+        except queue.Empty: continue
         if m['msg_type'] == 'stream' and m['parent_header'].get('msg_id') == msg_id: out += m['content']['text']
     return out
 
@@ -54,7 +56,7 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
         watch.add_done_callback(lambda _: said('reported lost', cut))
         async def seconds_of_answers():
             took = []
-            while cut < 30:
+            while float(cut) < 30:
                 t = Timer()
                 assert await value(oc, '6*7') == 42
                 took.append(float(t))
@@ -72,7 +74,8 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
         assert elsewhere[0].provisioner.conn.host.name == 'node3' and t < 15
         with pytest.raises(HostError, match='out of reach'): await direct.interrupt_kernel()
         took = await others
-        assert statistics.median(took) < 1 and max(took) < 10, took   # to wait for a link that is cut takes longer
+        slow = await asyncio.to_thread(slowness)
+        assert statistics.median(took) < slow and max(took) < 10*slow, took   # to wait for a link that is cut takes longer
         node1.heal()
         healed = Timer()
         async def finishes(kc, msg_id, how):
@@ -464,7 +467,7 @@ async def test_floods_of_the_control_port(net_remote, net):
                 said('a signed request in a flood of the control port', t)
                 took.append(float(t))
                 await asyncio.sleep(1)
-            assert statistics.median(took) < 5, took
+            assert statistics.median(took) < 5*await asyncio.to_thread(slowness), took
             for p in attackers: assert await asyncio.to_thread(p.stdout.readline) == 'done\n'
         finally:
             for p in attackers: p.kill(); p.wait(); p.stdout.close()

@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from jupyter_client.kernelspec import KernelSpec
-from gateway_provisioners_ssh import hosts, provisioner, spec_import, start_request
+from gateway_provisioners_ssh import hosts, spec_import, start_request
 from gateway_provisioners_ssh.handshake import HandshakeError, LaunchKeys
 from gateway_provisioners_ssh.hosts import Host, parse_hosts
 from gateway_provisioners_ssh.launchers import agent, server_listener as listener
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.remote import AgentClosed, AgentSession, Refusal, RemoteProcess, local_session, spawn
 from gateway_provisioners_ssh.errors import LaunchError
-from gateway_provisioners_ssh.settings import HostSettings, parse_port_range, settings as options
+from gateway_provisioners_ssh.settings import parse_port_range, settings as options
 from gateway_provisioners_ssh.tunnel import StreamSession
+from kernels import ticket_of
+from pace import until, wait
 from test_handshake import bitten, changed, changes, jsons, odd
 
 counted = dict(n=0)
@@ -167,10 +169,8 @@ class Place:
 
     def no_more(self, fds):
         "That many descriptors, once the agent is done with what was there; it must be in good health"
-        async def settled():
-            while self.fds() > fds: await asyncio.sleep(.01)
         self.ping()
-        self.run(settled())
+        wait(lambda: self.fds() <= fds, 60, f'no more than {fds} descriptors')
         assert agent.start_time(self.pid) and not os.path.exists(os.path.dirname(self.socket) + '/errors'), open(os.path.dirname(self.socket) + '/errors').read()
 
     def close(self):
@@ -281,8 +281,8 @@ def test_what_a_template_says(place, greeting, said, stays):
         p = await spawn(place.session, place.sessions, str(place.dir/'a.log'), argv=argv, env={}, max_bytes=65536, standby=standby)
         assert Path(f'/proc/{p.pid}/cmdline').read_bytes().split(b'\0')[:-1] == [o.encode() for o in argv]
         await p.release(keep_log=False)
-        while agent.start_time(p.pid): await asyncio.sleep(.01)
-        while [o for o in Path(os.path.dirname(place.socket)).iterdir() if o.name.startswith('k-')]: await asyncio.sleep(.01)
+        await until(lambda: not agent.start_time(p.pid), 60)
+        await until(lambda: not [*Path(os.path.dirname(place.socket)).glob('k-*')], 60)
     place.run(one())
     place.no_more(was + 1)   # a template that is ready is waited for
 
@@ -320,7 +320,7 @@ VISITS = st.binary(max_size=60) | jsons.map(json.dumps).map(str.encode) | st.jus
 def test_bytes_at_the_agents_socket(place, visits):
     "With and without descriptors of any kind: nobody is disturbed, and no descriptor stays"
     was = place.fds()
-    for line, kinds, end, wait in visits:
+    for line, kinds, end, patient in visits:
         case()
         fds = []
         with socket.socket(socket.AF_UNIX) as c, contextlib.suppress(OSError):
@@ -334,7 +334,7 @@ def test_bytes_at_the_agents_socket(place, visits):
             try: c.sendmsg([line + b'\n'*end], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f'{len(fds)}i', *fds))] if fds else [])
             finally:
                 for o in fds: os.close(o)
-            if wait: c.shutdown(socket.SHUT_WR); c.recv(1000)
+            if patient: c.shutdown(socket.SHUT_WR); c.recv(1000)
     place.no_more(was)
 
 REPORTS = st.fixed_dictionaries({}, optional=dict(pgid=st.sampled_from([10**19, 2**31, -1, 0, 1, True]) | jsons, remove=st.lists(hostile.map('/tmp/{}'.format) | hostile, max_size=3) | anything, ip=st.sampled_from(['127.0.0.1', '::1', '127.0.0.2', '0.0.0', 'localhost'])
@@ -346,9 +346,9 @@ def test_reports_of_any_kind(place, said):
     async def one():
         log = str(place.dir/f'{os.urandom(4).hex()}.log')
         p = await spawn(place.session, place.sessions, log, argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; sleep 1000'], env={}, ticket={}, max_bytes=65536)
-        while len(text := (await p.tail()).splitlines()) < 2: await asyncio.sleep(.01)
+        ticket = await ticket_of(p)
         r, w = await asyncio.open_unix_connection(place.socket)
-        try: line = json.dumps(dict(said, token=json.loads(base64.b64decode(text[1]))['token'])).encode() + b'\n'
+        try: line = json.dumps(dict(said, token=ticket['token'])).encode() + b'\n'
         except ValueError: line = b'\n'
         w.write(line)
         assert line == b'\n' or isinstance(json.loads(await r.readline()), dict)
@@ -474,9 +474,9 @@ def control(place):
     "A kernel that is controlled by a port: that port and the key"
     async def asking():
         p = await spawn(place.session, place.sessions, str(place.dir/'controlled.log'), argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; while :; do sleep 1000; done'], env={}, ticket={}, max_bytes=65536)
-        while len(text := (await p.tail()).splitlines()) < 2: await asyncio.sleep(.01)
+        ticket = await ticket_of(p)
         r, w = await asyncio.open_unix_connection(place.socket)
-        w.write(json.dumps(dict(token=json.loads(base64.b64decode(text[1]))['token'], ip='0.0.0.0')).encode() + b'\n')
+        w.write(json.dumps(dict(token=ticket['token'], ip='0.0.0.0')).encode() + b'\n')
         said = json.loads(await r.readline())
         return p, said['comm_port'], bytes.fromhex(said['control_key'])
     p, port, key = place.run(asking())

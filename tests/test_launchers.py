@@ -15,7 +15,7 @@ from gateway_provisioners_ssh.background import background
 from gateway_provisioners_ssh.handshake import PROTOCOL, port_names
 from gateway_provisioners_ssh.remote import local_session, spawn
 from kernels import gone, left_of, taken_ports
-from spark import until
+from pace import Timer, slowness, wait
 
 LAUNCHERS = Path(gateway_provisioners_ssh.__file__).parent/'launchers'
 LIGHT = '''import socket, sys, json, time, signal, os
@@ -167,7 +167,7 @@ def launch(spec):
         return made[-1]
     yield start
     for k in made: k.end()
-    until('nothing left', lambda: not any(k.left() for k in made), 15)
+    wait(lambda: not any(k.left() for k in made), 15, 'nothing left')
     for k in made: k.host.server.close()
 
 def light(start, *args, host=None, **kw):
@@ -228,9 +228,8 @@ def test_user_code_finds_what_a_local_kernel_has(launch, tmp_path):
             assert k.runtime.joinpath(f'kernel-{k.host.kernel_id}-{k.proc.pid}.json').stat().st_mode & 0o777 == 0o600
             assert k.host.secret not in ''.join(psutil.Process(k.proc.pid).cmdline())
             assert 'Cryptodome' not in Path(f'/proc/{k.proc.pid}/maps').read_text()
-            until('no process beside the kernel',
-                  lambda: members(k.proc.pid) == [psutil.Process(k.proc.pid)]
-                  and left_of(k.host.kernel_id) == [psutil.Process(k.proc.pid)], 10)
+            alone = [psutil.Process(k.proc.pid)]
+            wait(lambda: members(k.proc.pid) == left_of(k.host.kernel_id) == alone, 10, 'no process beside the kernel')
             c.shutdown()
             assert k.proc.wait(20) == 0
     finally:
@@ -244,20 +243,20 @@ def test_interrupts_reach_busy_kernels_within_a_second(launch):
             sent = []
             def interrupt():
                 time.sleep(.5)
-                sent.append(time.monotonic())
+                sent.append(Timer())
                 k.signal(signal.SIGINT)
             assert interrupted(c, code, interrupt).error.startswith('KeyboardInterrupt')
-            return time.monotonic() - sent[0]
+            return float(sent[0])
         for code in ('while True: pass', 'import time; time.sleep(1000)',
                      'import subprocess; subprocess.run(["sleep", "1000"])'):
-            assert min(seconds(code) for _ in range(3)) < 1, code   # test machines are busy at times
+            assert min(seconds(code) for _ in range(3)) < slowness(), code
         assert run(c, 'print(6*7)').text == '42\n'
 
 def test_a_stopped_process_is_continued(answering):
     assert ask(answering.info, dict(signum=signal.SIGSTOP)) == dict(alive=True)
-    until('stopped', lambda: psutil.Process(answering.pid).status() == psutil.STATUS_STOPPED)
+    wait(lambda: psutil.Process(answering.pid).status() == psutil.STATUS_STOPPED, 30, 'stopped')
     assert ask(answering.info, dict(signum=signal.SIGCONT)) == dict(alive=True)
-    until('running', lambda: psutil.Process(answering.pid).status() != psutil.STATUS_STOPPED)
+    wait(lambda: psutil.Process(answering.pid).status() != psutil.STATUS_STOPPED, 30, 'running')
 
 def test_kernel_classes(launch, spec, tmp_path):
     d = tmp_path/'more'
@@ -362,7 +361,7 @@ def test_an_unconfirmed_launch_leaves_nothing(launch, answer):
     k = launch()
     k.up(answer=answer)
     assert k.proc.wait(10) == -signal.SIGTERM
-    until('nothing left', lambda: not k.left(), 10)
+    wait(lambda: not k.left(), 10, 'nothing left')
     assert 'the host application did not confirm this launch' in k.text()
 
 def test_an_unconfirmed_kernel_that_ignores_sigterm_is_killed(launch):
@@ -371,7 +370,7 @@ def test_an_unconfirmed_kernel_that_ignores_sigterm_is_killed(launch):
     k = launch(None, script='launch_kernel.py',
                command=[sys.executable, '-c', stubborn, '{connection_file}']).up(answer=b'no')
     assert k.proc.wait(10) == -signal.SIGKILL
-    until('nothing left', lambda: not k.left(), 10)
+    wait(lambda: not k.left(), 10, 'nothing left')
 
 def test_a_host_application_that_is_gone(launch):
     host = Host()
@@ -395,7 +394,7 @@ def test_a_launch_cancelled_at_any_moment_leaves_nothing(launch):
         assert k.proc.wait(10) < 0
         return k
     with ThreadPoolExecutor(4) as pool: kernels = list(pool.map(cancel, range(40)))
-    until('nothing left', lambda: not any(k.left() for k in kernels), 10)
+    wait(lambda: not any(k.left() for k in kernels), 10, 'nothing left')
 
 @pytest.mark.parametrize('secret,words', [('', 'needs a host application that speaks version 2'),
                                           ('AAAA', 'nothing that is a launch ticket'),
@@ -471,7 +470,7 @@ sys.argv[1:] = [{str(file)!r}]
     os.killpg(info['pgid'], signal.SIGINT)
     assert proc.stdout.readline() == b'interrupted\n'
     proc.kill(); proc.wait()
-    until('all gone', lambda: not left_of(host.kernel_id), 10)
+    wait(lambda: not left_of(host.kernel_id), 10, 'all gone')
     proc = start(Host(), '--port-range', '5..8')
     assert proc.wait(10) == -signal.SIGTERM and b'fewer than 5 ports' in proc.stderr.read()
 
@@ -534,15 +533,18 @@ def test_slow_connections_do_not_hold_up_others(answering):
             slow = [stack.enter_context(socket.create_connection((k.info['ip'], k.info['comm_port']), 20))
                     for _ in range(100)]
             for s in slow[-60:]: s.sendall(b'{')
-            started = time.monotonic()
+            started = Timer()
             assert ask(k.info, dict(signum=0)) == dict(alive=True)
-            answered = time.monotonic() - started
+            answered = float(started)
             for s in slow: # 36 gave way, the others ran out of time
                 with s.makefile('rb') as f: f.readline(); assert silent(f)
-            return answered, time.monotonic() - started
+            return answered, float(started)
     took = []
     while not any(answered < 1 and ended < 7 for answered, ended in took):
-        assert len(took) < 3, took   # test machines are busy at times
+        if len(took) == 3:
+            slow = slowness()
+            assert any(answered < slow and ended < 7*slow for answered, ended in took), took
+            break
         took.append(seconds())
 
 def test_an_idle_agent_does_nothing(answering):
@@ -554,7 +556,7 @@ def test_an_idle_agent_does_nothing(answering):
         before = switches()
         time.sleep(3)
         return switches() == before
-    until('nothing done in 3 s', idle, 20) # once its last connection is gone
+    wait(idle, 20, 'nothing done in 3 s') # once its last connection is gone
 
 # Spark ----------------------------------------------------------------------------------------------------------------
 
@@ -581,12 +583,12 @@ def test_spark_lazy(launch, spark_env, tmp_path):
         assert "'local[2]'" in run(c, 'sc.master').text
         assert 'Row(two=2)' in run(c, 'sql("select 1+1 as two").collect()').text
         names = 'print(type(sc).__name__, type(spark).__name__, type(sqlContext).__name__)'
-        until('the real ones', lambda: run(c, names).text == 'SparkContext SparkSession SQLContext\n')
+        wait(lambda: run(c, names).text == 'SparkContext SparkSession SQLContext\n', 30, 'the real ones')
         assert run(c, 'print(sqlCtx)').text == 'mine\n' # the user's own names win
         for i, code in enumerate((LONG, '%%time\n' + LONG)): # %%time swallows the exception that a cell ends with
             begun = tmp_path/f'begun{i}'
             def interrupt():
-                until('the job has begun', begun.exists, 60)
+                wait(begun.exists, 60, 'the job has begun')
                 k.signal(signal.SIGINT)
             assert interrupted(c, code.format(begun), interrupt).status == 'error' or '%%time' in code
             assert run(c, ACTIVE).text.endswith('[]\n')
@@ -594,7 +596,7 @@ def test_spark_lazy(launch, spark_env, tmp_path):
         jvms = [p for p in psutil.Process(k.proc.pid).children() if p.name() == 'java']
         assert len(jvms) == 1
         k.signal(signal.SIGTERM)
-    until('the JVM gone', lambda: gone(jvms[0].pid) and gone(k.proc.pid), 10)
+    wait(lambda: gone(jvms[0].pid) and gone(k.proc.pid), 10, 'the JVM gone')
 
 def test_spark_that_cannot_start(launch, spark_env):
     k = launch(None, '--spark-context-initialization-mode', 'lazy', env=spark_env('nonsense')).up()
@@ -614,7 +616,7 @@ def test_spark_eager_and_none(launch, spark_env, tmp_path):
         assert run(c, '%who').text == 'Interactive namespace is empty.\n'
         begun = tmp_path/'begun'
         def interrupt():
-            until('the cell has begun', begun.exists, 60)
+            wait(begun.exists, 60, 'the cell has begun')
             for seconds in (.5, 2.5): # until it is in the JVM; until its user has been told
                 time.sleep(seconds)
                 k.signal(signal.SIGINT)

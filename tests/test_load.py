@@ -1,5 +1,5 @@
 "What an agent tells of its host and does for operators: figures, kernels and orphans, logs, an end, drained hosts, room and GPUs; and balancing by that, exactly."
-import asyncio, contextlib, json, os, signal, subprocess, sys, time
+import asyncio, contextlib, os, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 import pytest
@@ -12,6 +12,10 @@ from test_agent import OTHER_VERSION, VERSIONS, group_ended, host, host_of, inte
 
 async def listed(session, **kw): return (await session.request('list', **kw))['kernels']
 async def orphans(session): return [o['id'] for o in await listed(session) if o['orphan']]
+async def orphaned(session, p):
+    "Once `p` is the only orphan of its host"
+    async def alone(): return await orphans(session) == [p.id]
+    await until(alone, 60, 'orphaned')
 
 @contextlib.contextmanager
 def nvidia_smi(host, text='0, GPU-a, L4, 23034, 100, 0\n1, GPU-b, L4, 23034, 100, 0\n2, GPU-c, L4, 23034, 9000, 99\n', seconds=0):
@@ -110,7 +114,7 @@ async def test_orphans_are_those_that_nobody_watches(host):
     p, q = await host.start('sleep 1000', a), await host.start('sleep 1000', b, log=host.log + '2')
     assert await orphans(b) == []
     p.forget(); a.close()
-    while await orphans(b) != [p.id]: await asyncio.sleep(.02)
+    await orphaned(b, p)
     k = next(o for o in await listed(b) if o['id'] == p.id)
     assert abs(k['since'] - time.time()) < 120
     with pytest.raises(Refusal, match='no orphan'): await b.request('stop', id=q.id, orphan=True)
@@ -125,7 +129,8 @@ async def test_since_survives_the_agent(host):
     p = await host.start('sleep 1000', a)
     p.forget(); a.close()
     b = await host.open()
-    while not (k := next(o for o in await listed(b)))['orphan']: await asyncio.sleep(.02)
+    async def an_orphan(): return (o := (await listed(b))[0])['orphan'] and o
+    k = await until(an_orphan, 60)
     await host.kill(b.hello['pid'])
     c = await host.open()
     again, = await listed(c)
@@ -143,13 +148,14 @@ async def test_orphans_of_another_versions_agent(host):
     assert await q.signal(0)
     keep = await host.open()
     p.forget(); a.close()
-    while any(o['watched'] for o in await listed(keep)): await asyncio.sleep(.02)
+    async def unwatched(): return not any(o['watched'] for o in await listed(keep))
+    await until(unwatched, 60)
     assert await orphans(keep) == []   # watched through the other
     with pytest.raises(Refusal): await keep.request('stop', id=p.id, orphan=True)
     q.forget(); b.close()
-    while await orphans(keep) != [p.id]: await asyncio.sleep(.02)
+    await orphaned(keep, p)
     c = await host.open(OTHER_VERSION)
-    while await orphans(c) != [p.id]: await asyncio.sleep(.02)
+    await orphaned(c, p)
     await c.request('stop', id=p.id, orphan=True)
     await until(lambda: group_ended(p.pid), what='its end')
 

@@ -1,6 +1,6 @@
 """What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out of a network that lets
 nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
-import asyncio, contextlib, functools, json, os, re, shutil, socket, subprocess, sys, textwrap, time
+import asyncio, contextlib, functools, json, os, re, shutil, socket, subprocess, sys, textwrap
 from pathlib import Path
 from types import SimpleNamespace
 import psutil, pytest
@@ -12,7 +12,7 @@ from gateway_provisioners_ssh.errors import LaunchError
 from conftest import need
 from hosts import SBIN, sh
 from kernels import LEGACY, forget, interrupt, printed, running, value
-from pace import wait
+from pace import slowness, until, wait
 
 HERE = Path(__file__).parent
 
@@ -21,11 +21,9 @@ def remote(net_remote): return net_remote
 
 async def after_a_break(kc, expr, timeout=60):
     "What `expr` is, asked again for as long as requests get lost in a connection that has ended"
-    end = time.monotonic() + timeout
-    while True:
-        try: return await value(kc, expr, timeout=3)
-        except TimeoutError:
-            if time.monotonic() > end: raise
+    async def asked():
+        with contextlib.suppress(TimeoutError): return [await value(kc, expr, timeout=3)]
+    return (await until(asked, timeout, 'an answer'))[0]
 
 # Encryption of the channels
 
@@ -106,7 +104,7 @@ def test_behind_nat(remote, net):
             assert app.stdout.readline() == 'cut\n'
             assert [h.connections() for h in net] == [1, 1, 0, 0], 'one connection a host, however many kernels'
             net[0].cut()
-            time.sleep(18)   # so long that the connection is given up here
+            assert app.stdout.readline() == 'given up\n'
             net[0].heal()
             app.stdin.write('\n'); app.stdin.flush()
             assert app.stdout.readline() == 'count\n'
@@ -119,7 +117,7 @@ def test_behind_nat(remote, net):
     res = json.loads(out)
     print(json.dumps(res), f"ratio to ssh -L: {res['mib_s']/res['openssh_mib_s']:.2f}", counts)
     assert res['output'] == 200*100_001
-    assert res['interrupt_s'] < 3
+    assert res['interrupt_s'] < 3*slowness()
     assert res['restarted'] == [True, False]
     assert res['after the cut'] == [42, True] and res['others'] == [42]*3
     assert res['mib_s'] > 0.2*res['openssh_mib_s']
@@ -312,7 +310,7 @@ async def found_again(km):
     "The same as `found`, over the next connection"
     p = km.provisioner
     async def ask(old):
-        while p.conn.port_findings.get((p._ports, p.response_ip)) is old or not p.conn.is_up: await asyncio.sleep(.01)
+        await until(lambda: p.conn.port_findings.get((p._ports, p.response_ip)) is not old and p.conn.is_up, 60)
         return await p.conn.port_finding(p._ports, p.response_ip)
     return await asyncio.wait_for(background().run(ask(p.conn.port_findings[p._ports, p.response_ip])), 60)
 

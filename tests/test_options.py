@@ -1,13 +1,11 @@
 "Every option and variable of the provisioner, on real SSH hosts: set, and its effect seen."
-import asyncio, contextlib, json, os, re, signal, socket, subprocess, sys, threading, time
+import asyncio, contextlib, json, os, re, signal, socket, subprocess, sys, threading
 from pathlib import Path
 import psutil, pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh import balance
-from gateway_provisioners_ssh.background import background
-from gateway_provisioners_ssh.hosts import Host, HostError
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.errors import LaunchError
 from gateway_provisioners_ssh.settings import settings
@@ -62,9 +60,11 @@ async def test_remote_hosts_from_config_and_variable(spec, monkeypatch):
     async with running(specs) as (km, _): assert host_of(km) == 'host2'
 
 async def test_localhost_needs_no_ssh(spec, hosts):
-    before = sum(h.connections() for h in hosts)
+    def connections(): return sum(h.connections() for h in hosts)
+    await asyncio.to_thread(forget)
+    await until(lambda: not connections(), what='connections of other tests ended')
     async with running(spec(remote_hosts=[])) as (km, kc):
-        assert km.provisioner.conn.local and sum(h.connections() for h in hosts) == before
+        assert km.provisioner.conn.local and not connections()
         assert await value(kc, '__import__("sys").executable') == sys.executable
         assert await value(kc, '__import__("os").environ.get("GP_SSH_CONFIG")') is None
 

@@ -31,7 +31,7 @@ without a file is one of this file.
 | `java` that optimizes less | test.sh | `pytest tests/test_scala.py` in another environment than that of test.sh |
 | SIGINT with its default effect | hosts.py (`interruptible`) | a terminal's: nothing else can be interrupted |
 """
-import asyncio, json, os, pwd, re, shutil, signal, subprocess, sys, time
+import json, os, pwd, re, shutil, signal, subprocess, sys
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 import nbformat, psutil, pytest
@@ -116,11 +116,10 @@ class Application:
             assert self.proc.poll() is None, self.text()
             with suppress(OSError, ValueError): return json.loads(where.read_text())
         self.at = await until(told, 60, 'the server up')
-        end = time.monotonic() + 60
-        while True:   # it writes that file a moment before it listens
-            try: return await self.request('GET', 'api', 200)
-            except ConnectionRefusedError: assert time.monotonic() < end, self.text()
-            await asyncio.sleep(.05)
+        async def answer():   # it writes that file a moment before it listens
+            with suppress(ConnectionRefusedError): return await self.request('GET', 'api', 200)
+        try: return await until(answer, 60)
+        except AssertionError: raise AssertionError(self.text()) from None
 
     async def request(self, method, path, expect, /, **body):
         r = await AsyncHTTPClient().fetch(HTTPRequest(f'{self.at["url"]}{path}', method,

@@ -1,12 +1,12 @@
 """A real Jupyter Server and a real Kernel Gateway, each a process of its own, with kernels on real hosts: over REST and websocket, as front ends
 use them."""
-import asyncio, json, os, re, signal, socket, subprocess, sys, time, uuid
+import asyncio, json, os, re, signal, socket, subprocess, sys, uuid
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 import psutil, pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
-from pace import Timer, wait, within
+from pace import Timer, until, wait, within
 from kernels import HABITS, Remote
 
 @pytest.fixture(scope='module')
@@ -37,16 +37,13 @@ class Server:
 
     async def ready(self):
         "Whether it answers; false if another process was quicker to take its port"
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            if self.proc.poll() is not None:
-                assert 'in use' in self.text(), self.text()
-                return False
-            if self.listens():
-                await self.request('GET', 'api', 200)
-                return True
-            await asyncio.sleep(.1)
-        raise TimeoutError(self.text())
+        try: await until(lambda: self.proc.poll() is not None or self.listens(), 60, 'the server listens')
+        except AssertionError as e: raise TimeoutError(f'{e}\n{self.text()}') from None
+        if self.proc.poll() is None:
+            await self.request('GET', 'api', 200)
+            return True
+        assert 'in use' in self.text(), self.text()
+        return False
 
     def listens(self):
         with suppress(psutil.Error): return any(o.laddr.port == self.port for o in psutil.Process(self.proc.pid).net_connections('tcp') if o.status == 'LISTEN')
@@ -91,12 +88,10 @@ class Channels:
 
     async def wait(self, found, timeout=40):
         "The first message, of those to come or not looked at yet, for which `found` is true"
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
+        def look():
             while self.messages:
                 if found(m := self.messages.pop(0)): return m
-            await asyncio.sleep(.01)
-        raise TimeoutError('no such message')
+        return await until(look, timeout, 'such a message')
 
     async def start(self, code): return await self.send('execute_request', code=code, silent=False, store_history=True, user_expressions={}, allow_stdin=False, stop_on_error=True)
     async def reply(self, msg_id, timeout=40): return (await self.wait(lambda m: m['msg_type'] == 'execute_reply' and m['parent_header'].get('msg_id') == msg_id, timeout))['content']
@@ -234,10 +229,8 @@ async def test_cull(remote, tmp_path):
         async with s.channels(busy) as c, s.channels(idle) as d:
             await d.run('1')
             await c.start('import time; time.sleep(1000)')
-            async def culled():
-                while len(await s.request('GET', 'api/kernels', 200)) > 1: await asyncio.sleep(.2)
-            await asyncio.wait_for(culled(), 20)
-            assert [o['id'] for o in await s.request('GET', 'api/kernels', 200)] == [busy]
+            async def culled(): return [o['id'] for o in await s.request('GET', 'api/kernels', 200)] == [busy]
+            await until(culled, 20, 'one kernel culled')
         wait(lambda: not remote.lab.kernels(idle), 10)
 
 async def test_kernel_gateway(remote, tmp_path):

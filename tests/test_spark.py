@@ -1,7 +1,7 @@
 "The clusters of tests/spark.py do what the tests of kernels take for granted: a driver in client mode gets executors, and its states are seen."
 import os, subprocess
 import pytest
-from spark import Missing, get_json, need
+from spark import Missing, need
 
 JOB = '''
 import os, sys, time

@@ -1,5 +1,5 @@
 "`jupyter ssh-spec install` as users run it: what each option writes, what is refused, what a failure leaves behind."
-import getpass, json, os, pwd, re, shlex, shutil, signal, stat, subprocess, sys, time
+import getpass, json, os, pwd, re, shlex, shutil, signal, stat, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -8,6 +8,7 @@ from gateway_provisioners_ssh import cli, specs
 from gateway_provisioners_ssh.specs import PACKAGE, Spec, cluster, place
 from gateway_provisioners_ssh.toree import find_spark
 from hosts import interruptible
+from pace import wait
 
 BIN = Path(sys.executable).parent
 COMMAND = [str(BIN/'jupyter-ssh-spec'), 'install']
@@ -441,7 +442,7 @@ def test_interrupted(bench):
     p = subprocess.Popen([*COMMAND, '--prefix', str(bench.prefix), '--python', str(python)], env=bench.env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                          preexec_fn=interruptible)
-    while not Path(f'{python}.runs').exists(): time.sleep(.05)
+    wait(Path(f'{python}.runs').exists, 60)
     p.send_signal(signal.SIGINT)
     assert p.communicate(timeout=20)[0]=='' and p.returncode==130 and not bench.prefix.exists()
 

@@ -1,6 +1,6 @@
 """Tunnelled streams over links that are cut, servers that are restarted, laptops that sleep: on each of five channels no byte is lost, doubled or out of
 order, by digests at both ends; what is kept is bounded; who may have a stream. `-s` shows how long things took."""
-import asyncio, contextlib, hashlib, json, os, random, re, signal, socket, subprocess, sys, textwrap, time
+import asyncio, contextlib, hashlib, json, os, random, re, signal, socket, subprocess, sys, textwrap
 from pathlib import Path
 from types import SimpleNamespace
 import psutil, pytest
@@ -12,7 +12,7 @@ from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.ssh import Pool
 from gateway_provisioners_ssh.tunnel import Forward, KernelPort
 from kernels import Remote, forget
-from pace import slowness
+from pace import Timer, slowness, until
 from test_server import jupyter
 
 MB = 2**20
@@ -53,7 +53,8 @@ async def start(conn, **bounds):
     "That, on the host of `conn`, with a port here for each of its own"
     log = f'/tmp/kernel-{os.urandom(8).hex()}.log'
     process = await spawn(await conn.session(), conn.wait_connected, log, argv=[sys.executable, '-c', KERNEL], env={}, max_bytes=MB)
-    while not (said := re.search(r'^\[[0-9, ]+\]$', await process.tail(), re.M)): await asyncio.sleep(.02)
+    async def ports(): return re.search(r'^\[[0-9, ]+\]$', await process.tail(), re.M)
+    said = await until(ports, 60, 'its ports')
     forwards = [await Forward(conn.tunnel, KernelPort(port, process.id, **bounds)).start() for port in json.loads(said[0])]
     await conn.tunnel.ready()
     return SimpleNamespace(conn=conn, process=process, forwards=forwards)
@@ -119,7 +120,7 @@ def mock():
 
 async def twenty_cuts(host, tunnel):
     for _ in range(20):
-        while not tunnel.session: await asyncio.sleep(.01)
+        await until(lambda: tunnel.session, 60)
         await asyncio.sleep(random.uniform(0, .1))
         host.drop()
 
@@ -165,14 +166,14 @@ async def test_links_cut_for_1_s_and_30_s_and_90_s(net, quick):
     "Three links at once: both ends go on, what they said meanwhile arrives, and the first of it soon after the link is back"
     async def one(host, seconds):
         async with kernel_on(net.client.config, host.name, connect_timeout=2) as kernel:
-            arrived, parts = [], 10*(seconds + 10)
-            def heard(n): arrived.append(time.monotonic())
+            arrived, parts, clock = [], 10*(seconds + 10), Timer()
+            def heard(n): arrived.append(float(clock))
             async def cut():
                 await asyncio.sleep(1)
                 host.cut()
                 await asyncio.sleep(seconds)
                 host.heal()
-                healed.append(time.monotonic())
+                healed.append(float(clock))
             healed = []
             watched = asyncio.ensure_future(exchange(kernel.forwards[0], 7, parts, 1000, .1, heard))
             await asyncio.gather(on_all_five(kernel, cut(), parts, 5000, .1), watched)
@@ -231,8 +232,9 @@ COUNT = 'import time\nfor i in range(150): print(f"<{i}>", "x"*1000, flush=True)
 async def cut_while(host, lines):
     "Kill connections, and restart sshd, each time that ten more lines have come"
     for cut in host.drop, host.drop, host.restart_sshd, host.drop:
-        n = await lines()
-        while await lines() < n+10: await asyncio.sleep(.01)
+        n = await lines() + 10
+        async def more(): return await lines() >= n
+        await until(more, 60, 'ten more lines')
         cut()
 
 async def test_front_end(remote, hosts, tmp_path):
@@ -270,7 +272,8 @@ async def test_more_than_is_kept(mock, caplog):
         got = await reader.readexactly(MB)
         mock[0].refuse(); mock[0].drop()
         agent = agent_of(kernel)
-        while len([o for o in agent.net_connections('tcp') if o.status == 'ESTABLISHED']): await asyncio.sleep(.02)   # it gave the kernel's connection up
+        def connections(): return [o for o in agent.net_connections('tcp') if o.status == 'ESTABLISHED']
+        await until(lambda: not connections(), 60, "the agent gives the kernel's connection up")
         mock[0].accept()
         got += await asyncio.wait_for(reader.read(-1), 30)
         assert b''.join(randoms(1, len(got)//MB+1, MB)).startswith(got) and len(got) > MB + bounds['spool']
@@ -307,9 +310,9 @@ async def test_small_messages_beside_a_flood(hosts):
         reading = asyncio.ensure_future(read())
         between, took = [], []
         for i in range(100):
-            t, before = time.perf_counter(), count
+            t, before = Timer(), count
             await exchange(other.forwards[0], i, 1, 200)
-            took.append(time.perf_counter()-t); between.append(count-before)
+            took.append(float(t)); between.append(count-before)
         reading.cancel()
         writer.close()
         print(f'a connection, a message and its answer beside a flood: median {sorted(took)[50]*1e3:.1f} ms, 99th percentile {sorted(took)[98]*1e3:.1f} ms')
@@ -321,14 +324,14 @@ async def test_requests_while_the_host_is_away(mock):
     bounds = dict(buffer=2**18)
     async with kernel_on(mock.config, 'mock1', bounds) as kernel:
         mock[0].refuse(); mock[0].drop()
-        while kernel.conn.is_up: await asyncio.sleep(.01)
+        await until(lambda: not kernel.conn.is_up, 60)
         reader, writer = await asyncio.open_connection('127.0.0.1', kernel.forwards[0].port)
         writer.write(json.dumps(dict(seed=1, parts=1, size=10, pause=0)).encode() + b'\n')
         data = os.urandom(32*MB)
         writer.write(data)
         writer.write_eof()
         stream = next(iter(kernel.conn.tunnel.ends.values()))
-        while stream.out.room(): await asyncio.sleep(.01)
+        await until(lambda: not stream.out.room(), 60)
         assert stream.out.held <= 2*bounds['buffer'] and writer.transport.get_write_buffer_size() > 16*MB
         mock[0].accept()
         assert (await asyncio.wait_for(reader.read(), 60))[-32:] == hashlib.sha256(data).digest()
@@ -354,7 +357,7 @@ async def test_kernel_that_ends_while_the_link_is_down(mock):
         writer.write(json.dumps(dict(seed=1, parts=40, size=1000, pause=.05, say=True)).encode() + b'\n')
         got = await reader.readexactly(1000)
         mock[0].refuse(); mock[0].drop()
-        while 'sent 19' not in Path(kernel.process.log).read_text(): await asyncio.sleep(.02)   # mock hosts have the files of this machine
+        await until(lambda: 'sent 19' in Path(kernel.process.log).read_text(), 60)   # mock hosts have the files of this machine
         os.kill(kernel.process.pid, signal.SIGKILL)
         mock[0].accept()
         with contextlib.suppress(ConnectionError): got += await asyncio.wait_for(reader.read(), 30)
@@ -393,11 +396,11 @@ async def test_streams_of_an_application_that_is_gone(mock):
             await reader.readexactly(1000)
             gone.state.on('close')   # as if it had been killed: nobody says goodbye
             mock[0].drop()
-            while gone.is_up or gone.tunnel.session: await asyncio.sleep(.01)
+            await until(lambda: not (gone.is_up or gone.tunnel.session), 60)
         await keeper.wait_connected()
         assert held() == 1, json.dumps([str(o) for o in agent_of(kernel).net_connections('tcp')])
         await exchange(kernel.forwards[0], 1, 1, 10)
-        while held(): await asyncio.sleep(.02)
+        await until(lambda: not held(), 60)
         writer.close()
         await end(kernel)
 
