@@ -196,10 +196,15 @@ AUTO = dict(tunneling_enabled='auto')
 
 def way_of(km): return 'direct' if km.get_connection_info()['ip'] != '127.0.0.1' else 'tunnel'
 
+def asked_of(p):
+    "What the connection of a provisioner is asked to find out: the ports that kernels may have, and where launchers report"
+    lowest, highest = map(int, p.port_range.split('..'))
+    return (lowest, highest) if lowest < highest else None, p.response_ip
+
 async def found(km):
     "Why kernels' ports on the host of this kernel cannot be reached, once that is known"
     p = km.provisioner
-    async def ask(): return await p.conn.port_finding(p._ports, p.response_ip)
+    async def ask(): return await p.conn.port_finding(*asked_of(p))
     return await asyncio.wait_for(background().run(ask()), 60)
 
 async def way_found(remote, *hosts, **config):
@@ -275,7 +280,7 @@ async def main():
             ways.append(km.get_connection_info()['ip'])
             why = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(ask(p), background().loop))
     print(json.dumps([ways[1], why]))
-async def ask(p): return await p.conn.port_finding(p._ports, p.response_ip)
+async def ask(p): return await p.conn.port_finding(None, p.response_ip)
 from gateway_provisioners_ssh.background import background
 asyncio.run(main())
 forget()"""
@@ -310,9 +315,9 @@ async def found_again(km):
     "The same as `found`, over the next connection"
     p = km.provisioner
     async def ask(old):
-        await until(lambda: p.conn.port_findings.get((p._ports, p.response_ip)) is not old and p.conn.is_up, 60)
-        return await p.conn.port_finding(p._ports, p.response_ip)
-    return await asyncio.wait_for(background().run(ask(p.conn.port_findings[p._ports, p.response_ip])), 60)
+        await until(lambda: p.conn.port_findings.get(asked_of(p)) is not old and p.conn.is_up, 60)
+        return await p.conn.port_finding(*asked_of(p))
+    return await asyncio.wait_for(background().run(ask(p.conn.port_findings[asked_of(p)])), 60)
 
 async def test_auto_does_not_delay_the_first_start(remote, net, monkeypatch):
     "Behind a firewall that drops packets the first kernel is there while it is still being tried"
@@ -320,7 +325,7 @@ async def test_auto_does_not_delay_the_first_start(remote, net, monkeypatch):
     filtered(net[0], 'drop')
     async with remote.on('node1', config=AUTO) as (km, kc):
         p = km.provisioner
-        assert not p.conn.port_findings[p._ports, p.response_ip].done()
+        assert not p.conn.port_findings[asked_of(p)].done()
         assert way_of(km) == 'tunnel' and await value(kc, '6*7') == 42
 
 async def test_check_says_whether_ports_can_be_reached(net):
