@@ -64,6 +64,22 @@ def net(_net):
     _net.repair()
 
 @pytest.fixture(scope='module')
+def _remote(_loopback, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch: yield Remote(_loopback, tmp_path_factory.mktemp('spec'), patch)
+
+@pytest.fixture
+def remote(_remote, hosts):
+    "Kernelspec ssh_python for the hosts of `hosts`; every test begins without connections"
+    yield _remote
+    forget()
+
+@pytest.fixture
+def fresh_remote(hosts, tmp_path, monkeypatch):
+    "The same in a prefix and an environment of the test's own, beside which `net_remote` may be used in the same file"
+    yield Remote(hosts, tmp_path, monkeypatch)
+    forget()
+
+@pytest.fixture(scope='module')
 def _net_remote(_net, request):
     with pytest.MonkeyPatch.context() as patch: yield Remote(_net, _net.base/request.module.__name__, patch)
 

@@ -7,7 +7,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from traitlets.config import Config
 from kernels import running
-from pace import Timer, within
+from pace import Timer, until, within
 
 def install(prefix, *options):
     "Write a kernelspec below `prefix`; its name, and kernel.json as it was written."
@@ -65,9 +65,10 @@ async def interrupted(k, code, after=.5):
 
 async def stopped_within(limit, k, code, interrupt, after=.5):
     "`stopped`, `within` so many seconds; what the last attempt gives."
+    async def answers(): return (await run(k, '0')).status == 'ok'   # right after an interrupt some kernels abort what comes
     async def seconds():
         nonlocal got
-        while (await run(k, '0')).status != 'ok': pass   # right after an interrupt some kernels abort what comes next
+        await until(answers, 60, 'an answer')
         got = await stopped(k, code, interrupt, after)
         return got.took
     got = None

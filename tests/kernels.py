@@ -197,6 +197,14 @@ async def kill(km, kc):
     assert await asyncio.wait_for(km.provisioner.wait(), 30) == -9
     return float(t)
 
+async def ended(provisioners):
+    "Kill the kernels of provisioners without managers, and do for each what a manager does then"
+    async def end(p):
+        await p.kill()
+        await asyncio.wait_for(p.wait(), 30)
+        await p.cleanup()
+    await asyncio.gather(*map(end, provisioners))
+
 # Processes and ports
 
 def gone(pid):
@@ -290,6 +298,11 @@ async def reported_client(fields):
         await kc.wait_for_ready(timeout=90)
         yield kc
     finally: kc.stop_channels()
+
+def interrupting(k):
+    "What interrupts all processes of a `launched` kernel, as an agent does"
+    async def interrupt(): os.killpg(k.fields['pgid'], signal.SIGINT)
+    return interrupt
 
 async def ticket_of(process):
     "What a process that an agent started was given as its ticket, where it prints `KERNEL_LAUNCH_SECRET` after the title of its log"

@@ -161,6 +161,12 @@ class Cluster:
         "Resident MB of each daemon."
         return {d.name: psutil.Process(d.proc.pid).memory_info().rss >> 20 for d in self.daemons if d.proc.poll() is None}
 
+    def wait_state(self, name:str, state:str, timeout:float=30) -> dict:
+        """The application of that name once its state is `state`: WAITING (YARN says ACCEPTED), RUNNING, FINISHED, FAILED,
+        KILLED."""
+        return wait(lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout,
+                    f'application {name} {state}', pause=.05)
+
     def stop(self):
         "Daemons in the reverse order of their start, then whatever they left behind, then the directory."
         while self.daemons: self.daemons.pop().stop()
@@ -193,11 +199,6 @@ class Standalone(Cluster):
         "The master's applications, newest first, running and ended (`state`), of that name or all."
         d = get_json(f'{self.ui}/json/')
         return [a for a in d['activeapps'] + d['completedapps'] if name in (None, a['name'])]
-
-    def wait_state(self, name:str, state:str, timeout:float=30) -> dict:
-        "The application of that name once its state is `state`: WAITING, RUNNING, FINISHED, FAILED, KILLED."
-        return wait(lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout,
-                    f'application {name} {state}', pause=.05)
 
 class Yarn(Cluster):
     "A YARN ResourceManager and one NodeManager over the local file system, with the capacity scheduler."
@@ -264,11 +265,6 @@ class Yarn(Cluster):
         "The ResourceManager's applications (REST API), of that name or all: `id`, `name`, `user`, `state`, `finalStatus` and more."
         found = (get_json(f'{self.rest}/apps')['apps'] or {}).get('app', [])
         return [a for a in found if name in (None, a['name'])]
-
-    def wait_state(self, name:str, state:str, timeout:float=30) -> dict:
-        "The application of that name once its state is `state`: ACCEPTED, RUNNING, FINISHED, FAILED, KILLED."
-        return wait(lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout,
-                    f'application {name} {state}', pause=.05)
 
 @pytest.fixture(scope='session')
 def cluster_network(request) -> dict:

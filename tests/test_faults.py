@@ -11,14 +11,8 @@ from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import _control, shared
 from gateway_provisioners_ssh.errors import LaunchError
 from gateway_provisioners_ssh.ssh import HostError
-from kernels import Remote, busy, client_of, forget, interrupt, kill, printed, reply_to, value
+from kernels import busy, client_of, ended, forget, interrupt, kill, printed, reply_to, value
 from pace import Deadline, Timer, slowness, until, within
-
-@pytest.fixture
-def remote(hosts, tmp_path, monkeypatch):
-    "Kernelspec ssh_python on loopback hosts"
-    yield Remote(hosts, tmp_path, monkeypatch)
-    forget()
 
 def said(what, timer): print(f'{what}: {float(timer):.1f} s')
 
@@ -189,26 +183,26 @@ def has_another_host_key(h): h.change_host_key()
 
 @pytest.mark.parametrize('fault, words', [(down, 'nothing listens'), (hangs, 'no answer|closed the connection'), (refuses_the_key, 'refused the login'),
                                           (has_another_host_key, 'the host key has changed')], ids=lambda o: getattr(o, '__name__', ''))
-async def test_first_choice_of_host_is_of_no_use(remote, hosts, fault, words):
+async def test_first_choice_of_host_is_of_no_use(fresh_remote, hosts, fault, words):
     conf, conn = dict(connect_timeout=2), None
-    with remote.nothing_left():
+    with fresh_remote.nothing_left():
         fault(hosts[0])
         t = Timer()
-        async with remote.on('host1', 'host2', config=conf) as (km, kc):
+        async with fresh_remote.on('host1', 'host2', config=conf) as (km, kc):
             said(f'first host {fault.__name__}: ready on the next', t)
             assert km.provisioner.conn.host.name == 'host2' and t < 12
             conn = await background().run(shared().pool.connection(Host.parse('host1'), km.provisioner.login))
             assert conn.backoff.failures == 1 and conn.backoff.until > 0
             with pytest.raises(LaunchError, match=f'(?s)host host1.*({words})'):
-                async with remote.on('host1', 'host2', config=conf, env=dict(KERNEL_REMOTE_HOST='host1')): pass
+                async with fresh_remote.on('host1', 'host2', config=conf, env=dict(KERNEL_REMOTE_HOST='host1')): pass
             assert conn.backoff.failures == 2 and conn.backoff.until - time.monotonic() > 1, 'pauses grow'
             fault(hosts[2])
             with pytest.raises(LaunchError, match='no host could start the kernel') as e:
-                async with remote.on('host1', 'host3', config=conf): pass
+                async with fresh_remote.on('host1', 'host3', config=conf): pass
             for h in 'host1', 'host3': assert re.search(f'^- host {h} .*({words})', str(e.value), re.M), e.value
         for h in hosts[0], hosts[2]: h.repair()
         await until(lambda: not conn.backing_off, 10, 'the pause is over')
-        async with remote.on('host1', 'host4', config=conf) as (km, _): assert km.provisioner.conn.host.name == 'host1', 'it is tried again'
+        async with fresh_remote.on('host1', 'host4', config=conf) as (km, _): assert km.provisioner.conn.host.name == 'host1', 'it is tried again'
 
 LIGHT = textwrap.dedent('''
     import os, signal, sys
@@ -223,16 +217,16 @@ LIGHT = textwrap.dedent('''
 
 OPTIONS = '--kernel-id {kernel_id} --response-address {response_address} --port-range {port_range} --public-key {public_key}'.split()
 
-async def test_64_starts_at_once_half_of_them_cancelled(remote, hosts):
+async def test_64_starts_at_once_half_of_them_cancelled(fresh_remote, hosts):
     "On one host with sshd's default settings, on which everything starts from nothing: no connection yet"
-    remote.spec('light', argv=lambda argv: [argv[0], '-c', LIGHT, str(remote.scripts), *OPTIONS], hosts=['host1'])
+    fresh_remote.spec('light', argv=lambda argv: [argv[0], '-c', LIGHT, str(fresh_remote.scripts), *OPTIONS], hosts=['host1'])
     rng, me = random.Random(7), psutil.Process()
-    async with remote.on('host1'): pass
+    async with fresh_remote.on('host1'): pass
     await asyncio.to_thread(forget)
     before = me.num_fds()
-    with remote.nothing_left(30):
+    with fresh_remote.nothing_left(30):
         t = Timer()
-        provisioners = [remote.provisioner('light') for _ in range(64)]
+        provisioners = [fresh_remote.provisioner('light') for _ in range(64)]
         async def start(p, i):
             task = asyncio.ensure_future(p.launch_kernel(**await p.pre_launch(env=dict(os.environ, KERNEL_LAUNCH_TIMEOUT='90'))))
             if i % 2:
@@ -247,11 +241,7 @@ async def test_64_starts_at_once_half_of_them_cancelled(remote, hosts):
         assert len({o['shell_port'] for o in got if isinstance(o, dict)}) == sum(isinstance(o, dict) for o in got)
         for p, o in zip(provisioners, got): assert await p.poll() is None or not isinstance(o, dict)
         assert hosts[0].connections() == 1
-        async def stop(p):
-            await p.kill()
-            await asyncio.wait_for(p.wait(), 30)
-            await p.cleanup()
-        await asyncio.gather(*(stop(p) for p in provisioners))
+        await ended(provisioners)
     assert not shared().ledger.load
     await asyncio.to_thread(forget)
     await until(lambda: me.num_fds() <= before + 2, 10, f'{me.num_fds()} descriptors, {before} before')

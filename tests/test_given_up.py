@@ -8,14 +8,7 @@ from jupyter_client.manager import AsyncKernelManager, KernelManager
 from jupyter_client.multikernelmanager import AsyncMultiKernelManager
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from pace import until, wait
-from kernels import Remote, client_of, running, value
-
-@pytest.fixture(scope='module')
-def installed(_loopback, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_loopback, tmp_path_factory.mktemp('spec'), patch)
-
-@pytest.fixture
-def remote(installed, hosts): return installed
+from kernels import client_of, running, value
 
 class Stages:
     "For managers: note the kernel that was launched, in `launched`"

@@ -11,17 +11,13 @@ from gateway_provisioners_ssh.hosts import Host
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.errors import LaunchError
 from hosts import interruptible
-from kernels import BIN, Remote, client_of, forget, interrupt, kill, printed, taken_ports, value
+from kernels import BIN, client_of, ended, forget, interrupt, kill, printed, taken_ports, value
 from pace import Timer, until, wait, within
 
-@pytest.fixture(scope='module')
-def installed(_loopback, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_loopback, tmp_path_factory.mktemp('spec'), patch)
-
 @pytest.fixture
-def remote(installed, hosts, caplog):
-    "Kernelspec ssh_python on four hosts; every test begins without connections, and leaves no task to complain of"
-    yield installed
+def remote(remote, caplog):
+    "The same, and a test leaves no task to complain of"
+    yield remote
     forget()
     gc.collect()
     for when in ('setup', 'call'): assert not [o.getMessage() for o in caplog.get_records(when) if o.name == 'asyncio' and o.levelno >= logging.ERROR]
@@ -605,13 +601,6 @@ async def background_session(p, name):
     return await bg.background().run(session())
 
 async def started_by(p): return await p.launch_kernel(**await p.pre_launch(env=dict(KERNEL_USERNAME='ada', KERNEL_LAUNCH_TIMEOUT='120')))
-
-async def ended(ps):
-    async def end(p):
-        await p.kill()
-        await asyncio.wait_for(p.wait(), 30)
-        await p.cleanup()
-    await asyncio.gather(*map(end, ps))
 
 @pytest.mark.parametrize('stop', ['shutdown_kernel', 'restart_kernel'])
 async def test_shutdown_and_restart_while_starting(remote, stop):

@@ -8,7 +8,7 @@ from gateway_provisioners_ssh.hosts import parse_hosts
 from gateway_provisioners_ssh.launchers import agent
 from gateway_provisioners_ssh.remote import Refusal, RemoteProcess, spawn
 from pace import until
-from test_agent import OTHER_VERSION, VERSIONS, group_ended, host, host_of, interpreter, logged, sources
+from test_agent import OTHER_VERSION, VERSIONS, fifo, group_ended, host, host_of, interpreter, logged, sources, write
 
 async def listed(session, **kw): return (await session.request('list', **kw))['kernels']
 async def orphans(session): return [o['id'] for o in await listed(session) if o['orphan']]
@@ -196,11 +196,6 @@ async def test_logs_of_this_user_only(host):
     s = await host.open()
     assert [o['kernel'] for o in (await s.request('logs', dir=str(host.tmp)))['logs']] == ['b', 'a']
     assert (await s.request('logs', dir='/no/such'))['logs'] == []
-
-def fifo(host):
-    os.mkfifo(host.dir/'in')
-    return dict(FIFO=str(host.dir/'in'))
-async def write(host, line): await asyncio.wait_for(asyncio.to_thread((host.dir/'in').write_text, line + '\n'), 60)
 
 # Drained
 

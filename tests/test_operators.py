@@ -9,19 +9,14 @@ from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.errors import LaunchError
 from test_impersonation import kernel_of, remote as impersonated
-from kernels import BIN, Remote, client_of, forget, taken_ports, value
+from kernels import BIN, client_of, taken_ports, value
 from pace import Timer, until
 
-@pytest.fixture(scope='module')
-def installed(_loopback, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_loopback, tmp_path_factory.mktemp('spec'), patch)
-
 @pytest.fixture
-def remote(installed, hosts, tmp_path, monkeypatch):
+def remote(remote, tmp_path, monkeypatch):
     monkeypatch.setenv('GP_KERNEL_LOG_DIR', str(tmp_path))
-    monkeypatch.setenv('JUPYTER_PATH', str(installed.prefix/'share/jupyter'))
-    yield installed
-    forget()
+    monkeypatch.setenv('JUPYTER_PATH', str(remote.prefix/'share/jupyter'))
+    return remote
 
 def sh(*argv, status=0, **env):
     "What a command says on standard output; standard error is in `sh.err`"

@@ -9,7 +9,7 @@ from jupyter_client.asynchronous import AsyncKernelClient
 import gateway_provisioners_ssh
 from gateway_provisioners_ssh.handshake import LaunchKeys, connection_info
 from installed import install, interrupted_within, remote_kernel, run, stopped
-from kernels import LaunchFailed, control, launched, left_of
+from kernels import LaunchFailed, control, interrupting, launched, left_of
 from pace import Timer, until, within
 
 PKG = Path(gateway_provisioners_ssh.__file__).parent
@@ -50,11 +50,6 @@ async def r_kernel(server, scripts, *extra, env={}, connection=None, encrypt=Fal
         k.tmp = tmp
         yield k
 
-def interrupt(k):
-    "What interrupts all processes of the kernel, as a supervisor does."
-    async def kill(): os.killpg(k.fields['pgid'], signal.SIGINT)
-    return kill
-
 async def test_compute_and_plot(server, scripts):
     async with r_kernel(server, scripts) as k:
         got = await run(k, 'x <- 6 * 7; cat(x); sum(1:10)')
@@ -71,7 +66,7 @@ async def test_interrupts(server, scripts):
         assert k.fields['pid']==k.fields['pgid']==k.proc.pid
         await run(k, 'x <- 0')
         for code in ('repeat x <- x + 1', 'Sys.sleep(1000)', 'system("sleep 1000")'):
-            async def seconds(): return (await stopped(k, code, interrupt(k))).took
+            async def seconds(): return (await stopped(k, code, interrupting(k))).took
             await within(1, seconds)
         for _ in range(50):   # where no cell runs, and while one begins and ends
             os.killpg(k.fields['pgid'], signal.SIGINT)

@@ -12,7 +12,7 @@ from gateway_provisioners_ssh import toree
 from gateway_provisioners_ssh.handshake import (PROTOCOL, HandshakeError, LaunchKeys, connection_info, parse_message,
                                                 port_names)
 from installed import install, run, stopped, stopped_within
-from kernels import LaunchFailed, gone, launched_alone, taken_ports
+from kernels import LaunchFailed, gone, interrupting, launched_alone, taken_ports
 from pace import until
 from spark import CACHE, Missing, need, spark_home
 
@@ -162,10 +162,6 @@ def files(d):  # `os.walk` does not mind directories that go while it looks
     return [Path(at)/o for at,dirs,names in os.walk(d)
             for o in [*names, *(o for o in dirs if o.startswith(('spark-', 'toree', 'blockmgr')))]]
 
-def group(k):
-    async def interrupt(): os.killpg(k.fields['pgid'], signal.SIGINT)
-    return interrupt
-
 ENDLESS = 'sc.parallelize(1 to 4, 4).map { x => Thread.sleep(1000000); x }.count'
 
 async def test_a_kernel(server, spec, tmp_path):
@@ -195,7 +191,7 @@ async def test_a_kernel(server, spec, tmp_path):
         got = await run(k, 'import spark.implicits._; println(Seq(1, 2, 3).toDF("a").count, sc.master)')   # Spark
         assert got.text.strip()=='(3,local[2])', got.error
         for code in ('while (true) {}', 'Thread.sleep(1000000)', 'import sys.process._; "sleep 1000".!', ENDLESS):
-            got = await stopped_within(1, k, code, group(k), after=1.5)
+            got = await stopped_within(1, k, code, interrupting(k), after=1.5)
             total = await run(k, 'println(sc.parallelize(1 to 10, 4).map(_ + x).sum)')
             assert total.text.strip()=='475.0', 'the context is usable, nothing is lost'
         assert re.search('cancelled', got.error)
@@ -216,7 +212,7 @@ async def test_a_restart_and_a_kill(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, before=('sh', '-c', 'trap "" INT; exec "$@"', 'sh')) as k:
         first = connection_info(k.fields)
         # whoever started run.sh with SIGINT ignored
-        await stopped_within(1, k, 'while (true) {}', group(k), after=1.5)
+        await stopped_within(1, k, 'while (true) {}', interrupting(k), after=1.5)
         os.killpg(k.fields['pgid'], signal.SIGTERM)
         assert await asyncio.wait_for(k.exited, 20)==143
     async with scala_kernel(server, spec, tmp_path, connection=first) as k:
@@ -236,20 +232,20 @@ async def test_interrupted_at_any_time(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path) as k:
         # until Toree has given a cell to a thread there is nothing to interrupt, and the first takes it longest
         await run(k, '1')
-        first = await stopped(k, 'spark.range(1000000000000000L).filter("id % 7 = 0").count', group(k), after=.2)
+        first = await stopped(k, 'spark.range(1000000000000000L).filter("id % 7 = 0").count', interrupting(k), after=.2)
         assert first.status=='error'
         await run(k, '''def query(rows: Long) = spark.sql(
             Seq.fill(40)(s"select id from range(0, $rows, 1, 1) where id % 7 = 0").mkString(" union all "))
 val (endless, short) = (query(1000000000000000L), query(1))''')
         for after in (.2, .4, 1):
-            assert (await stopped(k, 'endless.count', group(k), after)).status=='error'
+            assert (await stopped(k, 'endless.count', interrupting(k), after)).status=='error'
             got = await run(k, 'println(short.count)')
             assert got.text.strip()=='40', f'planned as long, so that the other would have its job first: {got.error}'
 
 async def test_no_context(server, spec, tmp_path):
     async with scala_kernel(server, spec, tmp_path, mode='none') as k:
         for name in ('sc', 'spark'): assert f'not found: value {name}' in (await run(k, name)).error
-        await group(k)()
+        await interrupting(k)()
         session = await run(k, 'println(org.apache.spark.sql.SparkSession.getDefaultSession)')
         assert session.text.strip()=='None', 'an interrupt does not make a context'
 
@@ -343,7 +339,7 @@ async def test_report_to_the_agent(server, spec, tmp_path):
             for o in port_names}
         await until(lambda: all(gone(o.pid) for o in kernel.children(recursive=True)), 5,
                     'the process that would have removed what is left has ended')
-        await stopped_within(1, k, 'while (true) {}', group(k), after=1.5)
+        await stopped_within(1, k, 'while (true) {}', interrupting(k), after=1.5)
         assert (await run(k, 'println(6 * 7)')).text.strip()=='42'
 
         os.kill(f['pid'], signal.SIGKILL)

@@ -16,7 +16,7 @@ from gateway_provisioners_ssh.liveness import Pace
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner
 from gateway_provisioners_ssh.settings import SettingError
 from gateway_provisioners_ssh.ssh import Pool
-from kernels import Remote, forget, value
+from kernels import value
 from pace import Timer, until
 
 # Links
@@ -44,11 +44,10 @@ async def test_the_system_notices_a_dead_link(net_remote, net, monkeypatch, capl
     "Whether nothing is under way or something that is never acknowledged; no answer is ever asked for"
     await link_of(net_remote, monkeypatch, caplog, what)
 
-async def test_a_frozen_host_is_noticed_by_heartbeats(remote_of_loopback, monkeypatch, caplog):
+async def test_a_frozen_host_is_noticed_by_heartbeats(fresh_remote, monkeypatch, caplog):
     "Its TCP goes on answering"
     monkeypatch.setattr(Pace, 'shortest', .2)
-    remote, lab = remote_of_loopback
-    async with remote.on('host1', config=dict(connect_timeout=.5)) as (km, kc):
+    async with fresh_remote.on('host1', config=dict(connect_timeout=.5)) as (km, kc):
         conn = km.provisioner.conn
         agent = psutil.Process(conn.agent.hello['pid'])
         agent.suspend()
@@ -57,11 +56,6 @@ async def test_a_frozen_host_is_noticed_by_heartbeats(remote_of_loopback, monkey
         assert 'host host1 does not answer' in caplog.text
         await until(lambda: conn.is_up, 60, 'connected again')
         assert await value(kc, '6*7') == 42
-
-@pytest.fixture
-def remote_of_loopback(hosts, tmp_path, monkeypatch):
-    yield Remote(hosts, tmp_path, monkeypatch), hosts
-    forget()
 
 async def test_a_connection_has_one_descriptor(hosts, client):
     me, pool = psutil.Process(), Pool()

@@ -3,18 +3,11 @@ use them."""
 import asyncio, json, os, re, signal, socket, subprocess, sys, uuid
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-import psutil, pytest
+import psutil
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
 from pace import Timer, until, wait, within
-from kernels import HABITS, Remote
-
-@pytest.fixture(scope='module')
-def installed(_loopback, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch: yield Remote(_loopback, tmp_path_factory.mktemp('spec'), patch)
-
-@pytest.fixture
-def remote(installed, hosts): return installed
+from kernels import HABITS
 
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]

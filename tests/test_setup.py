@@ -3,7 +3,7 @@ import functools, re, shlex, sysconfig, threading, zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from kernels import running, value
-from test_operators import as_json, command, installed, remote, sh
+from test_operators import as_json, command, remote, sh
 
 @pytest.fixture
 def index(tmp_path):

@@ -3,9 +3,9 @@ import asyncio, os, shutil, signal, subprocess
 from pathlib import Path
 import pytest
 from installed import install, interrupted_within, remote_kernel, run, stopped, stopped_within
-from kernels import LaunchFailed, left_of
+from kernels import LaunchFailed, interrupting, left_of
 from pace import until
-from test_r import interrupt, irkernel, r_kernel, scripts
+from test_r import irkernel, r_kernel, scripts
 
 def sparkr_home(cluster):
     "The cluster's Spark with the R library that pip's Spark lacks: a stand-in of ours (tests/sparkr), for Spark's own is in no package registry."
@@ -33,11 +33,11 @@ async def test_eager(server, scripts, spark_standalone):
         assert (await run(k, 'cat(count(sql("select id from range(1000) where id % 7 = 0")))')).text=='143'
         assert k.fields['pgid']==k.fields['pid']!=k.proc.pid, 'a group apart from the JVM'
         for code in ('Sys.sleep(1000)', ENDLESS, ENDLESS):
-            await stopped_within(1, k, code, interrupt(k), after=1)
+            await stopped_within(1, k, code, interrupting(k), after=1)
             assert (await run(k, 'cat(count(sql("select 1")))')).text=='1', 'R, JVM and context are still there, and free'
         await run(k, 'query <- function(n) sql(paste(rep(paste("select id from range(0,", n, ", 1, 1) where id % 7 = 0"), 40), collapse = " union all "))')
         await run(k, 'endless <- query("1000000000000000"); short <- query("1")')
-        assert (await stopped(k, 'count(endless)', interrupt(k), after=.2)).status=='abort'
+        assert (await stopped(k, 'count(endless)', interrupting(k), after=.2)).status=='abort'
         assert (await run(k, 'cat(count(short))')).text=='40', 'the job of what was interrupted before it had one does not begin afterwards'
         await k.client.shutdown(reply=True, timeout=10)
         assert await asyncio.wait_for(k.exited, 20)==0

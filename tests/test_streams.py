@@ -11,7 +11,6 @@ from gateway_provisioners_ssh.mock_ssh import MockHosts
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.ssh import Pool
 from gateway_provisioners_ssh.tunnel import Forward, KernelPort
-from kernels import Remote, forget
 from pace import Timer, slowness, until
 from test_server import jupyter
 
@@ -221,11 +220,6 @@ async def asleep(config, host):
             print('under way', flush=True)
         await on_all_five(kernel, say(), 100, 20_000, .05)
     print('all of it')
-
-@pytest.fixture
-def remote(hosts, tmp_path, monkeypatch):
-    yield Remote(hosts, tmp_path, monkeypatch)
-    forget()
 
 COUNT = 'import time\nfor i in range(150): print(f"<{i}>", "x"*1000, flush=True); time.sleep(.05)'
 
