@@ -1,11 +1,11 @@
 """One measured host application: `python bench_driver.py JOB` with JOB a JSON object; prints one JSON object of numbers.
 
-Runs in the environment of the provisioner under test, so it imports nothing but the standard library and jupyter_client.
-The manager is the one that Jupyter Server uses (its restarter asks each kernel every three seconds whether it lives).
-JOB: kernels: kernelspec names, used in turn. phase: "one" (a kernel: start, restart, round trip, output), "first" (a fresh application's
-first start, where hosts stand by for it if they can), "imports" (start until `job["module"]` is imported) or "many" (`count` at once).
-standby: have hosts make their templates before what is measured. sides: how to tell the processes of this side from those of the hosts, see `Sides`.
-"""
+Runs in the environment of the provisioner under test, so it imports nothing but the standard library and
+jupyter_client. The manager is the one that Jupyter Server uses (its restarter asks each kernel every three seconds
+whether it lives). JOB: kernels: kernelspec names, used in turn. phase: "one" (a kernel: start, restart, round trip,
+output), "first" (a fresh application's first start, where hosts stand by for it if they can), "imports" (start until
+`job["module"]` is imported) or "many" (`count` at once). standby: have hosts make their templates before what is
+measured. sides: how to tell the processes of this side from those of the hosts, see `Sides`."""
 import asyncio, json, os, statistics, sys, time
 
 clock, tick, apart = time.perf_counter, 0.002, 0.01
@@ -43,8 +43,9 @@ def netns(pid):
 
 
 class Sides:
-    """Sorts processes into this side's and the hosts'. A host has what descends from its sshd (`sshds`, pids), runs in its network
-    namespace (`spaces`, inodes) or carries the environment entry `there`; this side has its descendants and what carries `here`."""
+    """Sorts processes into this side's and the hosts'. A host has what descends from its sshd (`sshds`, pids), runs in
+    its network namespace (`spaces`, inodes) or carries the environment entry `there`; this side has its descendants and
+    what carries `here`."""
     def __init__(self, sshds, spaces, there, here):
         self.sshds, self.spaces, self.marks = set(sshds), set(spaces), (there.encode(), here.encode())
 
@@ -52,7 +53,8 @@ class Sides:
         "`(here, there)` without `kernels`; `there` includes the sshd daemons, the reapers of their sessions."
         procs = processes()
         envs = {p: read(f"/proc/{p}/environ").split(b"\0") for p in procs}
-        there = below(self.sshds, procs) | {p for p in procs if self.marks[0] in envs[p] or (self.spaces and netns(p) in self.spaces)}
+        there = (below(self.sshds, procs)
+                 | {p for p in procs if self.marks[0] in envs[p] or (self.spaces and netns(p) in self.spaces)})
         here = (below({os.getpid()}, procs) | {p for p in procs if self.marks[1] in envs[p]}) - there
         return here - set(kernels), there - set(kernels)
 
@@ -91,8 +93,9 @@ class Ticker:
         self.task.cancel()
 
     def held(self):
-        """Worst and 99th percentile, seconds. A tick that comes 1 s late stands for the 500 that it kept from happening:
-        they are counted too, each with the wait it would have had, so the percentile is that of a moment in time."""
+        """Worst and 99th percentile, seconds. A tick that comes 1 s late stands for the 500 that it kept from
+        happening: they are counted too, each with the wait it would have had, so the percentile is that of a moment in
+        time."""
         late, ticks = sorted(x for l in self.late for x in _steps(l)), sorted(self.late)
         return dict(loop_worst=late[-1], loop_p99=late[int(len(late)*.99)], loop_p99_ticks=ticks[int(len(ticks)*.99)])
 
@@ -182,7 +185,8 @@ class Kernel:
 
 
 async def stand_by(job):
-    "Have the hosts of all kernelspecs make their templates, and wait until they have; nothing where the job does not say so."
+    """Have the hosts of all kernelspecs make their templates, and wait until they have; nothing where the job does not
+    say so."""
     for name in job["kernels"] if job.get("standby") else ():
         from gateway_provisioners_ssh.background import background
         km = Manager(kernel_name=name)
@@ -191,14 +195,16 @@ async def stand_by(job):
         async def make(host):
             attempt = await p.reach(host, request, time.monotonic()+30)
             said = await attempt.start_message(await attempt.make_keys())
-            return await attempt.target.agent.request("standby", **{k: said[k] for k in ("argv", "env", "spec_env", "standby")})
+            return await attempt.target.agent.request("standby",
+                                                      **{k: said[k] for k in ("argv", "env", "spec_env", "standby")})
         for host in p.remote_hosts:
             if why := (await background().run(make(host)))["cold"]: raise RuntimeError(f"{host} cannot stand by: {why}")
 
 
 def _provisioner(km):
     from jupyter_client.provisioning import KernelProvisionerFactory
-    return KernelProvisionerFactory.instance(parent=km.parent).create_provisioner_instance("standby", km.kernel_spec, parent=km)
+    return KernelProvisionerFactory.instance(parent=km.parent).create_provisioner_instance("standby", km.kernel_spec,
+        parent=km)
 
 
 async def first(job, side):
@@ -222,7 +228,8 @@ async def imports(job, side):
 
 
 async def one(job, side):
-    "A fresh host application: a first kernel, further ones on the same host, a restart, then round trips and output of the last."
+    """A fresh host application: a first kernel, further ones on the same host, a restart, then round trips and output
+    of the last."""
     res, k = dict(first_reply=[], restart=[]), Kernel(job["kernels"][0], job["env"])
     res["first_reply_cold"] = await k.start()
     await stand_by(job)
@@ -247,8 +254,9 @@ async def one(job, side):
 
 
 async def many(job, side):
-    """`count` starts at once in a host application that has had one kernel so far, then all of them idle. The requests come 10 ms apart,
-    as requests do: in one turn of the loop, even jupyter_client's own work for each would add up to one long hold."""
+    """`count` starts at once in a host application that has had one kernel so far, then all of them idle. The requests
+    come 10 ms apart, as requests do: in one turn of the loop, even jupyter_client's own work for each would add up to
+    one long hold."""
     names = job["kernels"]
     before = Kernel(names[0], job["env"])
     await before.start()
@@ -261,8 +269,8 @@ async def many(job, side):
         got = await asyncio.gather(*(k.start(i*apart) for i, k in enumerate(ks)), return_exceptions=True)
         t = clock()-t
     good = [t for t in got if isinstance(t, float)]
-    res = dict(replied=len(good), errors=[f"{type(e).__name__}: {e}"[:300] for e in got if not isinstance(e, float)], **ticker.held(),
-               loop_p99_bystander=other.late["loop_p99"])
+    res = dict(replied=len(good), errors=[f"{type(e).__name__}: {e}"[:300] for e in got if not isinstance(e, float)],
+               **ticker.held(), loop_p99_bystander=other.late["loop_p99"])
     if good: res |= dict(start_median=statistics.median(good), start_all=t)
     if job["idle"] and good:
         for k in ks: getattr(k, "kc", None) and k.kc.stop_channels()
@@ -275,7 +283,8 @@ async def many(job, side):
 
 
 async def idle(job, side, kernels):
-    "CPU over some seconds, in percent of one core, and memory per kernel, of idle `kernels`; `mem_all` is that of all on the hosts."
+    """CPU over some seconds, in percent of one core, and memory per kernel, of idle `kernels`; `mem_all` is that of all
+    on the hosts."""
     await asyncio.sleep(3)
     here, there = side.sort(kernels)
     groups, t = dict(here=here, there=there, kernels=kernels), clock()
@@ -283,8 +292,9 @@ async def idle(job, side, kernels):
     await asyncio.sleep(job["idle"])
     res = {f"cpu_{g}": (cpu(p)-before[g])/(clock()-t)*100 for g, p in groups.items()}
     beside, n = there-side.sshds, len(kernels)
-    return res | dict(cpu=sum(res.values()), mem_all=pss(beside | set(kernels)), mem_beside=pss(beside)/n, mem_kernel=pss(kernels)/n, mem_here=pss(here),
-                      mem_there=pss(beside | set(kernels))/n, processes_there=len(beside)/n, processes_here=len(here)/n,
+    return res | dict(cpu=sum(res.values()), mem_all=pss(beside | set(kernels)), mem_beside=pss(beside)/n,
+                      mem_kernel=pss(kernels)/n, mem_here=pss(here), mem_there=pss(beside | set(kernels))/n,
+                      processes_there=len(beside)/n, processes_here=len(here)/n,
                       threads_here=len(os.listdir("/proc/self/task")), files_here=len(os.listdir("/proc/self/fd")))
 
 
@@ -294,6 +304,7 @@ if __name__ == "__main__":
     os.makedirs(jupyter_runtime_dir(), 0o700, exist_ok=True)  # as every Jupyter application does
     if sys.argv[1] == "bystander": sys.exit(asyncio.run(bystander()))
     job = json.loads(sys.argv[1])
-    result = asyncio.run(dict(one=one, first=first, imports=imports, many=many)[job["phase"]](job, Sides(**job["sides"])))
+    result = asyncio.run(dict(one=one, first=first, imports=imports, many=many)[job["phase"]](job,
+        Sides(**job["sides"])))
     print(json.dumps(result), flush=True)
     os._exit(0)  # how long a provisioner's threads take to end is not the matter here

@@ -4,12 +4,12 @@
     python tests/bench_scale.py --counts 1 10 --idle 5                # does it all work?
     python tests/bench_scale.py --output nbs/explanation/scale.json   # what the notebook beside it shows
 
-The hosts are addresses of the loopback network (127.0.0.0/8), so Linux is needed, and one real OpenSSH server listens on all of
-them; to the host application they are as many hosts as there are addresses. Each has a process of its own to watch, a `sleep`.
-For every number of hosts two processes are measured, one after the other: one that has this package's connections, and one that
-has as many bare connections of paramiko with one session channel each and nothing of this package. What the first has more than
-the second is the package's own. Memory is what the process has grown by since before the first connection, in KB.
-"""
+The hosts are addresses of the loopback network (127.0.0.0/8), so Linux is needed, and one real OpenSSH server listens
+on all of them; to the host application they are as many hosts as there are addresses. Each has a process of its own to
+watch, a `sleep`. For every number of hosts two processes are measured, one after the other: one that has this package's
+connections, and one that has as many bare connections of paramiko with one session channel each and nothing of this
+package. What the first has more than the second is the package's own. Memory is what the process has grown by since
+before the first connection, in KB."""
 import argparse, asyncio, json, os, platform, resource, shutil, socket, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,17 +30,23 @@ class Sshd:
         with socket.socket() as s: s.bind(("0.0.0.0", 0)); self.port = s.getsockname()[1]
         public = " ".join((self.dir/"host_key.pub").read_text().split()[:2])
         (self.dir/"known_hosts").write_text("".join(f"[{address(i)}]:{self.port} {public}\n" for i in range(count)))
-        (self.dir/"config").write_text(f"Host *\n IdentityFile {self.dir}/key\n UserKnownHostsFile {self.dir}/known_hosts\n IdentityAgent none\n")
-        options = dict(ListenAddress="0.0.0.0", Port=self.port, HostKey=self.dir/"host_key", PidFile="none", StrictModes="no", UsePAM="no",
-                       AuthorizedKeysFile=self.dir/"authorized", MaxStartups=200, SetEnv=f'"TMPDIR={self.dir}" "HOME={self.dir}" "PATH={Path(sys.executable).parent}:/usr/bin:/bin"')
+        (self.dir/"config").write_text(f"Host *\n IdentityFile {self.dir}/key\n UserKnownHostsFile "
+                                       f"{self.dir}/known_hosts\n IdentityAgent none\n")
+        options = dict(ListenAddress="0.0.0.0", Port=self.port, HostKey=self.dir/"host_key", PidFile="none",
+                       StrictModes="no", UsePAM="no", AuthorizedKeysFile=self.dir/"authorized", MaxStartups=200,
+                       SetEnv=f'"TMPDIR={self.dir}" "HOME={self.dir}" '
+                              f'"PATH={Path(sys.executable).parent}:/usr/bin:/bin"')
         (self.dir/"sshd_config").write_text("".join(f"{k} {v}\n" for k, v in options.items()))
 
     def __enter__(self):
-        def many_files(): resource.setrlimit(resource.RLIMIT_NOFILE, [max(resource.getrlimit(resource.RLIMIT_NOFILE))]*2)  # one agent serves all
+        # one agent serves all
+        def many_files():
+            resource.setrlimit(resource.RLIMIT_NOFILE, [max(resource.getrlimit(resource.RLIMIT_NOFILE))]*2)
         Path("/run/sshd").mkdir(exist_ok=True) if os.getuid() == 0 else None
         self.log = open(self.dir/"log", "wb")
-        self.proc = subprocess.Popen([shutil.which("sshd", path=SBIN), "-D", "-e", "-f", self.dir/"sshd_config"], stdin=subprocess.DEVNULL,
-                                     stdout=self.log, stderr=self.log, start_new_session=True, preexec_fn=many_files)
+        self.proc = subprocess.Popen([shutil.which("sshd", path=SBIN), "-D", "-e", "-f", self.dir/"sshd_config"],
+                                     stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, start_new_session=True,
+                                     preexec_fn=many_files)
         wait(lambda: b"Server listening" in (self.dir/"log").read_bytes(), what="sshd listening")
         return self
 
@@ -71,14 +77,16 @@ def cost(seconds):
     t, cpu, wakes = time.monotonic(), time.process_time(), wake_ups()
     time.sleep(seconds)
     took = time.monotonic()-t
-    return dict(cpu=100*(time.process_time()-cpu)/took, wakes=(wake_ups()-wakes)/took, threads=len(threads()), files=len(os.listdir("/proc/self/fd")))
+    return dict(cpu=100*(time.process_time()-cpu)/took, wakes=(wake_ups()-wakes)/took, threads=len(threads()),
+                files=len(os.listdir("/proc/self/fd")))
 
 
 # --- paramiko alone ---
 def bare(job):
     import paramiko
     paramiko.util.logging.getLogger("paramiko").setLevel("CRITICAL")
-    key, host_key = paramiko.Ed25519Key(filename=f"{job['dir']}/key"), paramiko.Ed25519Key(filename=f"{job['dir']}/host_key")
+    key, host_key = (paramiko.Ed25519Key(filename=f"{job['dir']}/key"),
+                     paramiko.Ed25519Key(filename=f"{job['dir']}/host_key"))
     def connect(i):
         client = paramiko.SSHClient()
         client.get_host_keys().add(f"[{address(i)}]:{job['port']}", host_key.get_name(), host_key)
@@ -99,12 +107,14 @@ async def connected(job):
     from gateway_provisioners_ssh.hosts import Host, Login
     from gateway_provisioners_ssh.remote import spawn
     from gateway_provisioners_ssh.ssh import Pool
-    pool, login, few = Pool(), Login(port=job["port"], connect_timeout=5, config=f"{job['dir']}/config"), asyncio.Semaphore(8)
+    pool, login, few = (Pool(), Login(port=job["port"], connect_timeout=5, config=f"{job['dir']}/config"),
+                        asyncio.Semaphore(8))
     async def start(i):
         async with few:
             conn = await pool.connection(Host(address(i), port=job["port"]), login)
             conn.pythons = (sys.executable,)
-            return await spawn(await conn.session(), conn.wait_connected, f"{job['dir']}/log-{i}", title="sleep", max_bytes=8192, argv=["sleep", "3600"], env={}, orphan_timeout=30)
+            return await spawn(await conn.session(), conn.wait_connected, f"{job['dir']}/log-{i}", title="sleep",
+                               max_bytes=8192, argv=["sleep", "3600"], env={}, orphan_timeout=30)
     return pool, await asyncio.gather(*(start(i) for i in range(job["count"])))
 
 
@@ -128,7 +138,8 @@ def start_cost(count, times=200):
     from jupyter_client.kernelspec import KernelSpec
     from traitlets.config import Config
     from gateway_provisioners_ssh.provisioner import DistributedProvisioner
-    config = Config(DistributedProvisioner=dict(remote_hosts=[f"user@node{i}:2222" for i in range(count)], load_balancing_algorithm="least-connection"))
+    config = Config(DistributedProvisioner=dict(remote_hosts=[f"user@node{i}:2222" for i in range(count)],
+                                                load_balancing_algorithm="least-connection"))
     spec, took = KernelSpec(argv=["python3", "{response_address}"]), []
     for i in range(times):
         t = time.perf_counter()
@@ -146,14 +157,16 @@ def drive(job): print(json.dumps(dict(bare=bare, ours=ours)[job["subject"]](job)
 # --- all of it ---
 def run(subject, sshd, count, idle):
     job = dict(subject=subject, dir=str(sshd.dir), port=sshd.port, count=count, idle=idle)
-    p = subprocess.run([sys.executable, __file__, "drive", json.dumps(job)], text=True, capture_output=True, timeout=1800)
+    p = subprocess.run([sys.executable, __file__, "drive", json.dumps(job)], text=True, capture_output=True,
+                       timeout=1800)
     if p.returncode: raise RuntimeError(p.stderr[-4000:])
     return json.loads(p.stdout.strip().splitlines()[-1])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100, 300, 1000], help="numbers of hosts (default: 1 10 100 300 1000)")
+    p.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100, 300, 1000],
+                   help="numbers of hosts (default: 1 10 100 300 1000)")
     p.add_argument("--idle", type=float, default=60, help="seconds that each is left idle (default: %(default)s)")
     p.add_argument("--output", type=Path, help="write the results there as JSON")
     args = p.parse_args()

@@ -12,15 +12,17 @@ def need(reason):
     "Skip for `reason`, if there is one; under CI a missing piece is a failure"
     if reason: (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
 
-LONGEST = ('test_spark', 'test_matrix', 'test_page', 'test_faults', 'test_lifecycle', 'test_standby', 'test_operators', 'test_streams', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network', 'test_hosts',
-           'test_server', 'test_impersonation')
+LONGEST = ('test_spark', 'test_matrix', 'test_page', 'test_faults', 'test_lifecycle', 'test_standby', 'test_operators',
+           'test_streams', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network',
+           'test_hosts', 'test_server', 'test_impersonation')
 
 def group(file):
     "What runs in one process: the files test_spark*.py, so that each cluster is started once, and each other file"
     return 'test_spark' if (name := Path(file).stem).startswith('test_spark') else name
 
 def pytest_collection_modifyitems(items):
-    "What takes longest comes first, so that no process is at it alone in the end; but Scala, which computes like Spark, not beside it at once"
+    """What takes longest comes first, so that no process is at it alone in the end; but Scala, which computes like
+    Spark, not beside it at once"""
     items.sort(key=lambda o: [*LONGEST, group(o.path)].index(group(o.path)))
 
 @pytest.hookimpl(optionalhook=True)
@@ -32,7 +34,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope='session', autouse=True)
 def client(tmp_path_factory):
-    "The client's side of SSH; its home is HOME for all tests, and no gateway, Jupyter or agent setting of the caller's reaches them"
+    """The client's side of SSH; its home is HOME for all tests, and no gateway, Jupyter or agent setting of the
+    caller's reaches them"""
     client = Client(tmp_path_factory.mktemp('client'))
     old, env = dict(os.environ), client.environ()
     os.environ.clear(); os.environ.update(env)
@@ -51,14 +54,16 @@ def _net(client, tmp_path_factory):
 
 @pytest.fixture
 def hosts(_loopback):
-    "Four hosts on loopback addresses, host1 to host4, made whole after every test; the first kernel of each is for the first of its hosts"
+    """Four hosts on loopback addresses, host1 to host4, made whole after every test; the first kernel of each is for
+    the first of its hosts"""
     balance.load_balancer.cache_clear()
     yield _loopback
     _loopback.repair()
 
 @pytest.fixture
 def net(_net):
-    "Four hosts in network namespaces, node1 to node4, made whole after every test; the first kernel of each is for the first of its hosts"
+    """Four hosts in network namespaces, node1 to node4, made whole after every test; the first kernel of each is for
+    the first of its hosts"""
     balance.load_balancer.cache_clear()
     yield _net
     _net.repair()

@@ -1,12 +1,13 @@
 """Real OpenSSH servers to test against: on loopback addresses as any user, in network namespaces as root.
 
-`with LoopbackLab(4) as lab` starts sshd with its default settings four times, as host1 to host4; `NetLab(4)` makes node1 to node4,
-each a network namespace with its own address, port 22, host name, users, home and /tmp, on a switch whose links can be cut, slowed
-and filtered. `lab.client` is the client's side: a home with `.ssh/config`, `.ssh/known_hosts` and a key.
+`with LoopbackLab(4) as lab` starts sshd with its default settings four times, as host1 to host4; `NetLab(4)` makes
+node1 to node4, each a network namespace with its own address, port 22, host name, users, home and /tmp, on a switch
+whose links can be cut, slowed and filtered. `lab.client` is the client's side: a home with `.ssh/config`,
+`.ssh/known_hosts` and a key.
 
-Whatever a lab starts ends with it: a small process of its own clears up when the lab is closed or its owner dies, and a new lab first
-clears up what a crash of both left. Addresses, names and processes are unique to a lab, so test runs may share a machine.
-"""
+Whatever a lab starts ends with it: a small process of its own clears up when the lab is closed or its owner dies, and a
+new lab first clears up what a crash of both left. Addresses, names and processes are unique to a lab, so test runs may
+share a machine."""
 import contextlib, ctypes, fcntl, heapq, os, pwd, random, re, secrets, select, shutil, signal, socket, struct, subprocess, sys, time
 from collections import namedtuple
 from pathlib import Path
@@ -16,8 +17,10 @@ from pace import wait
 BASE = Path(f'/tmp/gpt-hosts-{os.getuid()}')   # of all labs of this user; short, for the sake of Unix sockets below it
 REPO = Path(__file__).resolve().parents[1]
 SBIN = os.environ.get('PATH', '') + ':/usr/local/sbin:/usr/sbin:/sbin'
-AGENT = re.compile(r'/gpssh-\d+/agent-[0-9a-f]+$|/\.cache/gateway_provisioners_ssh/[0-9a-f]{64}/')   # its socket, and kernelspecs' files, which stay
-Proc = namedtuple('Proc', 'pid ppid name cmdline kernel_id')   # a process; `kernel_id` is its environment's KERNEL_ID, or ''
+# its socket, and kernelspecs' files, which stay
+AGENT = re.compile(r'/gpssh-\d+/agent-[0-9a-f]+$|/\.cache/gateway_provisioners_ssh/[0-9a-f]{64}/')
+# a process; `kernel_id` is its environment's KERNEL_ID, or ''
+Proc = namedtuple('Proc', 'pid ppid name cmdline kernel_id')
 
 # Processes, as /proc shows them
 
@@ -28,7 +31,8 @@ def _read(pid, what):
 
 def _pids(): return [int(o) for o in os.listdir('/proc') if o.isdigit()]
 def _environ(pid): return dict(o.split('=', 1) for o in os.fsdecode(_read(pid, 'environ')).split('\0') if '=' in o)
-def _stat(pid): return _read(pid, 'stat').rpartition(b')')[2].split()   # from the state on: state ppid pgrp ... starttime is 19
+# from the state on: state ppid pgrp ... starttime is 19
+def _stat(pid): return _read(pid, 'stat').rpartition(b')')[2].split()
 
 def _proc(pid):
     st = _stat(pid)
@@ -45,7 +49,8 @@ def _kill_all(pids, timeout=10):
             with contextlib.suppress(ProcessLookupError): os.kill(o.pid, signal.SIGKILL)
         return not left
     try: wait(killed, timeout)
-    except TimeoutError as e: raise TimeoutError(f'still there after SIGKILL: {[*filter(None, map(_proc, pids()))]}') from e
+    except TimeoutError as e:
+        raise TimeoutError(f'still there after SIGKILL: {[*filter(None, map(_proc, pids()))]}') from e
 
 def _sshd_tree(master):
     ppid = {o: int(st[1]) for o in _pids() if (st := _stat(o))}
@@ -55,18 +60,22 @@ def _sshd_tree(master):
 
 def sh(*args, check=True, **kw):
     "Run a command; its standard output. RuntimeError with its own words if it fails."
-    r = subprocess.run([str(o) for o in args], capture_output=True, text=True, stdin=None if 'input' in kw else subprocess.DEVNULL, **kw)
-    if check and r.returncode: raise RuntimeError(f"{' '.join(map(str, args))}: status {r.returncode}: {r.stderr.strip()}")
+    r = subprocess.run([str(o) for o in args], capture_output=True, text=True,
+                       stdin=None if 'input' in kw else subprocess.DEVNULL, **kw)
+    if check and r.returncode:
+        raise RuntimeError(f"{' '.join(map(str, args))}: status {r.returncode}: {r.stderr.strip()}")
     return r.stdout
 
 def interruptible():
-    "As `preexec_fn`: SIGINT has its default effect in the new process, also where this one ignores it, as a shell's background commands do"
+    """As `preexec_fn`: SIGINT has its default effect in the new process, also where this one ignores it, as a shell's
+    background commands do"""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # The client's side
 
 class Client:
-    "The user's side of SSH: `home` with an OpenSSH configuration of aliases, known hosts, and a key that every host accepts"
+    """The user's side of SSH: `home` with an OpenSSH configuration of aliases, known hosts, and a key that every host
+    accepts"""
     def __init__(self, home):
         self.home = Path(home)
         self.ssh = self.home/'.ssh'
@@ -92,14 +101,17 @@ class Client:
         self.known_hosts.write_text(''.join(f'{k} {v}\n' for k, v in self.known.items()))
 
     def environ(self):
-        "An environment for a host application: this home, and nothing of the caller's own Jupyter, SSH agent or gateway settings"
+        """An environment for a host application: this home, and nothing of the caller's own Jupyter, SSH agent or
+        gateway settings"""
         drop = re.compile(r'(GP_|EG_|KERNEL_|JUPYTER|IPYTHON|XDG_|SSH_|MPLBACKEND$|PYTHONSTARTUP$)')
-        return {k: v for k, v in os.environ.items() if not drop.match(k)} | dict(HOME=str(self.home), GP_STANDBY='off')   # with it, hosts keep processes after the last kernel
+        # with it, hosts keep processes after the last kernel
+        return {k: v for k, v in os.environ.items() if not drop.match(k)} | dict(HOME=str(self.home), GP_STANDBY='off')
 
 # Hosts
 
 class SSHHost:
-    "One host: an sshd with default settings, and the ways to disturb it that need no root. `env`, `options`: see `start`."
+    """One host: an sshd with default settings, and the ways to disturb it that need no root. `env`, `options`: see
+    `start`."""
     def __init__(self, lab, i):
         self.lab, self.name = lab, f'{lab.prefix}{i}'
         self.dir = lab.base/self.name
@@ -116,31 +128,35 @@ class SSHHost:
     def make_host_key(self, name='host_key'):
         "Use the host key `name`, made if need be; the client is not told: `publish` does that"
         self.host_key = self.dir/name
-        if not self.host_key.exists(): sh('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', self.name, '-f', self.host_key)
+        if not self.host_key.exists():
+            sh('ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', self.name, '-f', self.host_key)
 
     def publish(self):
         "Give the client an alias and the host key of this host"
         c, key = self.lab.client, ' '.join(self.host_key.with_suffix('.pub').read_text().split()[:2])
-        c.alias(self.name, HostName=self.address, Port=self.port, User=self.user, IdentityFile=c.key, UserKnownHostsFile=c.known_hosts)
+        c.alias(self.name, HostName=self.address, Port=self.port, User=self.user, IdentityFile=c.key,
+                UserKnownHostsFile=c.known_hosts)
         for a in self.addresses: c.know(a, self.port, key)
 
     def marks(self): return dict(GP_TEST_LAB=str(self.lab.base), GP_TEST_MARK=self.lab.mark, GP_TEST_HOST=self.name)
     def session_env(self): return dict(HOME=str(self.home), TMPDIR=str(self.tmp))
 
     def write_config(self):
-        env = dict(PATH=f'{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin') | self.marks() | self.session_env() | self.env
+        env = (dict(PATH=f'{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin') | self.marks()
+               | self.session_env() | self.env)
         opts = dict(HostKey=self.host_key, PidFile=self.dir/'sshd.pid', StrictModes='no', UsePAM='no',
                     AuthorizedKeysFile=f'{self.keys}/%u', Subsystem='sftp internal-sftp') | self.listen() | self.options
         lines = [f'{k} {v}' for k, v in opts.items()] + ['SetEnv ' + ' '.join(f'"{k}={v}"' for k, v in env.items())]
         self.conf.write_text('\n'.join(lines) + '\n')
 
     def start(self):
-        "Start sshd, with `options` (a dict of sshd_config lines) and `env` (for its sessions) as they are now; returns when it listens"
+        """Start sshd, with `options` (a dict of sshd_config lines) and `env` (for its sessions) as they are now;
+        returns when it listens"""
         self.write_config()
         at = self.logfile.stat().st_size if self.logfile.exists() else 0
         with open(self.logfile, 'ab') as f:
-            self.proc = subprocess.Popen(self.wrap([self.lab.sshd, '-D', '-e', '-f', str(self.conf)]), stdin=subprocess.DEVNULL,
-                                         stdout=f, stderr=f, start_new_session=True)
+            self.proc = subprocess.Popen(self.wrap([self.lab.sshd, '-D', '-e', '-f', str(self.conf)]),
+                                         stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
         def listening():
             if self.proc.poll() is not None: raise RuntimeError(f'sshd of {self.name} ended: {self.log()[-2000:]}')
             return b'Server listening' in self.logfile.read_bytes()[at:]
@@ -159,7 +175,8 @@ class SSHHost:
     def drop(self):
         "End all SSH connections of this host, at its end and at once; sshd goes on"
         master = self.proc.pid if self.proc else None
-        _kill_all(lambda: [o for o in set(self._sshd() + self._old) if o != master and (p := _proc(o)) and p.name.startswith('sshd')])
+        _kill_all(lambda: [o for o in set(self._sshd() + self._old) if o != master and (p := _proc(o))
+                           and p.name.startswith('sshd')])
         self._old = []
 
     def hang(self):
@@ -179,7 +196,8 @@ class SSHHost:
     def repair(self):
         "Undo whatever the methods of this class did"
         self.accept_keys(); self.unhang() if self.proc else None
-        if self.host_key.name != 'host_key' or self.env or self.options or not self.proc or self.proc.poll() is not None:
+        if (self.host_key.name != 'host_key' or self.env or self.options or not self.proc
+            or self.proc.poll() is not None):
             self.make_host_key(); self.env, self.options = {}, {}
             self.restart_sshd()
 
@@ -201,10 +219,12 @@ class SSHHost:
 
     def shells(self, processes=None):
         "The processes that sshd itself started for its sessions"
-        return [p for p in (self.processes() if processes is None else processes) if (q := _proc(p.ppid)) and q.name.startswith('sshd')]
+        return [p for p in (self.processes() if processes is None else processes) if (q := _proc(p.ppid))
+                and q.name.startswith('sshd')]
 
     def kernels(self, kernel_id=None):
-        "Processes of kernels (their KERNEL_ID is in the environment), of all or of one: the kernel, and what it or its launcher started"
+        """Processes of kernels (their KERNEL_ID is in the environment), of all or of one: the kernel, and what it or
+        its launcher started"""
         return [p for p in self.processes() if p.kernel_id and kernel_id in (None, p.kernel_id)]
 
     def connections(self):
@@ -216,11 +236,13 @@ class SSHHost:
         socks = set()
         for p in (self.processes() if processes is None else processes):
             with contextlib.suppress(OSError):
-                socks |= {m[1] for o in os.scandir(f'/proc/{p.pid}/fd') if (m := re.match(r'socket:\[(\d+)\]', os.readlink(o.path)))}
+                socks |= {m[1] for o in os.scandir(f'/proc/{p.pid}/fd')
+                          if (m := re.match(r'socket:\[(\d+)\]', os.readlink(o.path)))}
         return sorted({port for port, inode in self._listening() if inode in socks})
 
     def _listening(self):
-        rows = [o.split() for f in ('tcp', 'tcp6') for o in self._proc_net(f).splitlines() if ' 0A ' in o]   # many others, at times
+        # many others, at times
+        rows = [o.split() for f in ('tcp', 'tcp6') for o in self._proc_net(f).splitlines() if ' 0A ' in o]
         return [(int(o[1].rpartition(':')[2], 16), o[9]) for o in rows if o[3] == '0A']
     def _proc_net(self, f): return Path(f'/proc/net/{f}').read_text()
 
@@ -233,19 +255,23 @@ class SSHHost:
         "Processes (without those of sessions, and agents), ports and files of now"
         found = self.processes()
         agents = {o.pid for o in found if o.name == 'gpssh-agent'}
-        ours = {o.pid for o in self.shells(found)} | agents | {o.pid for o in found if o.name == 'sudo' and o.ppid in agents}
+        ours = ({o.pid for o in self.shells(found)} | agents
+                | {o.pid for o in found if o.name == 'sudo' and o.ppid in agents})
         return dict(processes=[o for o in found if o.pid not in ours], ports=self.ports(found), files=self.files())
 
     @contextlib.contextmanager
     def nothing_left(self, timeout=10, ignore=()):
-        "Fail unless, within `timeout` seconds of the block's end, nothing is on the host that was not there before; `ignore`: file name regexes"
+        """Fail unless, within `timeout` seconds of the block's end, nothing is on the host that was not there before;
+        `ignore`: file name regexes"""
         was = self.inventory()
         yield
         def new():
             now = self.inventory()
             pids = {o.pid for o in was['processes']}
-            r = dict(processes=[o for o in now['processes'] if o.pid not in pids], ports=[o for o in now['ports'] if o not in was['ports']],
-                     files=[o for o in now['files'] if o not in was['files'] and not any(re.search(p, o) for p in ignore)])
+            r = dict(processes=[o for o in now['processes'] if o.pid not in pids],
+                     ports=[o for o in now['ports'] if o not in was['ports']],
+                     files=[o for o in now['files'] if o not in was['files']
+                            and not any(re.search(p, o) for p in ignore)])
             return {k: v for k, v in r.items() if v}
         try: wait(lambda: not new(), timeout, 'clean host', 0.1)
         except TimeoutError: raise AssertionError(f'left on {self}: {new()}') from None
@@ -279,7 +305,9 @@ class Namespace:
     def entered(self):
         "What this thread opens, and the processes that it starts, are in this network namespace until the block ends"
         def go(f):
-            if ctypes.CDLL(None, use_errno=True).setns(f.fileno(), 0x40000000): raise OSError(ctypes.get_errno(), 'setns')   # CLONE_NEWNET
+            # CLONE_NEWNET
+            if ctypes.CDLL(None, use_errno=True).setns(f.fileno(), 0x40000000):
+                raise OSError(ctypes.get_errno(), 'setns')
         with open('/proc/thread-self/ns/net') as back, open(f'/run/netns/{self.name}') as there:
             go(there)
             try: yield
@@ -334,12 +362,16 @@ class NetHost(SSHHost):
                 (at := src/keep.relative_to(target)).mkdir(parents=True, exist_ok=True)
                 steps.append(f'mount --bind {quote(str(keep))} {quote(str(at))}')
         steps += [f'mount --rbind {src} {target}' for src, target in private if target.is_dir()]
-        steps += [f'mount --bind {self.dir/o} /etc/{o}' for o in 'passwd group shadow sudoers.d'.split() if os.path.exists(f'/etc/{o}')]
+        steps += [f'mount --bind {self.dir/o} /etc/{o}' for o in 'passwd group shadow sudoers.d'.split()
+                  if os.path.exists(f'/etc/{o}')]
         steps += [f'mount --bind {self.lab.base}/hosts /etc/hosts', 'exec "$@"']
-        return self.ns.exec(['unshare', '--mount', '--uts', '--propagation', 'private', 'sh', '-c', ' && '.join(steps), 'sh', *argv])
+        return self.ns.exec(['unshare', '--mount', '--uts', '--propagation', 'private', 'sh', '-c', ' && '.join(steps),
+                             'sh', *argv])
 
     def inside(self, argv, user=None):
-        if user not in (None, 'root'): argv = ['setpriv', f'--reuid={self.users[user]}', f'--regid={self.users[user]}', '--clear-groups', '--', *argv]
+        if user not in (None, 'root'):
+            argv = ['setpriv', f'--reuid={self.users[user]}', f'--regid={self.users[user]}', '--clear-groups', '--',
+                    *argv]
         return ['nsenter', '-t', self.proc.pid, '-m', '-n', '-u', '-r', '--', *argv]
 
     # Users
@@ -348,7 +380,8 @@ class NetHost(SSHHost):
         "An OS user of this host only, with a home in /home and, if `key`, access with the client's key; its user id"
         uid = 23000 + 100*self.lab.num + 10*self.i + len(self.users)
         hashed = sh('openssl', 'passwd', '-6', '-stdin', input=password).strip() if password else '*'
-        entries = dict(passwd=f'x:{uid}:{uid}::/home/{name}:{shell}', group=f'x:{uid}:', shadow=f'{hashed}:19000:0:99999:7:::')
+        entries = dict(passwd=f'x:{uid}:{uid}::/home/{name}:{shell}', group=f'x:{uid}:',
+                       shadow=f'{hashed}:19000:0:99999:7:::')
         for f, line in entries.items():
             with open(self.dir/f, 'a') as o: o.write(f'{name}:{line}\n')
         (home := self.homes/name).mkdir(mode=0o700)
@@ -379,16 +412,20 @@ class NetHost(SSHHost):
         self.proc = None
     def power_on(self): self.start(); self.heal()
 
-    def _port(self, state): self.lab.switch.run('bridge', 'link', 'set', 'dev', 'r' + self.link if self._slow else self.link, 'state', state)
+    def _port(self, state):
+        self.lab.switch.run('bridge', 'link', 'set', 'dev', 'r' + self.link if self._slow else self.link, 'state',
+                            state)
     def cut(self):
         "From now on everything to and from this host vanishes; nobody is told"
         self._port(0)
     def heal(self): self._port(3)
 
     def slow(self, ms=0, loss=0.0, mbit=None):
-        "Delay every packet `ms` each way, lose the share `loss` of them, limit the rate to `mbit` each way; `slow()` ends it"
+        """Delay every packet `ms` each way, lose the share `loss` of them, limit the rate to `mbit` each way; `slow()`
+        ends it"""
         sw, me = self.lab.switch, self.ns
-        for ns, dev in ((sw, self.link), (me, 'eth0')): sh('tc', '-n', ns.name, 'qdisc', 'del', 'dev', dev, 'root', check=False)
+        for ns, dev in ((sw, self.link), (me, 'eth0')):
+            sh('tc', '-n', ns.name, 'qdisc', 'del', 'dev', dev, 'root', check=False)
         if self._slow:
             self._slow.kill(); self._slow.wait(); self._slow = None
             sw.ip('link', 'del', f'r{self.link}')
@@ -399,16 +436,19 @@ class NetHost(SSHHost):
         if ms or loss:   # by a process of ours between host and switch: netem is not on every kernel
             sw.ip('link', 'add', f'r{self.link}', 'type', 'veth', 'peer', 'name', f'q{self.link}')
             for o in 'rq': sw.ip('link', 'set', o + self.link, 'up')
-            self._slow = sw.popen(sys.executable, __file__, 'relay', self.link, f'q{self.link}', ms, loss, stdout=subprocess.PIPE)
+            self._slow = sw.popen(sys.executable, __file__, 'relay', self.link, f'q{self.link}', ms, loss,
+                                  stdout=subprocess.PIPE)
             self._slow.stdout.readline()
             sw.ip('link', 'set', self.link, 'nomaster')
             sw.ip('link', 'set', f'r{self.link}', 'master', 'br0')
 
     def firewall(self, incoming=(22,), outgoing=()):
         "Let only these TCP ports in and out (None: all of them); what belongs to an accepted connection always passes"
-        def chain(name, way, dev, ports): return f'chain {name} {{ type filter hook {name} priority 0; policy drop; {dev} "lo" accept; ' \
+        def chain(name, way, dev, ports):
+            return f'chain {name} {{ type filter hook {name} priority 0; policy drop; {dev} "lo" accept; ' \
             f'ct state established,related accept; meta l4proto 58 accept; {way if ports is None else _accept(ports)} }}\n'
-        self.ns.nft('table inet fw {\n' + chain('input', 'accept;', 'iifname', incoming) + chain('output', 'accept;', 'oifname', outgoing) + '}\n')
+        self.ns.nft('table inet fw {\n' + chain('input', 'accept;', 'iifname', incoming)
+                    + chain('output', 'accept;', 'oifname', outgoing) + '}\n')
     def no_firewall(self): self.ns.nft('')
 
     def fill_disk(self, path, kb=64):
@@ -421,7 +461,8 @@ class NetHost(SSHHost):
         "Let the clock of new sessions be `seconds` off (needs Debian's faketime)"
         lib = next(iter(Path('/usr/lib').glob('*/faketime/libfaketime.so.1')), None)
         if not lib: raise FileNotFoundError('libfaketime.so.1: install Debian package faketime')
-        self.env |= dict(LD_PRELOAD=str(lib), FAKETIME=f'{seconds:+d}')   # not DONT_FAKE_MONOTONIC: with that, time.sleep fails
+        # not DONT_FAKE_MONOTONIC: with that, time.sleep fails
+        self.env |= dict(LD_PRELOAD=str(lib), FAKETIME=f'{seconds:+d}')
         self.restart_sshd()
 
     @contextlib.contextmanager
@@ -447,11 +488,13 @@ class NetHost(SSHHost):
 # Labs
 
 class Lab:
-    "Some hosts and the client that can reach them; a context manager. `lab[0]`, `lab['host1']`, `lab.names`, `lab.client`."
+    """Some hosts and the client that can reach them; a context manager. `lab[0]`, `lab['host1']`, `lab.names`,
+    `lab.client`."""
     def __init__(self,
         n=4,            # how many hosts
         client=None,    # a `Client` to use and extend; by default a new one
-        keep=(),        # more directories that hosts of a `NetLab` share with this machine although they are below /tmp, /home or /root
+        # more directories that hosts of a `NetLab` share with this machine although they are below /tmp, /home or /root
+        keep=(),
     ):
         if reason := self.missing(): raise RuntimeError(reason)
         self.sshd = shutil.which('sshd', path=SBIN)
@@ -472,7 +515,9 @@ class Lab:
     def missing(cls):
         "What stops this kind of lab on this machine, in words; None if nothing does"
         tools = [o for o in cls.tools if not shutil.which(o, path=SBIN)]
-        if tools: return f"not installed: {', '.join(tools)} (Debian packages openssh-server, openssh-client, iproute2, nftables)"
+        if tools:
+            return (f"not installed: {', '.join(tools)} (Debian packages openssh-server, openssh-client, iproute2, "
+                    f"nftables)")
 
     def _claim(self):
         BASE.mkdir(exist_ok=True)
@@ -485,7 +530,8 @@ class Lab:
             self.base.mkdir()
             (self.base/'owner').write_text(f'{os.getpid()} {_stat(os.getpid())[19].decode()} {self.mark}')
         self.keep.append(self.base)
-        self._reaper = subprocess.Popen([sys.executable, __file__, 'reap', self.base], stdin=subprocess.PIPE, start_new_session=True)
+        self._reaper = subprocess.Popen([sys.executable, __file__, 'reap', self.base], stdin=subprocess.PIPE,
+                                        start_new_session=True)
 
     def free(self, num): return True
     def setup(self, n): self.hosts = [self.host(self, i + 1) for i in range(n)]
@@ -520,15 +566,18 @@ class LoopbackLab(Lab):
     kind, prefix, host, tools = 'lo', 'host', LoopbackHost, ('sshd', 'ssh-keygen')
 
 class NetLab(Lab):
-    "Hosts in network namespaces on one switch; this machine has the address `self.address` in that network. Needs root."
-    kind, prefix, host, tools = 'net', 'node', NetHost, ('sshd', 'ssh-keygen', 'ip', 'bridge', 'tc', 'nft', 'unshare', 'nsenter')
+    """Hosts in network namespaces on one switch; this machine has the address `self.address` in that network. Needs
+    root."""
+    kind, prefix, host, tools = ('net', 'node', NetHost,
+                                 ('sshd', 'ssh-keygen', 'ip', 'bridge', 'tc', 'nft', 'unshare', 'nsenter'))
 
     @classmethod
     def missing(cls):
         if os.getuid(): return 'network namespaces need root'
         if r := super().missing(): return r
         probe = 'unshare --net --mount --uts ip link add gptprobe type bridge'.split()
-        if (probe := subprocess.run(probe, capture_output=True, text=True)).returncode: return f'no network namespaces here: {probe.stderr.strip()}'
+        if (probe := subprocess.run(probe, capture_output=True, text=True)).returncode:
+            return f'no network namespaces here: {probe.stderr.strip()}'
 
     def free(self, num): return not Path(f'/sys/class/net/gpt{num}').exists()   # one of a container or chroot, say
     def addr(self, i): return f'10.231.{self.num}.{i}'
@@ -541,7 +590,8 @@ class NetLab(Lab):
         self.switch.ip('link', 'add', 'br0', 'type', 'bridge')
         self.switch.ip('link', 'set', 'br0', 'up')
         self._cable(None, f'gpt{self.num}', 'up0', 1)
-        (self.base/'hosts').write_text('127.0.0.1 localhost\n::1 localhost\n' + ''.join(f'{self.addr(11+i)} {self.prefix}{i+1}\n' for i in range(n)))
+        (self.base/'hosts').write_text('127.0.0.1 localhost\n::1 localhost\n'
+                                       + ''.join(f'{self.addr(11+i)} {self.prefix}{i+1}\n' for i in range(n)))
         super().setup(n)
 
     def _cable(self, ns, dev, port, i):
@@ -558,18 +608,21 @@ class NetLab(Lab):
         "A new namespace with the addresses number `i` on the switch"
         ns = Namespace(f'gpt{self.num}-{name}')
         self._cable(ns, 'eth0', name, i)
-        # everybody knows everybody's hardware address for good, so that a cut link is silence and not 'no route to host'
+        # everybody knows everybody's hardware address for good, so that a cut link is silence and not 'no route to
+        # host'
         for j in self._plugged:
             other = (lambda *a: sh('ip', *a)) if j == 1 else Namespace(f'gpt{self.num}-h{j-10}', make=False).ip
             for ip, dev, k in ((ns.ip, 'eth0', j), (other, f'gpt{self.num}' if j == 1 else 'eth0', i)):
                 for a in (self.addr(k), self.addr6(k)):
-                    with contextlib.suppress(RuntimeError): ip('neigh', 'replace', a, 'lladdr', self.mac(k), 'dev', dev, 'nud', 'permanent')
+                    with contextlib.suppress(RuntimeError):
+                        ip('neigh', 'replace', a, 'lladdr', self.mac(k), 'dev', dev, 'nud', 'permanent')
         if name.startswith('h'): self._plugged.append(i)
         return ns
 
     def laptop(self, ports=(22,)):
-        """A namespace for a host application behind a NAT router that lets it open TCP connections to `ports` only (None: all) and
-        nothing in: `run(*argv)` and `popen(*argv)`, best with `env=lab.client.environ()`. The same one at every call."""
+        """A namespace for a host application behind a NAT router that lets it open TCP connections to `ports` only
+        (None: all) and nothing in: `run(*argv)` and `popen(*argv)`, best with `env=lab.client.environ()`. The same one
+        at every call."""
         if not hasattr(self, '_laptop'):
             self._router, self._laptop = self.plug('nat', 100), Namespace(f'gpt{self.num}-app')
             self._router.ip('link', 'add', 'in0', 'type', 'veth', 'peer', 'name', 'eth0', 'netns', self._laptop.name)
@@ -623,7 +676,8 @@ def _packets(dev):
     s.setsockopt(263, 15, 1)    # SOL_PACKET, PACKET_VNET_HDR: big frames and unfinished checksums go over as they are
     s.setsockopt(socket.SOL_SOCKET, 33, 1 << 24)    # SO_RCVBUFFORCE
     s.bind((dev, 3))            # ETH_P_ALL
-    s.setsockopt(263, 1, struct.pack('iHH8s', socket.if_nametoindex(dev), 1, 0, b''))    # PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC
+    # PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC
+    s.setsockopt(263, 1, struct.pack('iHH8s', socket.if_nametoindex(dev), 1, 0, b''))
     return s
 
 def relay(a, b, ms, loss):

@@ -1,7 +1,8 @@
-"""What the how-to notebooks need and do not show: SSH hosts in this process, and readers' names for what has other names here.
+"""What the how-to notebooks need and do not show: SSH hosts in this process, and readers' names for what has other
+names here.
 
-A page says `fire`, `spark://master:7077` and `/opt/spark`, as its reader would. `Stage` puts what these are on this machine into commands and
-code on their way in, and the names of the page back into everything on its way out."""
+A page says `fire`, `spark://master:7077` and `/opt/spark`, as its reader would. `Stage` puts what these are on this
+machine into commands and code on their way in, and the names of the page back into everything on its way out."""
 import atexit, getpass, os, re, subprocess, sys, tempfile
 from base64 import b64decode
 from contextlib import ExitStack
@@ -32,9 +33,11 @@ class Stage:
         self.hosts.water = water
         self.use(self.hosts)
         (self.dir/'logs').mkdir()
-        for k in [k for k in os.environ if k.startswith(('GP_', 'EG_', 'KERNEL_', 'SPARK_', 'PYSPARK_', 'JUPYTER'))]: del os.environ[k]
-        os.environ |= dict(JUPYTER_DATA_DIR=str(self.dir/'jupyter'), JUPYTER_RUNTIME_DIR=str(self.dir/'runtime'), JUPYTER_CONFIG_DIR=str(self.dir/'config'),
-            GP_SSH_CONFIG=str(self.hosts.config), GP_KERNEL_LOG_DIR=str(self.dir/'logs'), KERNEL_USERNAME='ada', KERNEL_LAUNCH_TIMEOUT='120',
+        for k in [k for k in os.environ if k.startswith(('GP_', 'EG_', 'KERNEL_', 'SPARK_', 'PYSPARK_', 'JUPYTER'))]:
+            del os.environ[k]
+        os.environ |= dict(JUPYTER_DATA_DIR=str(self.dir/'jupyter'), JUPYTER_RUNTIME_DIR=str(self.dir/'runtime'),
+            JUPYTER_CONFIG_DIR=str(self.dir/'config'), GP_SSH_CONFIG=str(self.hosts.config),
+            GP_KERNEL_LOG_DIR=str(self.dir/'logs'), KERNEL_USERNAME='ada', KERNEL_LAUNCH_TIMEOUT='120',
             PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
         self.call(f'{self.dir}/jupyter', '~/.local/share/jupyter')
         self.call(Path(sys.executable).parent, '/opt/lab/bin')
@@ -63,12 +66,14 @@ class Stage:
         get_ipython().input_transformers_cleanup.append(lambda lines: [])
 
     def real(self, text:str) -> str:
-        for real,name in self.names.items(): text = re.sub(rf'(?<![\w-]){re.escape(name)}(?![\w-])', lambda _: real, text) if name!='/tmp' else text
+        for real,name in self.names.items():
+            text = re.sub(rf'(?<![\w-]){re.escape(name)}(?![\w-])', lambda _: real, text) if name!='/tmp' else text
         return text
 
     def told(self, text:str) -> str:
         for real in sorted(self.names, key=len, reverse=True): text = text.replace(real, self.names[real])
-        text = re.sub(r'^.* WARN Utils: .*\n|^\tat .*\n(?=\tat )', '', text, flags=re.M)   # this machine's, and all but the last line of Java's stack
+        # this machine's, and all but the last line of Java's stack
+        text = re.sub(r'^.* WARN Utils: .*\n|^\tat .*\n(?=\tat )', '', text, flags=re.M)
         text = re.sub(r'\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b', 'KERNEL_ID', text)
         return re.sub(r'^\[(\w) \S+ \S+ \w+\] ', r'[\1] ', text, flags=re.M)
 
@@ -78,7 +83,8 @@ class Stage:
 
     def sh(self, command:str):
         "Run a command line as its reader would, and show what it says; what it said is then in `last`."
-        got, self.last = subprocess.run(['bash', '-c', self.real(command)], capture_output=True, text=True, stdin=subprocess.DEVNULL), ''
+        got, self.last = subprocess.run(['bash', '-c', self.real(command)], capture_output=True, text=True,
+                                        stdin=subprocess.DEVNULL), ''
         self.say(got.stderr + got.stdout)
         assert not got.returncode, got
 

@@ -1,4 +1,5 @@
-"Kernels as users get them: a kernelspec written by `jupyter ssh-spec install`, started by jupyter_client on a host of the tests, and run cell by cell."
+"""Kernels as users get them: a kernelspec written by `jupyter ssh-spec install`, started by jupyter_client on a host of
+the tests, and run cell by cell."""
 import asyncio, json, os, subprocess, sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from pace import Timer, until, within
 def install(prefix, *options):
     "Write a kernelspec below `prefix`; its name, and kernel.json as it was written."
     before = set(Path(prefix).glob('share/jupyter/kernels/*'))
-    command = [str(Path(sys.executable).parent/'jupyter-ssh-spec'), 'install', '--prefix', str(prefix), *map(str, options)]
+    command = [str(Path(sys.executable).parent/'jupyter-ssh-spec'), 'install', '--prefix', str(prefix),
+               *map(str, options)]
     got = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert not got.returncode, got.stderr
     made, = set(Path(prefix).glob('share/jupyter/kernels/*')) - before
@@ -20,18 +22,21 @@ def install(prefix, *options):
 
 @asynccontextmanager
 async def remote_kernel(prefix, name, hosts, timeout=60, **env):
-    "The kernelspec `name` started on one of `hosts` by the real provisioner: `km`, `client`, `id`, `fields` of its report. Ends with the block."
+    """The kernelspec `name` started on one of `hosts` by the real provisioner: `km`, `client`, `id`, `fields` of its
+    report. Ends with the block."""
     config = Config()
     config.DistributedProvisioner.remote_hosts = list(hosts)
     specs = KernelSpecManager(kernel_dirs=[str(Path(prefix)/'share'/'jupyter'/'kernels')], ensure_native_kernel=False)
     km = AsyncKernelManager(kernel_name=name, kernel_spec_manager=specs, config=config)
     env = {**os.environ, 'KERNEL_USERNAME': 'ada', 'KERNEL_LAUNCH_TIMEOUT': str(timeout), **env}
     async with running(km, env=env) as (_, client):
-        yield SimpleNamespace(km=km, client=client, id=km.kernel_id, fields=km.provisioner.fields, provisioner=km.provisioner)
+        yield SimpleNamespace(km=km, client=client, id=km.kernel_id, fields=km.provisioner.fields,
+                              provisioner=km.provisioner)
 
 async def run(k, code, timeout=60, begun=lambda: None):
-    """Run a cell of the kernel whose `client` `k` has; the status of its reply, streamed text, errors with their traceback, and displayed data.
-    `begun` is called with the first that the kernel says of it, which is that it is busy."""
+    """Run a cell of the kernel whose `client` `k` has; the status of its reply, streamed text, errors with their
+    traceback, and displayed data. `begun` is called with the first that the kernel says of it, which is that it is
+    busy."""
     got = SimpleNamespace(text='', error='', data=[], types=[])
     def hook(msg):
         begun()
@@ -46,8 +51,8 @@ async def run(k, code, timeout=60, begun=lambda: None):
     return got
 
 async def stopped(k, code, interrupt, after=.5):
-    """Run a cell that does not end by itself, and `await interrupt()` once it has run for `after` seconds; what `run` gives, and the seconds that its end
-    took in `took`."""
+    """Run a cell that does not end by itself, and `await interrupt()` once it has run for `after` seconds; what `run`
+    gives, and the seconds that its end took in `took`."""
     begun = asyncio.Event()
     cell = asyncio.ensure_future(run(k, code, begun=begun.set))
     await asyncio.wait_for(begun.wait(), 60)
@@ -65,7 +70,8 @@ async def interrupted(k, code, after=.5):
 
 async def stopped_within(limit, k, code, interrupt, after=.5):
     "`stopped`, `within` so many seconds; what the last attempt gives."
-    async def answers(): return (await run(k, '0')).status == 'ok'   # right after an interrupt some kernels abort what comes
+    # right after an interrupt some kernels abort what comes
+    async def answers(): return (await run(k, '0')).status == 'ok'
     async def seconds():
         nonlocal got
         await until(answers, 60, 'an answer')

@@ -1,5 +1,6 @@
-"""A host application behind a NAT router that lets it open connections to port 22, and nothing in. `python laptop.py SOURCE CONFIG`: SOURCE is a
-port on node1's loopback interface that sends as many MiB as a first line asks for. Waits for a line when it says so; prints JSON at the end."""
+"""A host application behind a NAT router that lets it open connections to port 22, and nothing in. `python laptop.py
+SOURCE CONFIG`: SOURCE is a port on node1's loopback interface that sends as many MiB as a first line asks for. Waits
+for a line when it says so; prints JSON at the end."""
 import asyncio, json, os, socket, subprocess, sys
 from contextlib import AsyncExitStack
 import psutil
@@ -22,14 +23,19 @@ def fetch(port, mib):
 async def openssh(config, port):
     "`ssh -L` to the source, and its local port"
     with socket.create_server(('127.0.0.1', 0)) as s: local = s.getsockname()[1]
-    p = subprocess.Popen(['ssh', '-F', config, '-N', '-L', f'{local}:127.0.0.1:{port}', 'node1'], stdin=subprocess.DEVNULL)
-    def listening(): return [o for o in psutil.Process(p.pid).net_connections('tcp') if o.status == 'LISTEN' and o.laddr.port == local]
+    p = subprocess.Popen(['ssh', '-F', config, '-N', '-L', f'{local}:127.0.0.1:{port}', 'node1'],
+                         stdin=subprocess.DEVNULL)
+    def listening():
+        return [o for o in psutil.Process(p.pid).net_connections('tcp') if o.status == 'LISTEN'
+                and o.laddr.port == local]
     await until(listening, 10, 'ssh -L')
     return p, local
 
 async def forwarded(conn, port):
-    "A port here that leads to `port` of the host as to that of a kernel, for which a process stands that reports no ports"
-    process = await spawn(await conn.session(), conn.wait_connected, f'/tmp/kernel-{os.urandom(8).hex()}.log', argv=['sleep', '600'], env={}, max_bytes=8192)
+    """A port here that leads to `port` of the host as to that of a kernel, for which a process stands that reports no
+    ports"""
+    process = await spawn(await conn.session(), conn.wait_connected, f'/tmp/kernel-{os.urandom(8).hex()}.log',
+                          argv=['sleep', '600'], env={}, max_bytes=8192)
     fwd = await Forward(conn.tunnel, KernelPort(port, process.id)).start()
     fwd.process = process
     return fwd
@@ -42,7 +48,8 @@ async def compared(km, source, config, mib=64, rounds=3):
     finally: p.kill(); p.wait(); await background().run(fwd.process.release(keep_log=False)); fwd.close()
     return [max(o) for o in zip(*both)]
 
-def kernel_on(host): return running(AsyncKernelManager(kernel_name='ssh_python'), env=os.environ | dict(KERNEL_REMOTE_HOST=host))
+def kernel_on(host):
+    return running(AsyncKernelManager(kernel_name='ssh_python'), env=os.environ | dict(KERNEL_REMOTE_HOST=host))
 
 async def used(kernels, source, config):
     "What there is to have of the first kernel, and of the others while its link is cut"
@@ -73,7 +80,8 @@ async def used(kernels, source, config):
 
 async def main(source, config):
     async with AsyncExitStack() as stack:
-        kernels = await asyncio.gather(*(stack.enter_async_context(kernel_on(o)) for o in ('node1', 'node1', 'node1', 'node2')))
+        kernels = await asyncio.gather(*(stack.enter_async_context(kernel_on(o))
+                                         for o in ('node1', 'node1', 'node1', 'node2')))
         res = await used(kernels, source, config)
     print(json.dumps(res), flush=True)
     await asyncio.to_thread(forget)

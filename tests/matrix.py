@@ -1,8 +1,10 @@
-"""Applications as people run them: each a process of its own in a fresh home, with no setting but those of its cell, and kernels that
-`jupyter ssh-spec install --user` described. A cell of the matrix is an application, where its kernel runs, which way their bytes go, and who starts it.
+"""Applications as people run them: each a process of its own in a fresh home, with no setting but those of its cell,
+and kernels that `jupyter ssh-spec install --user` described. A cell of the matrix is an application, where its kernel
+runs, which way their bytes go, and who starts it.
 
-The machines are namespaces (`hosts.NetLab`): applications and the browser are on node1; node2 has the homes of node1; on node3 only grace can log in.
-So ports are the default ones, /tmp has nothing of others, and whatever is left on a machine was left by the cell."""
+The machines are namespaces (`hosts.NetLab`): applications and the browser are on node1; node2 has the homes of node1;
+on node3 only grace can log in. So ports are the default ones, /tmp has nothing of others, and whatever is left on a
+machine was left by the cell."""
 import asyncio, contextlib, itertools, json, os, re, shutil, signal, subprocess, sys, time
 from collections import namedtuple
 from pathlib import Path
@@ -15,8 +17,10 @@ from kernels import BIN, gone
 from pace import Timer, until, wait
 from test_server import Channels
 
-APPLICATIONS = 'Jupyter Server', 'JupyterLab', 'Notebook', 'Kernel Gateway', 'jupyter console', 'jupyter execute', 'nbclient', 'papermill'
-PLACES = dict(here='localhost', shared='a host with the same home', foreign='a host with another user and home')   # by the name of the kernelspec
+APPLICATIONS = ('Jupyter Server', 'JupyterLab', 'Notebook', 'Kernel Gateway', 'jupyter console', 'jupyter execute',
+                'nbclient', 'papermill')
+# by the name of the kernelspec
+PLACES = dict(here='localhost', shared='a host with the same home', foreign='a host with another user and home')
 WAYS = 'direct', 'tunnel'
 USERS = 'root', 'ada'   # root, and an ordinary user
 ENTRIES = dict(here='localhost', shared='node2', foreign='grace@node3')
@@ -27,13 +31,14 @@ Cell = namedtuple('Cell', 'application place way user')
 
 def cells():
     "All cells that can be: on localhost there is no SSH, hence no tunnel"
-    return [c for c in map(Cell._make, itertools.product(APPLICATIONS, PLACES, WAYS, USERS)) if (c.place, c.way) != ('here', 'tunnel')]
+    return [c for c in map(Cell._make, itertools.product(APPLICATIONS, PLACES, WAYS, USERS))
+            if (c.place, c.way) != ('here', 'tunnel')]
 
 def pairs(cell): return set(itertools.combinations(enumerate(cell), 2))
 
 def covering(cells):
-    """Some of `cells` that have every pair of values that any of them has: always the one with the most new pairs; where many have, the one whose
-    application runs already"""
+    """Some of `cells` that have every pair of values that any of them has: always the one with the most new pairs;
+    where many have, the one whose application runs already"""
     missing, chosen = set().union(*map(pairs, cells)), []
     while missing:
         best = max(cells, key=lambda c: (len(pairs(c) & missing), run_of(c) in map(run_of, chosen)))
@@ -44,13 +49,16 @@ def covering(cells):
 def run_of(cell): return cell.application, cell.way, cell.user
 def runs(cells):
     "Cells by the run of an application that they share: `{(application, way, user): [place, ...]}`"
-    return {r: [c.place for c in cells if run_of(c) == r] for r in sorted(set(map(run_of, cells)), key=lambda r: (APPLICATIONS.index(r[0]), r[1:]))}
+    return {r: [c.place for c in cells if run_of(c) == r]
+            for r in sorted(set(map(run_of, cells)), key=lambda r: (APPLICATIONS.index(r[0]), r[1:]))}
 
-CHROMIUM = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+CHROMIUM = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+            '--disable-component-update --disable-sync'.split())
 
 # Machines
 
-# what programs make once in a home, and the work of the user; and not what belongs to a kernel or an application that runs
+# what programs make once in a home, and the work of the user; and not what belongs to a kernel or an application that
+# runs
 HABITS = re.compile(r'/\.(ipython|cache|config|jupyter|npm|ssh)/|/__pycache__/|/work/'
                     r'|/share/jupyter/(kernels/|nbsignatures|notebook_secret|runtime/jupyter_cookie_secret|file_id_manager)')
 
@@ -90,21 +98,25 @@ class Machines:
         return [str(o) for o in self.here.inside(['env', '-C', self.seen(user)/'work', *argv], user)]
 
     def fresh(self, user):
-        "Empty the home of `user`, but for what OpenSSH needs, a directory to work in, and kernelspecs as `jupyter ssh-spec install` writes them"
+        """Empty the home of `user`, but for what OpenSSH needs, a directory to work in, and kernelspecs as `jupyter
+        ssh-spec install` writes them"""
         home, uid, saved = self.home(user), self.here.users.get(user, 0), self.lab.base/f'home-{user}'
         mounts = {o.relative_to(self.seen(user)).parts[0] for o in self.lab.keep if self.seen(user) in o.parents}
-        for o in [o for o in home.iterdir() if o.name not in mounts]: shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
+        for o in [o for o in home.iterdir() if o.name not in mounts]:
+            shutil.rmtree(o) if o.is_dir() and not o.is_symlink() else o.unlink()
         (ssh := home/'.ssh').mkdir(mode=0o700)
         (home/'work').mkdir()
         shutil.copy(self.lab.client.key, ssh/'id_ed25519')
-        (ssh/'known_hosts').write_text(''.join(f'{h.name},{h.address} {h.host_key.with_suffix(".pub").read_text()}' for h in self.nodes))
+        (ssh/'known_hosts').write_text(''.join(f'{h.name},{h.address} {h.host_key.with_suffix(".pub").read_text()}'
+                                               for h in self.nodes))
         for o in (ssh, ssh/'id_ed25519', ssh/'known_hosts', home/'work'): os.chown(o, uid, uid)
         if saved.exists(): sh('cp', '-a', saved, home/'.local')   # it writes the same each time
         else:
             for place, entry in ENTRIES.items():
                 hosts = [] if place == 'here' else ['--remote-hosts', entry]   # the default is localhost
-                sh(*self.argv(user, 'jupyter', 'ssh-spec', 'install', '--user', '--kernel-name', place, '--display-name', TITLES[place],
-                              '--python', sys.executable, *hosts), env=self.environ(user))
+                sh(*self.argv(user, 'jupyter', 'ssh-spec', 'install', '--user', '--kernel-name', place,
+                              '--display-name', TITLES[place], '--python', sys.executable, *hosts),
+                   env=self.environ(user))
             sh('cp', '-a', home/'.local', saved)
 
     def inventory(self):
@@ -112,7 +124,8 @@ class Machines:
         out = set()
         for h in self.nodes:
             found = [p for p in h.processes() if not p.name.startswith('chrom')]
-            out |= {(h.name, 'process', p.pid, p.cmdline) for p in found} | {(h.name, 'port', o) for o in h.ports(found)}
+            out |= ({(h.name, 'process', p.pid, p.cmdline) for p in found}
+                    | {(h.name, 'port', o) for o in h.ports(found)})
             out |= {(h.name, 'connection', o) for o in range(h.connections())}
             out |= {(h.name, 'file', o) for o in h.files() if not HABITS.search(o)}
         return out
@@ -133,12 +146,14 @@ class Machines:
 # What is asked of every kernel
 
 WHERE = 'import os, pwd, socket; print("at", socket.gethostname(), pwd.getpwuid(os.getuid()).pw_name, os.getpid(), 6*7)'
-PLOT = 'import matplotlib.pyplot as plt\nplt.figure(figsize=(5, 2.2)); plt.plot([n**2 for n in range(10)]); plt.title("squares"); plt.show()'
+PLOT = ('import matplotlib.pyplot as plt\nplt.figure(figsize=(5, 2.2)); plt.plot([n**2 for n in range(10)]); '
+        'plt.title("squares"); plt.show()')
 def busy(tag):
     "Code that does not end by itself, and gives its process the name `tag` when it is at it"
     return f'open("/proc/self/comm", "w").write("{tag}"); import time\nwhile True: time.sleep(.01)'
 
-LIVES_ON = 'it ends; its kernel lives on'   # applications that handle no SIGTERM, like any application at SIGKILL, can end nothing; `GP_ORPHAN_TIMEOUT` does
+# applications that handle no SIGTERM, like any application at SIGKILL, can end nothing; `GP_ORPHAN_TIMEOUT` does
+LIVES_ON = 'it ends; its kernel lives on'
 
 class Steps:
     "What happened in one cell, and the seconds that it took"
@@ -187,7 +202,8 @@ class Steps:
             with contextlib.suppress(OSError): d.parent.rmdir()
         log.unlink(missing_ok=True)
         self.output_kept = True
-    output_kept = False   # in a tunnel, the agent keeps for an hour what that kernel printed last, should its application come back
+    # in a tunnel, the agent keeps for an hour what that kernel printed last, should its application come back
+    output_kept = False
     def forget_output(self):
         "End the agent, once no kernel of the run needs it"
         for p in self.machines.node(self.cell.place).processes():
@@ -209,13 +225,14 @@ class Application:
         "A process of the application"
         self.logs.append(self.machines.lab.base/f'app-{time.monotonic_ns()}.log')
         with open(self.logs[-1], 'wb') as f:
-            p = subprocess.Popen(self.machines.argv(self.user, *argv), env=self.env, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True,
-                                 preexec_fn=interruptible)
+            p = subprocess.Popen(self.machines.argv(self.user, *argv), env=self.env, stdin=subprocess.DEVNULL, stdout=f,
+                                 stderr=f, start_new_session=True, preexec_fn=interruptible)
         self.procs.append(p)
         p.log = self.logs[-1]
         return p
 
-    async def ended(self, p): await until(lambda: p.poll() is not None, 90, 'end of the application'); return p.returncode
+    async def ended(self, p):
+        await until(lambda: p.poll() is not None, 90, 'end of the application'); return p.returncode
     def text(self): return '\n'.join(f'{o}:\n{o.read_text(errors="replace")[-6000:]}' for o in self.logs)
 
     async def run(self):
@@ -271,14 +288,16 @@ class Server(Application):
     @property
     def headers(self): return dict(Authorization=f'token {self.token}') if self.token else {}
     async def request(self, method, path, expect, **body):
-        r = await AsyncHTTPClient().fetch(HTTPRequest(f'{self.url}/{path}', method, self.headers, json.dumps(body) if body or method == 'POST' else None,
+        r = await AsyncHTTPClient().fetch(HTTPRequest(f'{self.url}/{path}', method, self.headers,
+                                                      json.dumps(body) if body or method == 'POST' else None,
                                                       request_timeout=120, connect_timeout=60), raise_error=False)
         assert r.code == expect, (r.code, r.body)
         return json.loads(r.body) if r.body else None
 
     @contextlib.asynccontextmanager
     async def channels(self, kernel):
-        ws = await websocket_connect(HTTPRequest(f'{self.url.replace("http", "ws", 1)}/api/kernels/{kernel}/channels', headers=self.headers))
+        ws = await websocket_connect(HTTPRequest(f'{self.url.replace("http", "ws", 1)}/api/kernels/{kernel}/channels',
+                                                 headers=self.headers))
         c = Channels(ws)
         try: yield c
         finally: c.reading.cancel(); ws.close()
@@ -292,7 +311,8 @@ class Server(Application):
                 pid = step.check(await c.run(WHERE, 90))
             with step('plot'):
                 shown = []
-                await c.wait(c.end_of(await c.start(PLOT), lambda m: shown.append(m['content'].get('data', {}).get('image/png'))), 120)
+                await c.wait(c.end_of(await c.start(PLOT),
+                                      lambda m: shown.append(m['content'].get('data', {}).get('image/png'))), 120)
                 assert any(shown), shown
             with step('interrupt'):
                 msg = await c.start(busy(f'i-{place}'))
@@ -306,7 +326,8 @@ class Server(Application):
                 assert pid != before and gone(before)
             with step('kill -9', 'it is started again'):
                 os.kill(pid, signal.SIGKILL)
-                await c.wait(lambda m: m['msg_type'] == 'status' and 'restarting' in m['content']['execution_state'], 90)
+                await c.wait(lambda m: m['msg_type'] == 'status' and 'restarting' in m['content']['execution_state'],
+                             90)
                 await c.ready()
                 before, pid = pid, step.check(await c.run(WHERE, 90))
                 assert pid != before
@@ -335,8 +356,10 @@ class Console(Application):
         viewer.chmod(0o755)
         argv = self.machines.argv(self.user, 'jupyter', 'console', '--kernel', place)
         self.logs.append(self.machines.lab.base/f'app-{time.monotonic_ns()}.log')
-        env = self.env | dict(TERM='xterm', PATH=f'{self.machines.seen(self.user)}/work/{place}:{self.env["PATH"]}')   # a terminal and a desktop
-        c = pexpect.spawn(argv[0], argv[1:], env=env, dimensions=(40, 200), timeout=120, encoding='utf-8', codec_errors='replace')
+        # a terminal and a desktop
+        env = self.env | dict(TERM='xterm', PATH=f'{self.machines.seen(self.user)}/work/{place}:{self.env["PATH"]}')
+        c = pexpect.spawn(argv[0], argv[1:], env=env, dimensions=(40, 200), timeout=120, encoding='utf-8',
+                          codec_errors='replace')
         c.logfile_read = open(self.logs[-1], 'w')
         self.terminals.append(c)
         return c
@@ -388,7 +411,8 @@ class Console(Application):
             await c.expect('KeyboardInterrupt', async_=True)
         await self.prompt(c, 4)
         log = step.log(pid)
-        with step('shutdown', 'by exit; a log is left if the kernel takes longer to end'):   # the console does not wait for its kernel
+        # the console does not wait for its kernel
+        with step('shutdown', 'by exit; a log is left if the kernel takes longer to end'):
             c.send('exit\r')
             await self.ended(c)
             await step.gone(pid)
@@ -415,7 +439,8 @@ class Console(Application):
             os.kill(c.pid, signal.SIGTERM)
             await self.ended(c)
             await step.abandoned(pid)
-        (self.machines.home(self.user)/f'.local/share/jupyter/runtime/kernel-{c.pid}.json').unlink()   # also with a local kernel
+        # also with a local kernel
+        (self.machines.home(self.user)/f'.local/share/jupyter/runtime/kernel-{c.pid}.json').unlink()
 
 class Notebooks(Application):
     "What runs a notebook from top to bottom"
@@ -470,7 +495,8 @@ class Execute(Notebooks):
 
 class NBClient(Notebooks):
     def argv(self, file, kernel):
-        return [sys.executable, '-c', 'import nbformat, nbclient, sys\nf, kernel = sys.argv[1:]\nnb = nbformat.read(f, 4)\n'
+        return [sys.executable, '-c',
+                'import nbformat, nbclient, sys\nf, kernel = sys.argv[1:]\nnb = nbformat.read(f, 4)\n'
                 'nbclient.execute(nb, kernel_name=kernel)\nnbformat.write(nb, f)', file, kernel]
 
 class Papermill(Notebooks):
@@ -478,7 +504,8 @@ class Papermill(Notebooks):
 
     async def all(self):
         await super().all()
-        files = list(self.machines.here.tmp.glob('tmp*.json'))   # connection files, which it leaves at SIGTERM, also with local kernels
+        # connection files, which it leaves at SIGTERM, also with local kernels
+        files = list(self.machines.here.tmp.glob('tmp*.json'))
         assert len(files) == len(self.steps), files
         for o in files: o.unlink()
 
@@ -542,7 +569,8 @@ class Browser(Server):
         await page.keyboard.press('Shift+Enter')
 
     async def enter(self, page, code, again=False):
-        "What `code` prints. `again`: it may be lost, and is entered again then; after a kernel died JupyterLab does not show when the next one is ready"
+        """What `code` prints. `again`: it may be lost, and is entered again then; after a kernel died JupyterLab does
+        not show when the next one is ready"""
         out = page.locator('.jp-OutputArea-output').nth(await page.locator('.jp-OutputArea-output').count())
         for _ in range(8 if again else 1):
             await self.type(page, code)
@@ -578,10 +606,13 @@ class Notebook(Browser):
 
     async def open(self, page, place):
         await page.goto(f'{self.url}/tree?token={self.token}')
-        await page.locator('.jp-DropdownMenu, .jp-FileBrowser-toolbar', has_text='New').first.locator('text=New').first.click()
-        async with page.expect_popup() as other: await page.locator('.lm-Menu-itemLabel', has_text=TITLES[place]).click()
+        await page.locator('.jp-DropdownMenu, .jp-FileBrowser-toolbar',
+                           has_text='New').first.locator('text=New').first.click()
+        async with page.expect_popup() as other:
+            await page.locator('.lm-Menu-itemLabel', has_text=TITLES[place]).click()
         page = await other.value
-        select = page.locator('.jp-Dialog', has_text='Select Kernel')   # which it asks where its list of sessions is not there yet
+        # which it asks where its list of sessions is not there yet
+        select = page.locator('.jp-Dialog', has_text='Select Kernel')
         async def choose():
             await select.locator('select').select_option(label=TITLES[place])
             await select.locator('.jp-mod-accept').click()
@@ -598,6 +629,7 @@ async def run(machines, run, places):
 
 def write(results):
     "Write down what happened in these cells, for the documentation"
-    old = {Cell(o['application'], o['place'], o['way'], o['user']): o['steps'] for o in (json.loads(RESULTS.read_text()) if RESULTS.exists() else ())}
+    old = {Cell(o['application'], o['place'], o['way'], o['user']): o['steps']
+           for o in (json.loads(RESULTS.read_text()) if RESULTS.exists() else ())}
     rows = [dict(c._asdict(), steps=steps) for c in cells() if (steps := results.get(c) or old.get(c))]
     RESULTS.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')

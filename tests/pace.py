@@ -1,6 +1,6 @@
-"""Bounds in time, for machines that are slow at times. Every test that waits for something, or asserts that it came in time,
-does so by this file: a bound is that of a machine which has nothing else to do, and grows by as much as this one is slower
-just then."""
+"""Bounds in time, for machines that are slow at times. Every test that waits for something, or asserts that it came in
+time, does so by this file: a bound is that of a machine which has nothing else to do, and grows by as much as this one
+is slower just then."""
 import asyncio, inspect, subprocess, sys, time
 
 QUIET = .12   # seconds that the probe takes where nothing else runs
@@ -13,8 +13,9 @@ def slowness():
     return max(1, float(t)/QUIET)
 
 class Timer:
-    """Seconds since it was made: `float(timer)`, or compared. `timer < 5` is a bound: where it would be false, 5 is taken as many
-    times as the machine is slower just now, which blocks for as long as an interpreter starts. `timer > 5` is as it says."""
+    """Seconds since it was made: `float(timer)`, or compared. `timer < 5` is a bound: where it would be false, 5 is
+    taken as many times as the machine is slower just now, which blocks for as long as an interpreter starts. `timer >
+    5` is as it says."""
     def __init__(self): self.start = time.monotonic()
     def __float__(self): return time.monotonic() - self.start
     def __lt__(self, o): return (t := float(self)) < o or t < o*slowness()
@@ -22,8 +23,8 @@ class Timer:
     def __repr__(self): return f'{float(self):.2f} s'
 
 class Deadline:
-    """`timeout` seconds from now; when they are over, as many more as the machine is slower then, so that a bound on a quiet
-    machine is one on a busy one"""
+    """`timeout` seconds from now; when they are over, as many more as the machine is slower then, so that a bound on a
+    quiet machine is one on a busy one"""
     def __init__(self, timeout): self.timer, self.timeout, self.probed = Timer(), timeout, False
     def passed(self):
         "Whether the time is over. Blocks for as long as an interpreter starts, once"
@@ -40,8 +41,8 @@ def wait(cond, timeout=10, what='condition', pause=.02):
     return r
 
 async def until(cond, timeout=20, what='condition'):
-    """Let the event loop go on until `cond()`, which may be a coroutine, is true, and return what it returned; AssertionError
-    after `timeout` seconds"""
+    """Let the event loop go on until `cond()`, which may be a coroutine, is true, and return what it returned;
+    AssertionError after `timeout` seconds"""
     deadline = Deadline(timeout)
     while True:
         if inspect.isawaitable(r := cond()): r = await r
@@ -51,8 +52,8 @@ async def until(cond, timeout=20, what='condition'):
         await asyncio.sleep(.02)
 
 async def within(limit, attempt):
-    """A bound in time that is promised: `await attempt()` gives fewer than `limit` seconds. One that is late may be an accident,
-    but then neither of two more may be late, for as slow as the machine is before or after them."""
+    """A bound in time that is promised: `await attempt()` gives fewer than `limit` seconds. One that is late may be an
+    accident, but then neither of two more may be late, for as slow as the machine is before or after them."""
     if (first := await attempt()) < limit: return
     slow = await asyncio.to_thread(slowness)
     more = [await attempt(), await attempt()]

@@ -1,7 +1,8 @@
 """A real Spark standalone cluster and a real YARN, small enough for two cores, each started once per test session.
 
-`Standalone` and `Yarn` are context managers for scripts and notebooks; the fixtures at the end are what tests use. Every port is ephemeral,
-every file is under one directory, and nothing of it outlives the session. What is missing on the machine is an error that names it."""
+`Standalone` and `Yarn` are context managers for scripts and notebooks; the fixtures at the end are what tests use.
+Every port is ephemeral, every file is under one directory, and nothing of it outlives the session. What is missing on
+the machine is an error that names it."""
 import fcntl, hashlib, json, os, re, shutil, signal, socket, subprocess, sys, tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +15,12 @@ from hosts import NetLab
 from pace import wait
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'gateway_provisioners_ssh'  # as it is before tests get a home of their own
+# as it is before tests get a home of their own
+CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'gateway_provisioners_ssh'
 JVM = ['-XX:+UseSerialGC', '-XX:TieredStopAtLevel=1', '-Xss512k']  # a daemon of a test: quick to start, small
 
-class Missing(RuntimeError): "Something these clusters need is not on this machine; the text says what and how to get it."
+class Missing(RuntimeError):
+    "Something these clusters need is not on this machine; the text says what and how to get it."
 
 def need(command:str, package:str) -> str:
     "The path of `command`, or `Missing` with the Debian `package` that has it."
@@ -44,9 +47,11 @@ def yarn_jars() -> Path:
     with open(CACHE/'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if done.exists(): return jars
-        got = subprocess.run([need('mvn', 'maven'), '-B', '-ntp', '-q', '-f', str(pom), 'dependency:copy-dependencies', f'-DoutputDirectory={jars}'],
+        got = subprocess.run([need('mvn', 'maven'), '-B', '-ntp', '-q', '-f', str(pom), 'dependency:copy-dependencies',
+                              f'-DoutputDirectory={jars}'],
                              capture_output=True, text=True, timeout=600)
-        if got.returncode: raise Missing(f"Hadoop's jars could not be fetched with Maven:\n{(got.stdout + got.stderr)[-2000:]}")
+        if got.returncode:
+            raise Missing(f"Hadoop's jars could not be fetched with Maven:\n{(got.stdout + got.stderr)[-2000:]}")
         done.touch()
     return jars
 
@@ -66,8 +71,8 @@ class Daemon:
     def __init__(self, name:str, argv:list[str], env:dict[str, str], log:Path):
         self.name, self.log = name, log
         with open(log, 'wb') as out:
-            self.proc = subprocess.Popen(['setpriv', '--pdeathsig', 'TERM', *argv], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                         start_new_session=True)
+            self.proc = subprocess.Popen(['setpriv', '--pdeathsig', 'TERM', *argv], env=env, stdin=subprocess.DEVNULL,
+                                         stdout=out, stderr=out, start_new_session=True)
 
     def output(self) -> str: return self.log.read_text(errors='replace')
 
@@ -94,16 +99,20 @@ class Daemon:
         self.proc.wait()
 
 class Cluster:
-    """What both kinds share: a directory, daemons, and an end that leaves nothing. `master` is for `--spark-master`, `spark_home` for `--spark-home`:
-    a Spark that is configured for this cluster, as an administrator would have it on the hosts of kernels."""
+    """What both kinds share: a directory, daemons, and an end that leaves nothing. `master` is for `--spark-master`,
+    `spark_home` for `--spark-home`: a Spark that is configured for this cluster, as an administrator would have it on
+    the hosts of kernels."""
     master: str
-    defaults = {'spark.ui.enabled': 'false', 'spark.driver.memory': '512m', 'spark.executor.memory': '512m', 'spark.executor.cores': '1',
-                'spark.sql.shuffle.partitions': '4', 'spark.log.level': 'WARN', **{f'spark.{o}.extraJavaOptions': ' '.join(JVM) for o in ('driver', 'executor', 'yarn.am')}}
+    defaults = {'spark.ui.enabled': 'false', 'spark.driver.memory': '512m', 'spark.executor.memory': '512m',
+                'spark.executor.cores': '1', 'spark.sql.shuffle.partitions': '4', 'spark.log.level': 'WARN',
+                **{f'spark.{o}.extraJavaOptions': ' '.join(JVM) for o in ('driver', 'executor', 'yarn.am')}}
 
     def __init__(self,
         address:str='127.0.0.1',                # bound by all daemons; drivers must be able to reach it, and it them
-        directory:str|os.PathLike|None=None,    # for logs, work and configuration; default: a new one, removed at the end
-        hosts_file:str|os.PathLike|None=None):  # more for the daemons' /etc/hosts: the names of the drivers' hosts; needs root
+        # for logs, work and configuration; default: a new one, removed at the end
+        directory:str|os.PathLike|None=None,
+        # more for the daemons' /etc/hosts: the names of the drivers' hosts; needs root
+        hosts_file:str|os.PathLike|None=None):
         self.address, self.java, self.hosts_file = address, java_home(), hosts_file
         self._given, self.pip_spark, self.daemons = directory, spark_home(), []
 
@@ -114,7 +123,8 @@ class Cluster:
         self.conf = self.dir/'conf'
         self.conf.mkdir()
         self.spark_home = self.make_home('spark')
-        if self.hosts_file: (self.dir/'hosts').write_text(Path('/etc/hosts').read_text() + '\n' + Path(self.hosts_file).read_text())
+        if self.hosts_file:
+            (self.dir/'hosts').write_text(Path('/etc/hosts').read_text() + '\n' + Path(self.hosts_file).read_text())
         try: self.start()
         except BaseException:
             self.stop()
@@ -130,7 +140,8 @@ class Cluster:
 
     @property
     def spark_env(self) -> dict[str, str]:
-        return dict(JAVA_HOME=self.java) | (dict(SPARK_LOCAL_IP=self.address) if self.address.startswith('127.') else {})
+        return (dict(JAVA_HOME=self.java)
+                | (dict(SPARK_LOCAL_IP=self.address) if self.address.startswith('127.') else {}))
 
     def make_home(self, name:str) -> Path:
         "Another `SPARK_HOME` for this cluster: pip's Spark, with this cluster's configuration."
@@ -148,18 +159,23 @@ class Cluster:
 
     def daemon(self, name:str, argv:list[str], **env) -> Daemon:
         clean = {k: v for k,v in os.environ.items() if not k.startswith(('SPARK_', 'PYSPARK_', 'HADOOP_', 'YARN_'))}
-        if self.hosts_file: argv = ['unshare', '--mount', 'sh', '-c', f'mount --bind {quote(str(self.dir))}/hosts /etc/hosts && exec "$@"', 'sh', *argv]
+        if self.hosts_file:
+            argv = ['unshare', '--mount', 'sh', '-c',
+                    f'mount --bind {quote(str(self.dir))}/hosts /etc/hosts && exec "$@"', 'sh', *argv]
         d = Daemon(name, argv, {**clean, 'JAVA_HOME': self.java, **env}, self.dir/f'{name}.log')
         self.daemons.append(d)
         return d
 
     def processes(self) -> list[psutil.Process]:
-        "Everything that runs for this cluster: whatever has its directory in the command line (executors and containers too)."
-        return [p for p in psutil.process_iter(['cmdline']) if p.pid!=os.getpid() and any(str(self.dir) in a for a in p.info['cmdline'] or ())]
+        """Everything that runs for this cluster: whatever has its directory in the command line (executors and
+        containers too)."""
+        return [p for p in psutil.process_iter(['cmdline']) if p.pid!=os.getpid()
+                and any(str(self.dir) in a for a in p.info['cmdline'] or ())]
 
     def memory(self) -> dict[str, int]:
         "Resident MB of each daemon."
-        return {d.name: psutil.Process(d.proc.pid).memory_info().rss >> 20 for d in self.daemons if d.proc.poll() is None}
+        return {d.name: psutil.Process(d.proc.pid).memory_info().rss >> 20 for d in self.daemons
+                if d.proc.poll() is None}
 
     def wait_state(self, name:str, state:str, timeout:float=30) -> dict:
         """The application of that name once its state is `state`: WAITING (YARN says ACCEPTED), RUNNING, FINISHED, FAILED,
@@ -185,14 +201,17 @@ class Standalone(Cluster):
         self.write_conf(**{'spark.cores.max': '1'})
         (self.dir/'work').mkdir()
         cls = [f'{self.pip_spark}/bin/spark-class']
-        common = dict(SPARK_HOME=self.pip_spark, SPARK_CONF_DIR=str(self.dir/'none'), SPARK_DAEMON_MEMORY='128m', SPARK_DAEMON_JAVA_OPTS=' '.join(JVM))
+        common = dict(SPARK_HOME=self.pip_spark, SPARK_CONF_DIR=str(self.dir/'none'), SPARK_DAEMON_MEMORY='128m',
+                      SPARK_DAEMON_JAVA_OPTS=' '.join(JVM))
         at = ['--host', self.address, '--port', '0', '--webui-port', '0']
         m = self.daemon('spark-master', [*cls, 'org.apache.spark.deploy.master.Master', *at], **common)
         self.master = m.says(r'Starting Spark master at (\S+)')
         ui_port = m.says(r"Successfully started service 'MasterUI' on port (\d+)")
         self.ui = f'http://{self.address}:{ui_port}'
-        w = self.daemon('spark-worker', [*cls, 'org.apache.spark.deploy.worker.Worker', *at, '--cores', str(self.cores), '--memory', self.worker_memory,
-                                         '--work-dir', str(self.dir/'work'), self.master], **common, SPARK_LOCAL_DIRS=str(self.dir/'work'))
+        w = self.daemon('spark-worker',
+                        [*cls, 'org.apache.spark.deploy.worker.Worker', *at, '--cores', str(self.cores), '--memory',
+                                         self.worker_memory, '--work-dir', str(self.dir/'work'), self.master], **common,
+                        SPARK_LOCAL_DIRS=str(self.dir/'work'))
         w.says(r'(Successfully registered with master)')
 
     def applications(self, name:str|None=None) -> list[dict]:
@@ -212,7 +231,8 @@ class Yarn(Cluster):
 
     def site(self, name:str, values:dict):
         "One of Hadoop's XML files."
-        rows = ''.join(f'<property><name>{k}</name><value>{escape(str(v))}</value></property>\n' for k,v in values.items())
+        rows = ''.join(f'<property><name>{k}</name><value>{escape(str(v))}</value></property>\n'
+                       for k,v in values.items())
         (self.conf/name).write_text(f'<?xml version="1.0"?>\n<configuration>\n{rows}</configuration>\n')
 
     def configure(self):
@@ -221,24 +241,30 @@ class Yarn(Cluster):
         self.rest = f'http://{self.address}:{ports["webapp."]}/ws/v1/cluster'
         for d in ('staging', 'local', 'logs'): (self.dir/d).mkdir(exist_ok=True)
         (self.dir/'staging').chmod(0o1777)
-        self.site('core-site.xml', {'fs.defaultFS': 'file:///', 'hadoop.tmp.dir': self.dir/'tmp', 'ipc.client.connect.max.retries': 3})
+        self.site('core-site.xml', {'fs.defaultFS': 'file:///', 'hadoop.tmp.dir': self.dir/'tmp',
+                                    'ipc.client.connect.max.retries': 3})
         self.site('yarn-site.xml', {
             f'{rm}.hostname': self.address, **{f'{rm}.{k}address': f'{self.address}:{p}' for k,p in ports.items()},
             f'{rm}.scheduler.class': 'org.apache.hadoop.yarn.server.resourcemanager.scheduler.capacity.CapacityScheduler',
             f'{rm}.am.max-attempts': 1, f'{rm}.nodemanagers.heartbeat-interval-ms': 100,
             'yarn.scheduler.minimum-allocation-mb': 64, 'yarn.scheduler.maximum-allocation-mb': self.memory_mb,
-            f'{nm}.hostname': self.address, **{f'{nm}.{k}address': f'{self.address}:0' for k in ('', 'localizer.', 'webapp.')},
+            f'{nm}.hostname': self.address,
+            **{f'{nm}.{k}address': f'{self.address}:0' for k in ('', 'localizer.', 'webapp.')},
             f'{nm}.resource.memory-mb': self.memory_mb, f'{nm}.resource.cpu-vcores': 32,
-            f'{nm}.pmem-check-enabled': 'false', f'{nm}.vmem-check-enabled': 'false', f'{nm}.disk-health-checker.enable': 'false',
-            f'{nm}.local-dirs': self.dir/'local', f'{nm}.log-dirs': self.dir/'logs', f'{nm}.process-kill-wait.ms': 2000})
+            f'{nm}.pmem-check-enabled': 'false', f'{nm}.vmem-check-enabled': 'false',
+            f'{nm}.disk-health-checker.enable': 'false', f'{nm}.local-dirs': self.dir/'local',
+            f'{nm}.log-dirs': self.dir/'logs', f'{nm}.process-kill-wait.ms': 2000})
         cap = 'yarn.scheduler.capacity'
         self.site('capacity-scheduler.xml', {
-            f'{cap}.root.queues': 'default', f'{cap}.root.default.capacity': 100, f'{cap}.maximum-am-resource-percent': '1.0',
+            f'{cap}.root.queues': 'default', f'{cap}.root.default.capacity': 100,
+            f'{cap}.maximum-am-resource-percent': '1.0',
             f'{cap}.resource-calculator': 'org.apache.hadoop.yarn.util.resource.DefaultResourceCalculator'})
         (self.conf/'log4j.properties').write_text('log4j.rootLogger=INFO,A\nlog4j.appender.A=org.apache.log4j.ConsoleAppender\n'
             'log4j.appender.A.target=System.err\nlog4j.appender.A.layout=org.apache.log4j.PatternLayout\nlog4j.appender.A.layout.ConversionPattern=%d{ISO8601} %p %c{1}: %m%n\n')
-        self.write_conf(**{'spark.yarn.jars': f'local:{self.pip_spark}/jars/*', 'spark.yarn.stagingDir': f'file://{self.dir}/staging',
-            'spark.yarn.am.memory': '256m', 'spark.yarn.am.memoryOverhead': '128m', 'spark.executor.memoryOverhead': '128m', 'spark.executor.instances': '1', 'spark.yarn.report.interval': '200ms',
+        self.write_conf(**{'spark.yarn.jars': f'local:{self.pip_spark}/jars/*',
+            'spark.yarn.stagingDir': f'file://{self.dir}/staging', 'spark.yarn.am.memory': '256m',
+            'spark.yarn.am.memoryOverhead': '128m', 'spark.executor.memoryOverhead': '128m',
+            'spark.executor.instances': '1', 'spark.yarn.report.interval': '200ms',
             'spark.scheduler.minRegisteredResourcesRatio': '0'})
 
     def start(self):
@@ -250,25 +276,28 @@ class Yarn(Cluster):
                 while self.daemons: self.daemons.pop().stop()
 
     def start_daemons(self):
-        java = [f'{self.java}/bin/java', *JVM, '-Xmx256m', '--add-opens=java.base/java.lang=ALL-UNNAMED', f'-Dhadoop.log.dir={self.dir}', f'-Dyarn.log.dir={self.dir}',
-                '-cp', f'{self.conf}:{self.jars}/*']
+        java = [f'{self.java}/bin/java', *JVM, '-Xmx256m', '--add-opens=java.base/java.lang=ALL-UNNAMED',
+                f'-Dhadoop.log.dir={self.dir}', f'-Dyarn.log.dir={self.dir}', '-cp', f'{self.conf}:{self.jars}/*']
         server = 'org.apache.hadoop.yarn.server'
         r = self.daemon('yarn-resourcemanager', [*java, f'{server}.resourcemanager.ResourceManager'])
         n = self.daemon('yarn-nodemanager', [*java, f'{server}.nodemanager.NodeManager'])
         def node_running():
-            if n.proc.poll() is not None: raise RuntimeError(f'{n.name} ended with status {n.proc.returncode}:\n{n.output()[-3000:]}')
+            if n.proc.poll() is not None:
+                raise RuntimeError(f'{n.name} ended with status {n.proc.returncode}:\n{n.output()[-3000:]}')
             try: return get_json(f'{self.rest}/metrics')['clusterMetrics']['activeNodes']
             except OSError: return False
         r.wait_for('no active node', node_running)
 
     def applications(self, name:str|None=None) -> list[dict]:
-        "The ResourceManager's applications (REST API), of that name or all: `id`, `name`, `user`, `state`, `finalStatus` and more."
+        """The ResourceManager's applications (REST API), of that name or all: `id`, `name`, `user`, `state`,
+        `finalStatus` and more."""
         found = (get_json(f'{self.rest}/apps')['apps'] or {}).get('app', [])
         return [a for a in found if name in (None, a['name'])]
 
 @pytest.fixture(scope='session')
 def cluster_network(request) -> dict:
-    "Where the clusters are, so that hosts of both kinds reach them and are reached: in the network of `net` as root, else on loopback."
+    """Where the clusters are, so that hosts of both kinds reach them and are reached: in the network of `net` as root,
+    else on loopback."""
     if NetLab.missing(): return {}
     lab = request.getfixturevalue('_net')
     return dict(address=lab.address, hosts_file=lab.base/'hosts')

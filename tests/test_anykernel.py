@@ -53,7 +53,8 @@ async def lives(r, name, code, answer, endless, took=1.5, **kw):
                 stop = await interrupted(k, endless, after=1)
                 assert stop.status != 'ok'
                 async def answered(): return not (got := await run(k, code)).status.startswith('abort') and got
-                got = await until(answered, 60, 'no more aborted')   # as some answer what comes right after an interrupt
+                # as some answer what comes right after an interrupt
+                got = await until(answered, 60, 'no more aborted')
                 assert got.text.strip() == answer
                 return stop.took
             await within(took, seconds)

@@ -1,5 +1,6 @@
-"""What can go wrong between a host application and its hosts, done for real: links cut and healed, servers restarted, plugs pulled, connections
-killed at the worst moment, applications killed, floods, skewed clocks, full disks, other users. `-s` shows how long things took."""
+"""What can go wrong between a host application and its hosts, done for real: links cut and healed, servers restarted,
+plugs pulled, connections killed at the worst moment, applications killed, floods, skewed clocks, full disks, other
+users. `-s` shows how long things took."""
 import asyncio, contextlib, json, os, queue, random, re, signal, socket, statistics, subprocess, sys, textwrap, time
 import psutil, pytest
 from jupyter_client.ioloop import AsyncIOLoopKernelManager
@@ -33,12 +34,14 @@ def count_to(n): return f'import time\nfor i in range({n}):\n    print(f"<{{i}}>
 # The link
 
 async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
-    """Two links are cut. One is healed after 30 s, and nobody need have noticed; the other is not, and its kernel is reported lost, restarted
-    elsewhere, and ended once its host is back. A third host goes on as if nothing had happened."""
+    """Two links are cut. One is healed after 30 s, and nobody need have noticed; the other is not, and its kernel is
+    reported lost, restarted elsewhere, and ended once its host is back. A third host goes on as if nothing had
+    happened."""
     node1, node2 = net[0], net[1]
     async with contextlib.AsyncExitStack() as stack:
         start = lambda *a, **kw: stack.enter_async_context(net_remote.on(*a, **kw))
-        (direct, dc), (tunnel, tc), (lost, _), (other, oc) = await asyncio.gather(start('node1', 'node3'), start('node1', config=dict(tunneling_enabled=True)),
+        (direct, dc), (tunnel, tc), (lost, _), (other, oc) = await asyncio.gather(start('node1', 'node3'),
+            start('node1', config=dict(tunneling_enabled=True)),
             start('node2', 'node4', config=dict(unreachable_timeout=15)), start('node3'))
         for kc in dc, tc: await kc.execute_interactive('x = 41', timeout=30)
         pids = [km.provisioner.fields['pid'] for km in (direct, tunnel)]
@@ -69,13 +72,15 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
         with pytest.raises(HostError, match='out of reach'): await direct.interrupt_kernel()
         took = await others
         slow = await asyncio.to_thread(slowness)
-        assert statistics.median(took) < slow and max(took) < 10*slow, took   # to wait for a link that is cut takes longer
+        # to wait for a link that is cut takes longer
+        assert statistics.median(took) < slow and max(took) < 10*slow, took
         node1.heal()
         healed = Timer()
         async def finishes(kc, msg_id, how):
             reply = asyncio.ensure_future(reply_to(kc, msg_id, 60))
             out = await stream(kc, msg_id, '<47>', 60)
-            assert re.findall(r'<(\d+)>', out) == [str(i) for i in range(1, 48)], f'{how}: all that was printed arrives, in its order'
+            assert re.findall(r'<(\d+)>', out) == [str(i) for i in range(1,
+                48)], f'{how}: all that was printed arrives, in its order'
             said(f'{how}: last output after the link was healed', healed)
             assert (await reply)['status'] == 'ok'
         await asyncio.gather(finishes(dc, cells[0], 'direct'), finishes(tc, cells[1], 'tunnel'))
@@ -91,13 +96,15 @@ async def test_link_cut_and_healed_or_not(net_remote, net, caplog):
         assert psutil.pid_exists(zombie)
         node2.heal()
         t = Timer()
-        await until(lambda: not psutil.pid_exists(zombie) and not node2.kernels() and not run_dirs(node2), 45, 'the lost kernel is ended')
+        await until(lambda: not psutil.pid_exists(zombie) and not node2.kernels() and not run_dirs(node2), 45,
+                    'the lost kernel is ended')
         said('a lost kernel ended after its host was back', t)
 
 async def test_sshd_restarted(net_remote, net):
     "Kernels live, compute on, can be interrupted, and their end is noticed, without anybody's help"
     with net_remote.nothing_left():
-        async with net_remote.on('node1') as (direct, dc), net_remote.on('node1', config=dict(tunneling_enabled=True)) as (tunnel, tc):
+        async with net_remote.on('node1') as (direct, dc), net_remote.on('node1',
+            config=dict(tunneling_enabled=True)) as (tunnel, tc):
             cells = [await busy(kc, 'x = 1\n' + count_to(1000)) for kc in (dc, tc)]
             net[0].restart_sshd()
             t = Timer()
@@ -117,7 +124,8 @@ async def test_sshd_restarted(net_remote, net):
             await within(1, lambda: kill(direct, dc))
 
 async def test_host_powered_off(net_remote, net):
-    "A host without power is out of reach; when it is back its kernels are known to be dead, and the application restarts them elsewhere"
+    """A host without power is out of reach; when it is back its kernels are known to be dead, and the application
+    restarts them elsewhere"""
     kw = dict(manager=AsyncIOLoopKernelManager)
     async with net_remote.on('node3', 'node4', **kw) as (direct, dc), \
                net_remote.on('node3', 'node4', config=dict(tunneling_enabled=True), **kw) as (tunnel, tc):
@@ -130,10 +138,13 @@ async def test_host_powered_off(net_remote, net):
         t = Timer()
         assert await asyncio.wait_for(asyncio.gather(*dead), 30) == [255, 255]
         said('known to be dead after the host was back', t)
-        await until(lambda: all(km.provisioner and km.provisioner.conn.host.name == 'node4' and km.provisioner.fields['pid'] in net[3].pids() for km in (direct, tunnel)), 30, 'restarted')
+        await until(lambda: all(km.provisioner and km.provisioner.conn.host.name == 'node4'
+                                and km.provisioner.fields['pid'] in net[3].pids() for km in (direct, tunnel)), 30,
+                    'restarted')
         said('restarted on the other host', t)
         await tc.wait_for_ready(timeout=60)
-        assert await value(tc, '__import__("socket").gethostname()', 60) == 'node4', 'in tunnel mode the same client goes on'
+        assert await value(tc, '__import__("socket").gethostname()',
+                           60) == 'node4', 'in tunnel mode the same client goes on'
         async with client_of(direct) as kc: assert await value(kc, '__import__("socket").gethostname()') == 'node4'
 
 # Launches
@@ -181,8 +192,11 @@ def hangs(h): h.drop(); h.hang()
 def refuses_the_key(h): h.refuse_keys(); h.drop()
 def has_another_host_key(h): h.change_host_key()
 
-@pytest.mark.parametrize('fault, words', [(down, 'nothing listens'), (hangs, 'no answer|closed the connection'), (refuses_the_key, 'refused the login'),
-                                          (has_another_host_key, 'the host key has changed')], ids=lambda o: getattr(o, '__name__', ''))
+@pytest.mark.parametrize('fault, words',
+                         [(down, 'nothing listens'), (hangs, 'no answer|closed the connection'),
+                                          (refuses_the_key, 'refused the login'),
+                                          (has_another_host_key, 'the host key has changed')],
+                         ids=lambda o: getattr(o, '__name__', ''))
 async def test_first_choice_of_host_is_of_no_use(fresh_remote, hosts, fault, words):
     conf, conn = dict(connect_timeout=2), None
     with fresh_remote.nothing_left():
@@ -202,7 +216,8 @@ async def test_first_choice_of_host_is_of_no_use(fresh_remote, hosts, fault, wor
             for h in 'host1', 'host3': assert re.search(f'^- host {h} .*({words})', str(e.value), re.M), e.value
         for h in hosts[0], hosts[2]: h.repair()
         await until(lambda: not conn.backing_off, 10, 'the pause is over')
-        async with fresh_remote.on('host1', 'host4', config=conf) as (km, _): assert km.provisioner.conn.host.name == 'host1', 'it is tried again'
+        async with fresh_remote.on('host1', 'host4', config=conf) as (km, _):
+            assert km.provisioner.conn.host.name == 'host1', 'it is tried again'
 
 LIGHT = textwrap.dedent('''
     import os, signal, sys
@@ -215,11 +230,13 @@ LIGHT = textwrap.dedent('''
     except L.LauncherError as e: L.exit_with(e)
     ''')
 
-OPTIONS = '--kernel-id {kernel_id} --response-address {response_address} --port-range {port_range} --public-key {public_key}'.split()
+OPTIONS = ('--kernel-id {kernel_id} --response-address {response_address} --port-range {port_range} --public-key '
+           '{public_key}'.split())
 
 async def test_64_starts_at_once_half_of_them_cancelled(fresh_remote, hosts):
     "On one host with sshd's default settings, on which everything starts from nothing: no connection yet"
-    fresh_remote.spec('light', argv=lambda argv: [argv[0], '-c', LIGHT, str(fresh_remote.scripts), *OPTIONS], hosts=['host1'])
+    fresh_remote.spec('light', argv=lambda argv: [argv[0], '-c', LIGHT, str(fresh_remote.scripts), *OPTIONS],
+                      hosts=['host1'])
     rng, me = random.Random(7), psutil.Process()
     async with fresh_remote.on('host1'): pass
     await asyncio.to_thread(forget)
@@ -228,7 +245,8 @@ async def test_64_starts_at_once_half_of_them_cancelled(fresh_remote, hosts):
         t = Timer()
         provisioners = [fresh_remote.provisioner('light') for _ in range(64)]
         async def start(p, i):
-            task = asyncio.ensure_future(p.launch_kernel(**await p.pre_launch(env=dict(os.environ, KERNEL_LAUNCH_TIMEOUT='90'))))
+            task = asyncio.ensure_future(
+                p.launch_kernel(**await p.pre_launch(env=dict(os.environ, KERNEL_LAUNCH_TIMEOUT='90'))))
             if i % 2:
                 await asyncio.sleep(rng.uniform(0, 4))
                 task.cancel()
@@ -274,7 +292,8 @@ asyncio.run(main())
 @contextlib.contextmanager
 def application(*kernels, patience=60, beat=5):
     "Another host application; yields the process and what it knows of its kernels"
-    p = subprocess.Popen([sys.executable, '-c', APP, json.dumps([patience, beat, kernels])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', APP, json.dumps([patience, beat, kernels])], stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
     try:
         line = p.stdout.readline()
         assert line, p.stderr.read()
@@ -286,7 +305,8 @@ async def resume(remote, name, kernel, config={}):
     "A kernel manager that goes on with the kernel of another process"
     km = remote.manager(name, config=config)
     km.kernel_id = kernel['id']
-    km.provisioner = KernelProvisionerFactory.instance(parent=km.parent).create_provisioner_instance(km.kernel_id, km.kernel_spec, parent=km)
+    km.provisioner = KernelProvisionerFactory.instance(parent=km.parent).create_provisioner_instance(km.kernel_id,
+        km.kernel_spec, parent=km)
     await km.provisioner.load_provisioner_info(kernel['info'])
     km.load_connection_info(km.provisioner.connection_info)
     return km
@@ -342,15 +362,18 @@ async def test_orphans_end_by_themselves(net_remote, net):
     await until(lambda: not any(h.kernels() or run_dirs(h) for h in net), 20, 'nothing left')
 
 async def test_two_host_applications_share_hosts(net_remote, net):
-    "One starts, computes and ends kernels; the kernels of the other do not notice, and keep their ports, files and names"
+    """One starts, computes and ends kernels; the kernels of the other do not notice, and keep their ports, files and
+    names"""
     specs = [net_remote.spec(f'shared_{h}', hosts=[h]) for h in ('node1', 'node2')]
     with application(*((s, {}) for s in specs for _ in range(2))) as (p, known):
         before = {h.name: {o.pid for o in h.kernels()} for h in net}
         name = net_remote.spec('shared', hosts=['node1', 'node2'])
         async with contextlib.AsyncExitStack() as stack:
             mine = await asyncio.gather(*(stack.enter_async_context(net_remote.kernel(name)) for _ in range(4)))
-            assert sorted(km.provisioner.conn.host.name for km, _ in mine) == ['node1']*2 + ['node2']*2, 'each balances its own'
-            assert {km.provisioner.fields['shell_port'] for km, _ in mine} & {o['info']['fields']['shell_port'] for o in known} == set()
+            assert (sorted(km.provisioner.conn.host.name for km, _ in mine) == ['node1']*2
+                    + ['node2']*2), 'each balances its own'
+            assert {km.provisioner.fields['shell_port'] for km, _ in mine} & {o['info']['fields']['shell_port']
+                for o in known} == set()
             for km, kc in mine: assert await value(kc, '"x" in globals()') is False
             await mine[0][0].restart_kernel(now=True)
             assert await mine[0][1].wait_for_ready(timeout=60) is None
@@ -397,10 +420,12 @@ FLOOD = textwrap.dedent('''
     ''')
 
 def flood(host, ip, port, much, *replays):
-    return host.ns.popen(sys.executable, '-c', FLOOD, ip, port, much, *(o.hex() for o in replays), stdout=subprocess.PIPE, text=True)
+    return host.ns.popen(sys.executable, '-c', FLOOD, ip, port, much, *(o.hex() for o in replays),
+                         stdout=subprocess.PIPE, text=True)
 
 async def test_floods_of_the_response_port(net_remote, net, caplog):
-    "Silence, noise, endless streams, halves and replays of real messages, from a host with kernels and from another, while kernels start"
+    """Silence, noise, endless streams, halves and replays of real messages, from a host with kernels and from another,
+    while kernels start"""
     heard, me, conf = [], psutil.Process(), dict(response_ip=net.address)   # so that launchers report there
     real = response.ResponseServer._judge
     def judge(self, raw, peer): heard.append(raw); return real(self, raw, peer)
@@ -430,7 +455,8 @@ async def test_floods_of_the_response_port(net_remote, net, caplog):
         for p in attackers: p.kill(); p.wait(); p.stdout.close()
 
 async def test_floods_of_the_control_port(net_remote, net):
-    "Ten thousand connections, noise, forgeries and replays of signed requests: the kernel is unharmed, and signed requests still count"
+    """Ten thousand connections, noise, forgeries and replays of signed requests: the kernel is unharmed, and signed
+    requests still count"""
     async with net_remote.on('node1') as (km, kc):
         f = km.provisioner.fields
         key, address = ControlKey(f['control_key']), (net[0].address, f['comm_port'])
@@ -443,8 +469,10 @@ async def test_floods_of_the_control_port(net_remote, net):
         def sign(nonce): recorded.append(key.request(nonce, dict(signum=0))); return recorded[-1]
         assert key.open_reply(*await asyncio.to_thread(ask, sign)) == dict(alive=True)
         kill = json.dumps(dict(signum=9))
-        forged = [b'{"signum": 9}\n', b'{"shutdown": 1}\n', json.dumps(dict(request=kill, mac='0'*64)).encode()+b'\n', json.dumps(dict(request=kill)).encode()+b'\n',
-                  ControlKey('00'*32).request(os.urandom(32), dict(signum=9)), key.request(os.urandom(32), dict(signum=9)), *recorded]
+        forged = [b'{"signum": 9}\n', b'{"shutdown": 1}\n', json.dumps(dict(request=kill, mac='0'*64)).encode()+b'\n',
+                  json.dumps(dict(request=kill)).encode()+b'\n',
+                  ControlKey('00'*32).request(os.urandom(32), dict(signum=9)),
+                  key.request(os.urandom(32), dict(signum=9)), *recorded]
         for line in forged: assert (await asyncio.to_thread(ask, line))[1] == b'', line
         msg_id = await busy(kc, 'import time\nprint("go", flush=True)\nwhile True: time.sleep(.01)')
         attackers = [flood(net[i], *address, 5000, *forged) for i in (1, 2)]
@@ -469,7 +497,8 @@ async def test_floods_of_the_control_port(net_remote, net):
         assert await value(kc, '6*7') == 42
 
 async def test_another_user_of_the_host(net_remote, net):
-    "While a kernel of ada's starts and runs, mallory reads whatever the host lets her read, and finds no secret; nor does the agent obey her"
+    """While a kernel of ada's starts and runs, mallory reads whatever the host lets her read, and finds no secret; nor
+    does the agent obey her"""
     host = net[3]
     host.add_user('ada'); host.add_user('mallory', key=False)
     net.client.alias('node4', User='ada')
@@ -495,7 +524,9 @@ async def test_another_user_of_the_host(net_remote, net):
                         except OSError: pass
         print('\\n'.join(sorted(seen | names)))''')
     try:
-        p = subprocess.Popen([str(o) for o in host.inside([sys.executable, '-c', spy], 'mallory')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8', errors='replace')
+        p = subprocess.Popen([str(o) for o in host.inside([sys.executable, '-c', spy], 'mallory')],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding='utf-8',
+                             errors='replace')
         secrets = []
         with contextlib.nullcontext():
             async with net_remote.on('node4') as (km, kc):
@@ -537,7 +568,8 @@ async def test_clock_skew_of_an_hour(net_remote, net):
             await km.restart_kernel(now=True)
             await kc.wait_for_ready(timeout=60)
             f, conn = km.provisioner.fields, km.provisioner.conn
-            assert await background().run(_control(conn.address, f['comm_port'], ControlKey(f['control_key']), dict(signum=0))) == dict(alive=True) if not tunnel else True
+            assert await background().run(_control(conn.address, f['comm_port'], ControlKey(f['control_key']),
+                                                   dict(signum=0))) == dict(alive=True) if not tunnel else True
             await within(2, lambda: kill(km, kc))
     assert not net[1].kernels()
 
@@ -547,7 +579,8 @@ async def test_log_flood_and_full_disk(net_remote, net):
     net[0].run('mkdir', '-p', logs)
     conf = dict(kernel_log_dir=logs, kernel_log_max_bytes=2**20)
     async with net_remote.on('node1', config=conf) as (km, kc):
-        flood = 'import os, sys\nlog = sys.stderr._original_stdstream_copy\nfor _ in range({n}): os.write(log, b"x"*65535 + b"\\n")'
+        flood = ('import os, sys\nlog = sys.stderr._original_stdstream_copy\nfor _ in range({n}): os.write(log, '
+                 'b"x"*65535 + b"\\n")')
         t = Timer()
         assert (await printed(kc, flood.format(n=1600), 90))[1] == 'ok'
         said('a hundred megabytes to the log', t)

@@ -1,7 +1,9 @@
-"""Whatever people, users and networks may send, made up at random: nothing of it is ever executed, nothing crashes, and what is no good is refused
-in words. LaunchKeys messages, tickets and signed replies have theirs in `test_handshake.py`; here is all the rest.
+"""Whatever people, users and networks may send, made up at random: nothing of it is ever executed, nothing crashes, and
+what is no good is refused in words. LaunchKeys messages, tickets and signed replies have theirs in `test_handshake.py`;
+here is all the rest.
 
-Some seconds as it is. Longer, 100,000 cases: `FUZZ=1 pytest -s tests/test_fuzz.py` (less than half an hour on two cores)."""
+Some seconds as it is. Longer, 100,000 cases: `FUZZ=1 pytest -s tests/test_fuzz.py` (less than half an hour on two
+cores)."""
 import asyncio, base64, contextlib, json, os, re, shlex, shutil, signal, socket, struct, subprocess, tempfile, threading
 from pathlib import Path
 import pytest
@@ -24,17 +26,20 @@ counted = dict(n=0)
 def budget(n):
     "At most `n` times FUZZ cases"
     return settings(max_examples=max(5, int(n*float(os.environ.get('FUZZ', 0.03)))), deadline=None, database=None,
-                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
+                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture,
+                                           HealthCheck.data_too_large])
 def case(): counted['n'] += 1
 
 # Texts that would do something if anybody evaluated them
 
 CANARY = Path(f'/tmp/gp-canary-{os.getpid()}')
 touch = f'touch {CANARY}'
-fragments = st.sampled_from(["'", '"', '\\', '\n', '\r\n', '$', ';', '&', '|', '#', '~', '*', '{', '}', '(', ')', '!', '%s', '{}', '-', '--', '=', ',', ':', '@', '[', ']',
-    f'$({touch})', f'`{touch}`', f';{touch};', f"';{touch};'", f'";{touch};"', f'\n{touch}\n', f'${{X:-$({touch})}}', f'${{X:-`{touch}`}}', f'>{CANARY}', f'&{touch}&',
-    f'\n}}\n{touch}\n', f'\nr\n{touch}\n', f'\nEOF\n{touch}\n', f'$(({touch}))', '${HOME}', '${HOME:-x}', '${NONE:-d e}', '${NONE}', '$HOME', '${HOME:=x}', '${#HOME}',
-    '{kernel_id}', '{connection_file}', '{response_address}', '\udcff', '\x1b[2J', '\u202e', '\x7f', '\x81', '\x88', 'ünï', '\ufeff', ' ', '\t', 'x'*300])
+fragments = st.sampled_from(["'", '"', '\\', '\n', '\r\n', '$', ';', '&', '|', '#', '~', '*', '{', '}', '(', ')', '!',
+    '%s', '{}', '-', '--', '=', ',', ':', '@', '[', ']', f'$({touch})', f'`{touch}`', f';{touch};', f"';{touch};'",
+    f'";{touch};"', f'\n{touch}\n', f'${{X:-$({touch})}}', f'${{X:-`{touch}`}}', f'>{CANARY}', f'&{touch}&',
+    f'\n}}\n{touch}\n', f'\nr\n{touch}\n', f'\nEOF\n{touch}\n', f'$(({touch}))', '${HOME}', '${HOME:-x}',
+    '${NONE:-d e}', '${NONE}', '$HOME', '${HOME:=x}', '${#HOME}', '{kernel_id}', '{connection_file}',
+    '{response_address}', '\udcff', '\x1b[2J', '\u202e', '\x7f', '\x81', '\x88', 'ünï', '\ufeff', ' ', '\t', 'x'*300])
 hostile = st.lists(fragments | st.text(max_size=6) | st.sampled_from('ab/.-_'), max_size=7).map(''.join)
 NUL = st.just('a\0b')
 
@@ -57,7 +62,8 @@ def test_host_entries(text):
     case()
     try: h = Host.parse(text)
     except ValueError as e: assert 'host' in str(e); return
-    assert Host.parse(str(h)) == h and not re.search(r'''[\s'"`;&<>|(){}$\x00-\x1f]''', str(h)) and not str(h).startswith('-')
+    assert (Host.parse(str(h)) == h and not re.search(r'''[\s'"`;&<>|(){}$\x00-\x1f]''', str(h))
+            and not str(h).startswith('-'))
 
 @budget(10_000)
 @given(hostile | st.lists(hostile, max_size=3) | st.from_regex(r'[a-c@:,0-9 ]{0,20}', fullmatch=True))
@@ -75,7 +81,8 @@ def test_entries_in_a_proxy_command(tmp_path_factory, text):
     (conf := tmp_path_factory.getbasetemp()/'ssh_config').write_text('Host *\n ProxyCommand printf %%%%s %h %n %r %p\n')
     try: r = hosts.route(h, 'ada', 22, str(conf))
     except ValueError: return
-    subprocess.run(['/bin/sh', '-c', r.proxy_command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=30)
+    subprocess.run(['/bin/sh', '-c', r.proxy_command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, timeout=30)
     assert not CANARY.exists()
 
 @budget(15_000)
@@ -89,7 +96,8 @@ def test_port_ranges(text, least):
     assert listener.parse_port_range(r) == (range(lo, hi+1) if hi else None)
 
 @budget(10_000)
-@given(st.from_regex(r'\[?[0-9a-f.:]{0,12}\]?:?[0-9]{0,6}', fullmatch=True) | st.from_regex(r'[0-9]{0,7}\.\.[0-9]{0,7}', fullmatch=True) | hostile)
+@given(st.from_regex(r'\[?[0-9a-f.:]{0,12}\]?:?[0-9]{0,6}', fullmatch=True)
+       | st.from_regex(r'[0-9]{0,7}\.\.[0-9]{0,7}', fullmatch=True) | hostile)
 def test_arguments_of_launchers(text):
     case()
     with contextlib.suppress(listener.LauncherError):
@@ -99,23 +107,28 @@ def test_arguments_of_launchers(text):
         assert (r := listener.parse_port_range(text)) is None or 0 <= r[0] < r[-1] < 65536
 
 @budget(5_000)
-@given(st.dictionaries(st.sampled_from([*options, 'x']), jsons | hostile | odd | st.lists(hostile, max_size=2), max_size=3))
+@given(st.dictionaries(st.sampled_from([*options, 'x']), jsons | hostile | odd | st.lists(hostile, max_size=2),
+                       max_size=3))
 def test_options_of_kernelspecs(config):
     case()
     for k in config:
         if isinstance(config[k], float) and config[k] != config[k]: return
     try: p = DistributedProvisioner(kernel_id='42', kernel_spec=KernelSpec(display_name='K'), **config)
     except LaunchError as e: assert re.match(r"(\w+) of kernelspec 'K': ", str(e))[1] in config; return
-    assert 'root' in p.unauthorized_users and p.load_balancing_algorithm == 'round-robin' and p.impersonation_enabled is False
+    assert ('root' in p.unauthorized_users and p.load_balancing_algorithm == 'round-robin'
+            and p.impersonation_enabled is False)
     assert p.remote_hosts and all(Host.parse(o) for o in p.remote_hosts)
 
 # Start requests
 
-names = st.sampled_from(['KERNEL_A', 'KERNEL_B', 'KERNEL_USERNAME', 'KERNEL_WORKING_DIR', 'KERNEL_REMOTE_HOST', 'KERNEL_LAUNCH_TIMEOUT', 'KERNEL_ID', 'KERNEL_PATH',
-                         'KERNEL_EXTRA_SPARK_OPTS', 'KERNEL_LAUNCH_SECRET']) | hostile.map('KERNEL_{}'.format) | hostile
+names = st.sampled_from(['KERNEL_A', 'KERNEL_B', 'KERNEL_USERNAME', 'KERNEL_WORKING_DIR', 'KERNEL_REMOTE_HOST',
+                         'KERNEL_LAUNCH_TIMEOUT', 'KERNEL_ID', 'KERNEL_PATH', 'KERNEL_EXTRA_SPARK_OPTS',
+                         'KERNEL_LAUNCH_SECRET']) | hostile.map('KERNEL_{}'.format) | hostile
 environments = st.dictionaries(names, hostile | NUL | st.just('\ud800') | odd.map(str), max_size=5)
-argvs = st.lists(hostile | st.sampled_from(['{kernel_id}', '{public_key}', '{response_address}', '{port_range}', '{resource_dir}', 'python']), max_size=5)
-kernelspec_envs = st.dictionaries(st.sampled_from(['A', 'B', 'KERNEL_A', 'SPARK_HOME', 'PYTHONPATH']) | hostile, hostile, max_size=4)
+argvs = st.lists(hostile | st.sampled_from(['{kernel_id}', '{public_key}', '{response_address}', '{port_range}',
+                                            '{resource_dir}', 'python']), max_size=5)
+kernelspec_envs = st.dictionaries(st.sampled_from(['A', 'B', 'KERNEL_A', 'SPARK_HOME', 'PYTHONPATH']) | hostile,
+                                  hostile, max_size=4)
 
 def kernelspec(argv, env, name='K'): return KernelSpec(argv=argv, env=env, display_name=name, language='x', metadata={})
 
@@ -124,13 +137,15 @@ def kernelspec(argv, env, name='K'): return KernelSpec(argv=argv, env=env, displ
 def test_start_requests(env, argv, spec_env, kernel_id, impersonate, cwd):
     "A request is refused with a status and words, or can be sent"
     case()
-    p = DistributedProvisioner(kernel_id=kernel_id, kernel_spec=kernelspec(argv, spec_env), remote_hosts=['a', 'ada@b:23'])
+    p = DistributedProvisioner(kernel_id=kernel_id, kernel_spec=kernelspec(argv, spec_env),
+                               remote_hosts=['a', 'ada@b:23'])
     p.impersonation_enabled = impersonate
     try: r = p.checked_request(dict(KERNEL_USERNAME='ada') | env | dict(SERVER_SECRET='x'), argv, cwd)
     except LaunchError as e:
         assert e.status_code in (400, 403) and len(str(e)) < 20_000
         return
-    assert r.pinned in (None, 'a', 'ada@b:23') and 'SERVER_SECRET' not in r.env and r.env['KERNEL_ID'] == kernel_id and 0 < r.timeout < 1e7
+    assert (r.pinned in (None, 'a', 'ada@b:23') and 'SERVER_SECRET' not in r.env and r.env['KERNEL_ID'] == kernel_id
+            and 0 < r.timeout < 1e7)
     assert not impersonate or shlex.quote(r.user) == r.user or re.fullmatch(r'[\w.@$-]+', r.user)
     start_request.check_request(r.argv, r.env, spec_env, r.cwds)
     agent.encode(dict(argv=r.argv, env=r.env, spec_env=spec_env, cwds=r.cwds))
@@ -155,14 +170,16 @@ class Place:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.session = self.run(self.open())
-        self.pid, self.socket = self.session.hello['pid'], str(self.dir/f't/gpssh-{os.getuid()}/agent-{self.session.hello["version"]}')
+        self.pid, self.socket = (self.session.hello['pid'],
+                                 str(self.dir/f't/gpssh-{os.getuid()}/agent-{self.session.hello["version"]}'))
 
     async def open(self):
         s = await local_session(self.env)
         await s.ping()
         return s
 
-    def run(self, coro, timeout=60): return asyncio.run_coroutine_threadsafe(asyncio.wait_for(coro, timeout), self.loop).result()
+    def run(self, coro, timeout=60):
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(coro, timeout), self.loop).result()
     async def sessions(self): return self.session
     def ping(self): self.run(self.session.ping())
     def fds(self): return len(os.listdir(f'/proc/{self.pid}/fd'))
@@ -171,7 +188,9 @@ class Place:
         "That many descriptors, once the agent is done with what was there; it must be in good health"
         self.ping()
         wait(lambda: self.fds() <= fds, 60, f'no more than {fds} descriptors')
-        assert agent.start_time(self.pid) and not os.path.exists(os.path.dirname(self.socket) + '/errors'), open(os.path.dirname(self.socket) + '/errors').read()
+        assert (agent.start_time(self.pid)
+                and not os.path.exists(os.path.dirname(self.socket) + '/errors')), open(os.path.dirname(self.socket)
+                    + '/errors').read()
 
     def close(self):
         self.loop.call_soon_threadsafe(self.session.close)
@@ -187,7 +206,8 @@ def place():
 
 shell_names = st.sampled_from(['KERNEL_A', 'KERNEL_B', 'KERNEL_USERNAME', 'KERNEL_X'])
 @settings(budget(1_000), phases=[Phase.generate])   # a smaller case that fails is not worth the wait for its processes
-@given(st.lists(st.tuples(st.dictionaries(shell_names, hostile, max_size=3), st.dictionaries(st.sampled_from(['A', 'B', 'KERNEL_A', 'NONE']), hostile, max_size=3),
+@given(st.lists(st.tuples(st.dictionaries(shell_names, hostile, max_size=3),
+       st.dictionaries(st.sampled_from(['A', 'B', 'KERNEL_A', 'NONE']), hostile, max_size=3),
        st.lists(hostile, max_size=4), st.lists(hostile, max_size=2), hostile, hostile), min_size=5, max_size=5))
 def test_what_a_kernel_gets(place, cases):
     "Words, environment and directory are exactly what was asked for, and the title is in the log"
@@ -195,10 +215,13 @@ def test_what_a_kernel_gets(place, cases):
         case()
         out = place.dir/f'out{os.urandom(4).hex()}'
         log = f'{out}{name.replace("/", "")[:30]}.log'
-        argv = ['/bin/sh', '-c', 'pwd -P >"$0"; for o; do printf "%s\\0" "$o"; done >>"$0"; printf "\\1\\0" >>"$0"; exec env -0 >>"$0"', str(out), *words]
+        argv = ['/bin/sh', '-c',
+                'pwd -P >"$0"; for o; do printf "%s\\0" "$o"; done >>"$0"; printf "\\1\\0" >>"$0"; exec env -0 >>"$0"',
+                str(out), *words]
         try: start_request.check_request(argv, env, spec_env, cwds)
         except ValueError as e: assert 'NUL' in str(e) or 'name' in str(e); return
-        p = await spawn(place.session, place.sessions, log, argv=argv, env=env, spec_env=spec_env, cwds=cwds, title=title, max_bytes=65536)
+        p = await spawn(place.session, place.sessions, log, argv=argv, env=env, spec_env=spec_env, cwds=cwds,
+                        title=title, max_bytes=65536)
         assert await asyncio.wait_for(p.exited, 60) == 0, await p.tail()
         said = (await p.tail(1000))
         await p.release(keep_log=False)
@@ -208,25 +231,37 @@ def test_what_a_kernel_gets(place, cases):
         if got is None: return
         got_env = dict(o.split('=', 1) for o in got_env.split('\0') if '=' in o)
         want = becomes(env, spec_env, place.env)
-        assert got.split('\0')[:-1] == words and {k: got_env.get(k) for k in want} == want and set(got_env) - set(want) <= {'PWD', 'SHLVL', '_', 'OLDPWD'}
-        assert where == str(next(Path(o).resolve() for o in (*(os.path.join(place.dir, c) for c in cwds), place.dir) if os.path.isdir(o)))
-        assert said.startswith(title.encode('utf-8', 'surrogateescape')[:900].decode('utf-8', 'ignore' if len(title) > 200 else 'replace'))
+        assert (got.split('\0')[:-1] == words and {k: got_env.get(k) for k in want} == want
+                and set(got_env) - set(want) <= {'PWD', 'SHLVL', '_', 'OLDPWD'})
+        assert where == str(next(Path(o).resolve() for o in (*(os.path.join(place.dir, c) for c in cwds), place.dir)
+                                 if os.path.isdir(o)))
+        assert said.startswith(title.encode('utf-8', 'surrogateescape')[:900].decode('utf-8',
+            'ignore' if len(title) > 200 else 'replace'))
         assert not os.path.exists(log) and not CANARY.exists()
     async def several(): await asyncio.gather(*(one(*c) for c in cases))
     place.run(several(), 120)
 
 OPS = [*agent.OPERATIONS, 'none']
-anything = jsons | odd | hostile | st.integers() | st.floats() | st.lists(hostile, max_size=2) | st.dictionaries(hostile, hostile, max_size=2)
+anything = (jsons | odd | hostile | st.integers() | st.floats() | st.lists(hostile, max_size=2)
+            | st.dictionaries(hostile, hostile, max_size=2))
 IDS = st.sampled_from(['ab'*8, 'cd'*32, '../..', 'ab'*8 + '\n', ''])
-STANDBY = st.fixed_dictionaries({}, optional=dict(script=st.sampled_from([0, 1, 1, 2, -1, 10**9, True]) | anything, preload=st.just([]) | st.lists(hostile, max_size=2) | anything, timeout=st.sampled_from([1, 0, -1, 1e308, float('nan')]) | anything)) | anything
-ARGUMENTS = st.fixed_dictionaries({}, optional=dict(id=IDS | anything, tree=IDS | anything, path=hostile | anything, mode=anything, done=anything, argv=st.sampled_from([['true'], ['true', 'x'], ['true', '/no/x', 'y']]) | st.lists(hostile, max_size=3) | anything,
-    standby=st.just(dict(script=1, preload=[], timeout=5)) | STANDBY,
-    env=st.just({}) | anything, spec_env=st.just({}) | anything, cwds=anything, max_bytes=st.just(65536) | anything, title=anything, orphan_timeout=anything, ticket=st.just({}) | anything, ports=anything,
-    lines=st.just(5) | anything, pgid=st.sampled_from([10**19, 2**31, 0, -1, 1, True, 1.5]), signum=st.sampled_from([0, 65, 10**9, -1, 1.5, '9']), idle_timeout=st.just(None) | anything, keep_log=anything,
-    user=st.sampled_from(['-u', '']) | odd, x=anything))
+STANDBY = st.fixed_dictionaries({},
+                                optional=dict(script=st.sampled_from([0, 1, 1, 2, -1, 10**9, True]) | anything,
+                                              preload=st.just([]) | st.lists(hostile, max_size=2) | anything,
+                                              timeout=st.sampled_from([1, 0, -1, 1e308, float('nan')])
+                                              | anything)) | anything
+ARGUMENTS = st.fixed_dictionaries({},
+                                  optional=dict(id=IDS | anything, tree=IDS | anything, path=hostile | anything,
+    mode=anything, done=anything, argv=st.sampled_from([['true'], ['true', 'x'], ['true', '/no/x', 'y']])
+    | st.lists(hostile, max_size=3) | anything, standby=st.just(dict(script=1, preload=[], timeout=5)) | STANDBY,
+    env=st.just({}) | anything, spec_env=st.just({}) | anything, cwds=anything, max_bytes=st.just(65536) | anything,
+    title=anything, orphan_timeout=anything, ticket=st.just({}) | anything, ports=anything, lines=st.just(5) | anything,
+    pgid=st.sampled_from([10**19, 2**31, 0, -1, 1, True, 1.5]), signum=st.sampled_from([0, 65, 10**9, -1, 1.5, '9']),
+    idle_timeout=st.just(None) | anything, keep_log=anything, user=st.sampled_from(['-u', '']) | odd, x=anything))
 
 @budget(3_000)
-@given(st.lists(st.tuples(st.sampled_from(OPS) | anything, ARGUMENTS, st.booleans(), st.binary(max_size=20)), min_size=1, max_size=10))
+@given(st.lists(st.tuples(st.sampled_from(OPS) | anything, ARGUMENTS, st.booleans(), st.binary(max_size=20)),
+                min_size=1, max_size=10))
 def test_requests_of_any_kind(place, requests):
     "Each is answered, with a result or an error; the agent survives all, and keeps no descriptor of it"
     was = place.fds()
@@ -264,8 +299,12 @@ while True:
     kept.append(s)
     if not stays: kept.pop().close()
 """
-GREETINGS = st.just(b'{"cold": ""}\n') | st.binary(max_size=60) | st.fixed_dictionaries({}, optional=dict(cold=st.just('') | anything, passes=anything.filter(lambda o: o is not True))).map(lambda o: json.dumps(o).encode()) | st.sampled_from([b'['*60_000, b'1'*5000])
-BIRTHS = st.lists(st.sampled_from([b'{agent}', b'{self}', b'{group}', b'-1', b'0', b'1', b'9'*30, b'\n', b'\nok\n', b'\nnot here: x\n', b'ok\n', b'x'*9000, b'\xff']) | st.binary(max_size=9), max_size=6).map(b''.join)
+GREETINGS = (st.just(b'{"cold": ""}\n') | st.binary(max_size=60) | st.fixed_dictionaries({},
+    optional=dict(cold=st.just('') | anything, passes=anything.filter(lambda o: o is not True))).map(
+        lambda o: json.dumps(o).encode()) | st.sampled_from([b'['*60_000, b'1'*5000]))
+BIRTHS = st.lists(st.sampled_from([b'{agent}', b'{self}', b'{group}', b'-1', b'0', b'1', b'9'*30, b'\n', b'\nok\n',
+                                   b'\nnot here: x\n', b'ok\n', b'x'*9000, b'\xff']) | st.binary(max_size=9),
+                  max_size=6).map(b''.join)
 
 @settings(budget(500), phases=[Phase.generate])
 @given(GREETINGS, BIRTHS, st.booleans())
@@ -275,10 +314,12 @@ def test_what_a_template_says(place, greeting, said, stays):
     (place.dir/'standby.py').write_text(TEMPLATE)
     (place.dir/'launch.py').write_text('import time; time.sleep(1000)')
     was, argv = place.fds(), [shutil.which('python3'), '-SE', str(place.dir/'launch.py'), os.urandom(4).hex()]
-    standby = dict(script=2, preload=[base64.b64encode(greeting).decode(), base64.b64encode(said).decode(), 'yes'*stays], timeout=1)
+    standby = dict(script=2, preload=[base64.b64encode(greeting).decode(), base64.b64encode(said).decode(),
+                                      'yes'*stays], timeout=1)
     async def one():
         await place.session.request('standby', argv=argv, env={}, standby=standby)
-        p = await spawn(place.session, place.sessions, str(place.dir/'a.log'), argv=argv, env={}, max_bytes=65536, standby=standby)
+        p = await spawn(place.session, place.sessions, str(place.dir/'a.log'), argv=argv, env={}, max_bytes=65536,
+                        standby=standby)
         assert Path(f'/proc/{p.pid}/cmdline').read_bytes().split(b'\0')[:-1] == [o.encode() for o in argv]
         await p.release(keep_log=False)
         await until(lambda: not agent.start_time(p.pid), 60)
@@ -287,8 +328,12 @@ def test_what_a_template_says(place, greeting, said, stays):
     place.no_more(was + 1)   # a template that is ready is waited for
 
 @budget(5_000)
-@given(st.lists(st.binary(max_size=60) | jsons.map(lambda o: json.dumps(o).encode() + b'\n') | st.fixed_dictionaries({}, optional=dict(n=anything, op=st.sampled_from(OPS) | anything, size=anything, **{'as': anything})).map(
-    lambda o: json.dumps(o).encode() + b'\n') | st.integers(1, 3000).map(lambda n: b'['*n + b'\n'), min_size=1, max_size=5))
+@given(st.lists(st.binary(max_size=60) | jsons.map(lambda o: json.dumps(o).encode() + b'\n')
+                | st.fixed_dictionaries({},
+                                        optional=dict(n=anything, op=st.sampled_from(OPS) | anything, size=anything,
+                                                      **{'as': anything})).map(
+    lambda o: json.dumps(o).encode() + b'\n') | st.integers(1, 3000).map(lambda n: b'['*n + b'\n'), min_size=1,
+                max_size=5))
 def test_bytes_from_a_client(place, parts):
     "What is no frame ends that connection only"
     case()
@@ -306,14 +351,16 @@ def handed_over(place, line=b'{"env": {}}\n'):
     r, w = os.pipe()
     with ours, theirs, socket.socket(socket.AF_UNIX) as c:
         c.connect(place.socket)
-        c.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('3i', theirs.fileno(), theirs.fileno(), w))])
+        c.sendmsg([line],
+                  [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('3i', theirs.fileno(), theirs.fileno(), w))])
         for o in r, w: os.close(o)
         theirs.close()
         ours.settimeout(30)
         yield ours
 
 KINDS = st.sampled_from(['null', 'file', 'pipe', 'directory', 'socket', 'socket'])
-VISITS = st.binary(max_size=60) | jsons.map(json.dumps).map(str.encode) | st.just(b'{"env": {}}') | st.fixed_dictionaries({}, optional=dict(env=anything, token=anything, fields=anything)).map(
+VISITS = st.binary(max_size=60) | jsons.map(json.dumps).map(str.encode) | st.just(
+    b'{"env": {}}') | st.fixed_dictionaries({}, optional=dict(env=anything, token=anything, fields=anything)).map(
     lambda o: json.dumps(o).encode()) | st.just(b'x'*100_000) | st.just(b'['*3000)
 @budget(10_000)
 @given(st.lists(st.tuples(VISITS, st.lists(KINDS, max_size=6), st.booleans(), st.booleans()), min_size=1, max_size=5))
@@ -327,17 +374,24 @@ def test_bytes_at_the_agents_socket(place, visits):
             c.settimeout(30)
             c.connect(place.socket)
             for o in kinds:
-                pair = dict(null=lambda: [os.open('/dev/null', os.O_RDWR)], file=lambda: [os.open(__file__, os.O_RDONLY)], pipe=os.pipe, directory=lambda: [os.open('/', os.O_RDONLY)],
+                pair = dict(null=lambda: [os.open('/dev/null', os.O_RDWR)],
+                            file=lambda: [os.open(__file__, os.O_RDONLY)], pipe=os.pipe,
+                            directory=lambda: [os.open('/', os.O_RDONLY)],
                             socket=lambda: [o.detach() for o in socket.socketpair()])[o]()
                 fds += pair[:1]
                 for o in pair[1:]: os.close(o)
-            try: c.sendmsg([line + b'\n'*end], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f'{len(fds)}i', *fds))] if fds else [])
+            try:
+                c.sendmsg([line + b'\n'*end],
+                          [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f'{len(fds)}i', *fds))] if fds else [])
             finally:
                 for o in fds: os.close(o)
             if patient: c.shutdown(socket.SHUT_WR); c.recv(1000)
     place.no_more(was)
 
-REPORTS = st.fixed_dictionaries({}, optional=dict(pgid=st.sampled_from([10**19, 2**31, -1, 0, 1, True]) | jsons, remove=st.lists(hostile.map('/tmp/{}'.format) | hostile, max_size=3) | anything, ip=st.sampled_from(['127.0.0.1', '::1', '127.0.0.2', '0.0.0', 'localhost'])
+REPORTS = st.fixed_dictionaries({},
+                                optional=dict(pgid=st.sampled_from([10**19, 2**31, -1, 0, 1, True]) | jsons,
+    remove=st.lists(hostile.map('/tmp/{}'.format) | hostile, max_size=3) | anything,
+    ip=st.sampled_from(['127.0.0.1', '::1', '127.0.0.2', '0.0.0', 'localhost'])
     | anything, fields=st.dictionaries(hostile, anything, max_size=3) | anything, control=anything))
 @settings(budget(500), phases=[Phase.generate])
 @given(REPORTS)
@@ -345,7 +399,9 @@ def test_reports_of_any_kind(place, said):
     case()
     async def one():
         log = str(place.dir/f'{os.urandom(4).hex()}.log')
-        p = await spawn(place.session, place.sessions, log, argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; sleep 1000'], env={}, ticket={}, max_bytes=65536)
+        p = await spawn(place.session, place.sessions, log,
+                        argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; sleep 1000'], env={}, ticket={},
+                        max_bytes=65536)
         ticket = await ticket_of(p)
         r, w = await asyncio.open_unix_connection(place.socket)
         try: line = json.dumps(dict(said, token=ticket['token'])).encode() + b'\n'
@@ -360,16 +416,24 @@ def test_reports_of_any_kind(place, said):
 
 # What hosts say
 
-EVENTS = st.fixed_dictionaries({}, optional=dict(event=st.sampled_from(['hello', 'ended', 'report', 'left', 'x']) | anything, id=st.sampled_from(['p', 'q']) | anything, status=st.sampled_from([0, 1, -9, 255, 256, -256, True, 1.5]) | anything,
-    fields=anything, why=anything, home=st.just('/h') | anything, cache=st.just('/c') | anything, trees=st.just([]) | anything, pid=anything, python=anything, version=anything, n=st.integers(0, 4) | anything, ok=st.just({}) | anything,
-    error=anything, running=anything, sent=anything, text=anything, report=anything, size=st.sampled_from([0, 1, 5, -1, 2**20, 2**20+1]) | anything, **{'as': st.sampled_from(['ada', '']) | anything}))
-FRAMES = EVENTS.map(lambda o: json.dumps(o).encode() + b'\n') | jsons.map(lambda o: json.dumps(o).encode() + b'\n') | st.binary(max_size=60) | st.integers(1, 3000).map(lambda n: b'{"n": 1, "error": ' + b'['*n + b']'*n + b'}\n')
+EVENTS = st.fixed_dictionaries({},
+                               optional=dict(event=st.sampled_from(['hello', 'ended', 'report', 'left', 'x'])
+    | anything, id=st.sampled_from(['p', 'q']) | anything,
+    status=st.sampled_from([0, 1, -9, 255, 256, -256, True, 1.5]) | anything, fields=anything, why=anything,
+    home=st.just('/h') | anything, cache=st.just('/c') | anything, trees=st.just([]) | anything, pid=anything,
+    python=anything, version=anything, n=st.integers(0, 4) | anything, ok=st.just({}) | anything, error=anything,
+    running=anything, sent=anything, text=anything, report=anything,
+    size=st.sampled_from([0, 1, 5, -1, 2**20, 2**20+1]) | anything, **{'as': st.sampled_from(['ada', '']) | anything}))
+FRAMES = (EVENTS.map(lambda o: json.dumps(o).encode() + b'\n') | jsons.map(lambda o: json.dumps(o).encode() + b'\n')
+          | st.binary(max_size=60)
+          | st.integers(1, 3000).map(lambda n: b'{"n": 1, "error": ' + b'['*n + b']'*n + b'}\n'))
 GOOD_HELLO = b'{"event": "hello", "home": "/h", "cache": "/c", "trees": []}\n'
 
 @budget(30_000)
 @given(st.binary(max_size=40), st.booleans(), st.lists(FRAMES, max_size=8), st.integers(1, 400))
 def test_frames_from_a_host(noise, greets, frames, step):
-    "The host may say anything: it is understood, ignored, or the end of that session; never an exception, and never more than what it has to remember"
+    """The host may say anything: it is understood, ignored, or the end of that session; never an exception, and never
+    more than what it has to remember"""
     case()
     async def listen():
         closed = []
@@ -388,7 +452,8 @@ def test_frames_from_a_host(noise, greets, frames, step):
         assert len(s.decoder.buffer if s.decoder else s.login_output) <= 2**21 + 2**18 and len(s.pending) <= 3
         s.eof()
         assert closed == [1] and s.closed and isinstance(s.error, AgentClosed)
-        for o in await asyncio.gather(start, *asked, return_exceptions=True): assert isinstance(o, (dict, AgentSession, AgentClosed, Refusal)), repr(o)
+        for o in await asyncio.gather(start, *asked, return_exceptions=True):
+            assert isinstance(o, (dict, AgentSession, AgentClosed, Refusal)), repr(o)
         for p in ps:
             assert p.returncode is None or type(p.returncode) is int and -256 < p.returncode < 256
             if p.report.done():
@@ -413,8 +478,10 @@ def test_a_host_without_end(step, word, greets):
 
 # Reports through SSH
 
-FIELDS = st.fixed_dictionaries({}, optional=dict(kernel_id=st.just('42') | anything, ip=st.just('127.0.0.1') | anything, pid=anything, pgid=anything, key=anything, shell_port=st.integers(-1, 70_000) | anything, iopub_port=anything,
-    stdin_port=anything, control_port=anything, hb_port=anything, comm_port=anything, control_key=anything, transport=anything, signature_scheme=anything, x=anything))
+FIELDS = st.fixed_dictionaries({}, optional=dict(kernel_id=st.just('42') | anything, ip=st.just('127.0.0.1') | anything,
+    pid=anything, pgid=anything, key=anything, shell_port=st.integers(-1, 70_000) | anything, iopub_port=anything,
+    stdin_port=anything, control_port=anything, hb_port=anything, comm_port=anything, control_key=anything,
+    transport=anything, signature_scheme=anything, x=anything))
 @budget(10_000)
 @given(FIELDS | st.dictionaries(hostile, anything, max_size=4))
 def test_fields_of_reports(fields):
@@ -425,7 +492,9 @@ def test_fields_of_reports(fields):
 # Control requests
 
 KEY, NONCE = bytes(range(32)), bytes(range(32))
-def signed(text, key=KEY, nonce=NONCE): return json.dumps(dict(request=text, mac=agent._mac(key, b'request', nonce, text.encode('utf-8', 'replace')))).encode()
+def signed(text, key=KEY, nonce=NONCE):
+    return json.dumps(dict(request=text,
+                           mac=agent._mac(key, b'request', nonce, text.encode('utf-8', 'replace')))).encode()
 GOOD = signed('{"signum": 0}')
 
 class Asked:
@@ -444,8 +513,10 @@ class Asked:
         return agent.Agent.control_request(self, c, line)
 
 @budget(5_000)
-@given(st.binary(max_size=200) | bitten(GOOD) | jsons.map(lambda o: json.dumps(o).encode()) | changes(['request', 'mac']).map(
-    lambda c: json.dumps(changed(json.loads(GOOD), c)).encode()) | st.integers(1, 3000).map(lambda n: b'['*n) | st.binary(min_size=32, max_size=32).map(lambda k: signed('{"signum": 9}', k))
+@given(st.binary(max_size=200) | bitten(GOOD) | jsons.map(lambda o: json.dumps(o).encode())
+    | changes(['request', 'mac']).map(
+    lambda c: json.dumps(changed(json.loads(GOOD), c)).encode()) | st.integers(1, 3000).map(lambda n: b'['*n)
+    | st.binary(min_size=32, max_size=32).map(lambda k: signed('{"signum": 9}', k))
     | st.binary(min_size=32, max_size=32).filter(lambda n: n != NONCE).map(lambda n: signed('{"signum": 9}', nonce=n)))
 def test_requests_that_are_not_signed(line):
     "Nor with another key, nor for another connection's nonce"
@@ -456,7 +527,8 @@ def test_requests_that_are_not_signed(line):
     if reply: assert json.loads(line)['request'] == json.loads(GOOD)['request']
 
 @budget(3_000)
-@given(st.text(max_size=60) | jsons.map(json.dumps) | st.dictionaries(st.sampled_from(['signum', 'shutdown', 'x']), odd | jsons | st.integers(-1, 70), max_size=3).map(json.dumps))
+@given(st.text(max_size=60) | jsons.map(json.dumps) | st.dictionaries(st.sampled_from(['signum', 'shutdown', 'x']),
+    odd | jsons | st.integers(-1, 70), max_size=3).map(json.dumps))
 def test_signed_requests_of_any_kind(text):
     "One who holds the key may ask for anything, and gets a signed reply or none; it concerns that kernel only"
     case()
@@ -467,13 +539,16 @@ def test_signed_requests_of_any_kind(text):
     assert all(id == 'b' and (n == 'end' or 0 < n < 65) for id, n in a.did) and len(a.did) < 2
     if not reply: assert not a.did; return
     m = json.loads(reply)
-    assert set(json.loads(m['reply'])) <= {'alive', 'error'} and m['mac'] == agent._mac(KEY, b'reply', NONCE, m['reply'].encode())
+    assert (set(json.loads(m['reply'])) <= {'alive', 'error'}
+            and m['mac'] == agent._mac(KEY, b'reply', NONCE, m['reply'].encode()))
 
 @pytest.fixture(scope='module')
 def control(place):
     "A kernel that is controlled by a port: that port and the key"
     async def asking():
-        p = await spawn(place.session, place.sessions, str(place.dir/'controlled.log'), argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; while :; do sleep 1000; done'], env={}, ticket={}, max_bytes=65536)
+        p = await spawn(place.session, place.sessions, str(place.dir/'controlled.log'),
+                        argv=['/bin/sh', '-c', 'echo "$KERNEL_LAUNCH_SECRET"; while :; do sleep 1000; done'], env={},
+                        ticket={}, max_bytes=65536)
         ticket = await ticket_of(p)
         r, w = await asyncio.open_unix_connection(place.socket)
         w.write(json.dumps(dict(token=ticket['token'], ip='0.0.0.0')).encode() + b'\n')
@@ -496,7 +571,8 @@ def test_one_request_for_one_connection(place, control):
         assert json.loads(c.makefile('rb').readline())['nonce'] != nonce.hex() and ask(c, line) == b''
 
 @budget(2_000)
-@given(st.lists(st.binary(max_size=40) | st.just(b'x'*3000) | st.just(b'\n') | st.just(GOOD + b'\n'), max_size=4), st.booleans())
+@given(st.lists(st.binary(max_size=40) | st.just(b'x'*3000) | st.just(b'\n') | st.just(GOOD + b'\n'), max_size=4),
+       st.booleans())
 def test_bytes_at_the_control_port(place, control, parts, close):
     "Anything may come in any pieces: at most one line is taken, at most so long, and nothing stays open after it"
     case()
@@ -511,11 +587,14 @@ def test_bytes_at_the_control_port(place, control, parts, close):
 # Streams
 
 numbers = st.integers(-3, 40) | st.sampled_from([agent.WINDOW, 2**40, 10**19]) | odd
-stream_frames = st.dictionaries(st.sampled_from(['s', 'at', 'got', 'fin', 'end', 'why', 'op', 'probe', 'n', 'ok', 'token', 'port', 'id', 'buffer', 'spool']), numbers | hostile, max_size=5)
+stream_frames = st.dictionaries(st.sampled_from(['s', 'at', 'got', 'fin', 'end', 'why', 'op', 'probe', 'n', 'ok',
+                                                 'token', 'port', 'id', 'buffer', 'spool']), numbers | hostile,
+                                max_size=5)
 datas = st.binary(max_size=30) | st.just(b'x'*agent.MAX_DATA)
 
 @budget(10_000)
-@given(st.lists(st.tuples(stream_frames, st.binary(max_size=30)), max_size=4), st.binary(max_size=20), st.integers(1, 50))
+@given(st.lists(st.tuples(stream_frames, st.binary(max_size=30)), max_size=4), st.binary(max_size=20),
+       st.integers(1, 50))
 def test_frames_of_streams_in_any_pieces(frames, noise, size):
     "Bytes come as they are, whatever pieces they arrive in; anything else is a ValueError"
     case()
@@ -539,7 +618,8 @@ class Taken(agent.End):
 @budget(20_000)
 @given(st.lists(st.tuples(stream_frames, datas), max_size=12))
 def test_what_the_far_end_of_a_stream_may_say(frames):
-    "In order, and no more than the window; nothing it says makes this end forget what was not passed on, or hold more than it may"
+    """In order, and no more than the window; nothing it says makes this end forget what was not passed on, or hold more
+    than it may"""
     case()
     end = Taken()
     end.out.add(b'0123456789')
@@ -563,19 +643,30 @@ def test_what_a_host_may_say_to_the_streams_of_an_application(frames):
         session.resume = lambda streams: [None for number, got, passed in streams if end.go_on(got, passed)]
         session.feed(session.token.encode() + b'\n')
         for m, data in frames: session.feed(agent.encode(m, data if 'at' in m else b''))
-        assert len(end.data) <= agent.WINDOW and len(session.decoder.buffer) <= agent.MAX_LINE and sum(map(len, written)) < 20_000
+        assert (len(end.data) <= agent.WINDOW and len(session.decoder.buffer) <= agent.MAX_LINE
+                and sum(map(len, written)) < 20_000)
         session.close()
     asyncio.run(say())
 
 # Kernelspecs from elsewhere
 
-STANZAS = st.fixed_dictionaries({}, optional=dict(class_name=st.sampled_from(['enterprise_gateway.services.processproxies.distributed.DistributedProcessProxy', 'X', 1]) | hostile,
+STANZAS = st.fixed_dictionaries({},
+                                optional=dict(
+    class_name=st.sampled_from(['enterprise_gateway.services.processproxies.distributed.DistributedProcessProxy', 'X',
+                                1]) | hostile,
     provisioner_name=st.sampled_from(['distributed-provisioner', 'local-provisioner']) | hostile,
-    config=odd | st.dictionaries(st.sampled_from([*options, 'x']), odd | jsons | hostile | st.lists(hostile, max_size=2), max_size=3)))
-KERNELS = st.fixed_dictionaries(dict(argv=st.lists(hostile | st.sampled_from(['{connection_file}', '{response_address}', 'python', '/a/scripts/launch_ipykernel.py', 'bin/run.sh', '-f',
-        'launch_IRkernel.R', '--RemoteProcessProxy.kernel-id', '{kernel_id}']), max_size=6) | odd),
-    optional=dict(env=kernelspec_envs | odd, display_name=hostile | odd, language=hostile | odd | st.sampled_from(['python', 'Scala', 'R']), interrupt_mode=odd,
-        metadata=st.fixed_dictionaries({}, optional=dict(process_proxy=STANZAS | odd, kernel_provisioner=STANZAS | odd, supported_encryption=odd | st.just(['curve']))) | odd | jsons))
+    config=odd | st.dictionaries(st.sampled_from([*options, 'x']),
+                                 odd | jsons | hostile | st.lists(hostile, max_size=2), max_size=3)))
+KERNELS = st.fixed_dictionaries(
+    dict(argv=st.lists(hostile
+                       | st.sampled_from(['{connection_file}', '{response_address}', 'python',
+        '/a/scripts/launch_ipykernel.py', 'bin/run.sh', '-f', 'launch_IRkernel.R', '--RemoteProcessProxy.kernel-id',
+        '{kernel_id}']), max_size=6) | odd),
+    optional=dict(env=kernelspec_envs | odd, display_name=hostile | odd,
+        language=hostile | odd | st.sampled_from(['python', 'Scala', 'R']), interrupt_mode=odd,
+        metadata=st.fixed_dictionaries({},
+                                       optional=dict(process_proxy=STANZAS | odd, kernel_provisioner=STANZAS | odd,
+                                                     supported_encryption=odd | st.just(['curve']))) | odd | jsons))
 
 @budget(3_000)
 @given(KERNELS | jsons, hostile | st.just(''), st.booleans())
@@ -600,7 +691,9 @@ def test_kernelspecs_to_adopt(tmp_path_factory, kernel, name, python):
     assert conf['provisioner_name'] == 'distributed-provisioner' and not CANARY.exists()
 
 @budget(1_000)
-@given(st.binary(max_size=100) | bitten(b'{"argv": ["python", "-m", "k", "{connection_file}"], "env": {"A": "b"}, "metadata": {"process_proxy": {"class_name": "DistributedProcessProxy"}}}'))
+@given(st.binary(max_size=100)
+       | bitten(b'{"argv": ["python", "-m", "k", "{connection_file}"], "env": {"A": "b"}, "metadata": '
+                b'{"process_proxy": {"class_name": "DistributedProcessProxy"}}}'))
 def test_files_that_are_no_kernelspec(tmp_path_factory, raw):
     case()
     (dir := tmp_path_factory.getbasetemp()/'raw').mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
-"""Starts that the host application gives up when `launch_kernel` has returned already, by way of the real `jupyter_client`: in each case the kernel,
-which nobody has then, ends and leaves nothing, and the host application goes on as after any start that failed."""
+"""Starts that the host application gives up when `launch_kernel` has returned already, by way of the real
+`jupyter_client`: in each case the kernel, which nobody has then, ends and leaves nothing, and the host application goes
+on as after any start that failed."""
 import asyncio, gc, subprocess, sys
 import psutil, pytest, zmq, zmq.asyncio
 from jupyter_client.ioloop import AsyncIOLoopKernelManager
@@ -96,7 +97,8 @@ async def test_a_restart(remote, tmp_path):
 
 @pytest.fixture
 def context():
-    "One that managers share, as in servers: one of its own would wait, when it is collected with its manager, for sockets that are collected after it"
+    """One that managers share, as in servers: one of its own would wait, when it is collected with its manager, for
+    sockets that are collected after it"""
     context = zmq.asyncio.Context()
     yield context
     context.destroy(linger=0)
@@ -118,7 +120,8 @@ async def test_cancelled_in_the_next_step(remote):
 
 async def test_cancelled_and_dropped_by_a_task_that_goes_on(remote, context):
     with remote.nothing_left():
-        km = remote.manager(manager=type('Plain', (Cancelling, AsyncKernelManager), dict(start_restarter=lambda self: None)), context=context)
+        km = remote.manager(manager=type('Plain', (Cancelling, AsyncKernelManager),
+                                         dict(start_restarter=lambda self: None)), context=context)
         with pytest.raises(asyncio.CancelledError): await km.start_kernel()
         pid = km.launched
         assert psutil.pid_exists(pid) and await km.is_alive()   # whoever has the manager may still want it
@@ -155,7 +158,8 @@ class Several(AsyncMultiKernelManager):
 def several(remote, kind):
     remote.runtime.mkdir(exist_ok=True)   # as every Jupyter application does
     m = Several(kernel_spec_manager=KernelSpecManager(), connection_dir=str(remote.runtime))
-    m.kernel_manager_factory = lambda **kw: (Manager if kw['kernel_name'] == 'ssh_python' else kind)(**kw | dict(kernel_name='ssh_python'))
+    m.kernel_manager_factory = lambda **kw: (Manager if kw['kernel_name'] == 'ssh_python'
+                                             else kind)(**kw | dict(kernel_name='ssh_python'))
     return m
 
 class FailsLater(Manager):
@@ -204,5 +208,6 @@ km.start_kernel()
 @pytest.mark.parametrize('what', ['raise KeyboardInterrupt', 'sys.exit(3)', 'raise MemoryError'])
 def test_the_process_ends(remote, what):
     with remote.nothing_left(), remote.lab.nothing_left():
-        p = subprocess.run([sys.executable, '-c', SCRIPT.format(what=what)], capture_output=True, text=True, timeout=120)
+        p = subprocess.run([sys.executable, '-c', SCRIPT.format(what=what)], capture_output=True, text=True,
+                           timeout=120)
         assert p.stdout and p.returncode

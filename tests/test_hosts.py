@@ -8,7 +8,8 @@ from kernels import forget
 from pace import Timer, slowness, wait
 
 def ssh(lab, name, *cmd, timeout=10, **kw):
-    return sh('ssh', '-F', lab.client.config, '-o', 'BatchMode=yes', '-o', f'ConnectTimeout={timeout}', name, *cmd, **kw)
+    return sh('ssh', '-F', lab.client.config, '-o', 'BatchMode=yes', '-o', f'ConnectTimeout={timeout}', name, *cmd,
+              **kw)
 
 @pytest.fixture(params=['hosts', 'net'])
 def lab(request):
@@ -35,8 +36,10 @@ def test_session(lab):
 def test_inventory(lab):
     h = lab[1]
     before = h.inventory()
-    server = 'import socket,sys; s=socket.socket(); s.bind(("127.0.0.1",0)); s.listen(); print(s.getsockname()[1],flush=True); s.accept()'
-    p = subprocess.Popen(['ssh', '-F', lab.client.config, h.name, f"KERNEL_ID=abc exec python -c '{server}'"], stdout=subprocess.PIPE, text=True)
+    server = ('import socket,sys; s=socket.socket(); s.bind(("127.0.0.1",0)); s.listen(); '
+              'print(s.getsockname()[1],flush=True); s.accept()')
+    p = subprocess.Popen(['ssh', '-F', lab.client.config, h.name, f"KERNEL_ID=abc exec python -c '{server}'"],
+                         stdout=subprocess.PIPE, text=True)
     port = int(p.stdout.readline())
     assert h.connections() == 1 and h.ports() == [port] and port not in lab[0].ports()
     assert [o.kernel_id for o in h.kernels('abc')] == ['abc'] and not h.kernels('other') and not lab[0].kernels()
@@ -61,7 +64,8 @@ def test_disturb_sshd(lab):
 @pytest.mark.parametrize('drop', [True, False])
 def test_restart_sshd(lab, drop):
     h = lab[2]
-    p = subprocess.Popen(['ssh', '-F', lab.client.config, h.name, 'setsid -f sleep 123 >/dev/null 2>&1 </dev/null; echo on; exec sleep 124'],
+    p = subprocess.Popen(['ssh', '-F', lab.client.config, h.name,
+                          'setsid -f sleep 123 >/dev/null 2>&1 </dev/null; echo on; exec sleep 124'],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p.stdout.readline()
     h.restart_sshd(drop)
@@ -117,7 +121,8 @@ def test_power(net):
 
 def test_slow(net):
     h = net[2]
-    p = subprocess.Popen(['ssh', '-F', net.client.config, h.name, 'read x; echo $x; head -c 5000000 /dev/zero'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    p = subprocess.Popen(['ssh', '-F', net.client.config, h.name, 'read x; echo $x; head -c 5000000 /dev/zero'],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert rtt(h, .05) < .05*slowness()
     h.slow(ms=40)
     assert .08 < rtt(h, .3) < .3*slowness()
@@ -139,7 +144,8 @@ def test_slow(net):
 
 def listen(where, port=0):
     "A process that accepts connections, by default at any port, and that port"
-    s = 'import socket,sys; s=socket.create_server(("",%d)); print(s.getsockname()[1],flush=True)\nwhile 1: s.accept()[0].close()' % port
+    s = ('import socket,sys; s=socket.create_server(("",%d)); print(s.getsockname()[1],flush=True)\nwhile 1: '
+         's.accept()[0].close()' % port)
     p = subprocess.Popen([*map(str, where), sys.executable, '-c', s], stdout=subprocess.PIPE)
     return p, int(p.stdout.readline())
 
@@ -174,7 +180,8 @@ def test_users(net):
     uid = h.add_user('alice', password='correct horse')
     h.add_user('bob', key=False)
     net.client.alias('alice4', **net.client.aliases['node4'] | dict(User='alice'))
-    assert ssh(net, 'alice4', 'id -un; pwd; python -c "import ipykernel, Cryptodome, os; print(os.getuid())"') == f'alice\n/home/alice\n{uid}\n'
+    assert ssh(net, 'alice4',
+               'id -un; pwd; python -c "import ipykernel, Cryptodome, os; print(os.getuid())"') == f'alice\n/home/alice\n{uid}\n'
     assert h.run('id', '-un', user='bob') == 'bob\n' and h.run('id', '-un') == 'root\n'
     with pytest.raises(RuntimeError, match='ermission'): h.run('ls', '/home/alice', user='bob')
     assert 'alice' not in Path('/etc/passwd').read_text() and not Path('/home/alice').exists()
@@ -227,7 +234,8 @@ os.kill(os.getpid(), 9)
 @pytest.mark.parametrize('reaper', [False, True], ids=['owner killed', 'all killed'])
 def test_nothing_survives_a_crash(kind, reaper):
     need(kind.missing())
-    r = subprocess.run([sys.executable, '-c', crash.format(tests=str(REPO/'tests'), kind=kind.__name__, reaper=reaper)], stdout=subprocess.PIPE, text=True)
+    r = subprocess.run([sys.executable, '-c', crash.format(tests=str(REPO/'tests'), kind=kind.__name__, reaper=reaper)],
+                       stdout=subprocess.PIPE, text=True)
     base, *pids = r.stdout.split()
     gone = lambda: not Path(base).exists() and not any(_proc(o) for o in pids)
     assert len(pids) == 2

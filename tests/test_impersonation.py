@@ -1,5 +1,6 @@
-"""Impersonation, with OS users and sudo on a real sshd host: the host application logs in as one user (`gateway`), and each kernel is the process of
-the user it was started for. Hosts of their own /home and sudoers need root; so do these tests."""
+"""Impersonation, with OS users and sudo on a real sshd host: the host application logs in as one user (`gateway`), and
+each kernel is the process of the user it was started for. Hosts of their own /home and sudoers need root; so do these
+tests."""
 import asyncio, json, os, re, shutil, signal, sys
 from contextlib import AsyncExitStack
 import psutil, pytest
@@ -24,7 +25,10 @@ def remote(net, tmp_path, tmp_path_factory, monkeypatch):
     node.sudoers(RULE)
     for o in (tmp_path_factory.getbasetemp(), *tmp_path.parents, tmp_path):
         if o.is_relative_to(tmp_path_factory.getbasetemp()): o.chmod(0o755)
-    for user in ('ada', 'grace'): need(node.run('sh', '-c', f'test -x {sys.executable} -a -r {tmp_path} || echo other users cannot read {sys.prefix}', user=user).strip())
+    for user in ('ada', 'grace'):
+        need(node.run('sh', '-c',
+                      f'test -x {sys.executable} -a -r {tmp_path} || echo other users cannot read {sys.prefix}',
+                      user=user).strip())
     r = Remote(net, tmp_path/'prefix', monkeypatch)
     monkeypatch.setenv('GP_IMPERSONATION_ENABLED', 'True')
     r.node, r.users = node, node.users
@@ -34,9 +38,12 @@ def remote(net, tmp_path, tmp_path_factory, monkeypatch):
     forget()
 
 def uid_of(pid): return psutil.Process(pid).uids().effective
-def at(node, path): return node.dir/'homes'/path.removeprefix('/home/') if path.startswith('/home/') else node.tmp/path.removeprefix('/tmp/')
+def at(node, path):
+    return (node.dir/'homes'/path.removeprefix('/home/') if path.startswith('/home/')
+            else node.tmp/path.removeprefix('/tmp/'))
 def owner(node, path): return (s := at(node, path).stat()).st_uid, s.st_mode & 0o777
-def kept(remote, user, km): return f'/tmp/gpssh-{remote.users[user]}/k-{km.provisioner.process.id}'   # what the user's agent has of a kernel
+# what the user's agent has of a kernel
+def kept(remote, user, km): return f'/tmp/gpssh-{remote.users[user]}/k-{km.provisioner.process.id}'
 def kernel_of(remote, user, name='ssh_python'): return remote.kernel(name, env=dict(os.environ, KERNEL_USERNAME=user))
 
 async def test_the_kernel_is_the_users(remote):
@@ -44,9 +51,11 @@ async def test_the_kernel_is_the_users(remote):
     with remote.nothing_left(ignore=HABITS):
         async with kernel_of(remote, 'ada') as (km, kc):
             p = km.provisioner
-            assert await value(kc, '(__import__("os").getuid(), __import__("os").getgid(), __import__("os").getgroups())') == (ada, ada, [ada])
+            assert await value(kc,
+                               '(__import__("os").getuid(), __import__("os").getgid(), __import__("os").getgroups())') == (ada, ada, [ada])
             env = await value(kc, 'dict(__import__("os").environ)')
-            assert (env['HOME'], env['USER'], env['KERNEL_USERNAME'], await value(kc, '__import__("os").getcwd()')) == ('/home/ada', 'ada', 'ada', '/home/ada')
+            assert (env['HOME'], env['USER'], env['KERNEL_USERNAME'],
+                    await value(kc, '__import__("os").getcwd()')) == ('/home/ada', 'ada', 'ada', '/home/ada')
             assert env['PATH'].startswith(f'{sys.prefix}/bin:') and 'KERNEL_LAUNCH_SECRET' not in env
             # log, connection file and agent are the user's, and nobody else's
             assert uid_of(p.fields['pid']) == uid_of(psutil.Process(p.fields['pid']).ppid()) == ada
@@ -66,12 +75,15 @@ async def test_the_kernel_is_the_users(remote):
             km.provisioner.requested = True # its log is not wanted
 
 async def test_tunnelled(remote, monkeypatch):
-    "The agent of the login holds the streams to the kernel of another user: what that prints while connections are killed arrives"
+    """The agent of the login holds the streams to the kernel of another user: what that prints while connections are
+    killed arrives"""
     monkeypatch.setenv('GP_ENABLE_TUNNELING', 'True')
     with remote.nothing_left(ignore=HABITS):
         async with kernel_of(remote, 'ada') as (km, kc):
             assert uid_of(km.provisioner.fields['pid']) == remote.users['ada']
-            printing = asyncio.ensure_future(printed(kc, 'import time\nfor i in range(60): print(i, flush=True); time.sleep(.05)', 60))
+            printing = asyncio.ensure_future(printed(kc,
+                                                     'import time\nfor i in range(60): print(i, flush=True); '
+                                                     'time.sleep(.05)', 60))
             for _ in range(3):
                 await asyncio.sleep(.6)
                 remote.node.drop()
@@ -100,9 +112,11 @@ async def test_files_that_a_kernel_writes_have_the_modes_of_the_login(remote, mo
 async def test_users_have_nothing_of_each_other(remote):
     async with AsyncExitStack() as stack:
         (a, _), g = await asyncio.gather(*(stack.enter_async_context(kernel_of(remote, o)) for o in ('ada', 'grace')))
-        assert await value(g.client, '__import__("getpass").getuser()') == 'grace' and owner(remote.node, f'/tmp/kernel-{g.km.kernel_id}.log')[0] == remote.users['grace']
+        assert (await value(g.client, '__import__("getpass").getuser()') == 'grace'
+                and owner(remote.node, f'/tmp/kernel-{g.km.kernel_id}.log')[0] == remote.users['grace'])
         pid = a.provisioner.fields['pid']
-        for path in (f'/tmp/kernel-{a.kernel_id}.log', f'{kept(remote, "ada", a)}/connection.json', f'/proc/{pid}/environ', f'{kept(remote, "ada", a)}/record'):
+        for path in (f'/tmp/kernel-{a.kernel_id}.log', f'{kept(remote, "ada", a)}/connection.json',
+                     f'/proc/{pid}/environ', f'{kept(remote, "ada", a)}/record'):
             assert (await run(g, f'open({path!r})')).error.startswith('[Errno 13] Permission denied'), path
         assert (await run(g, f'import os; os.kill({pid}, 2)')).error.startswith('[Errno 1] Operation not permitted')
 
@@ -138,7 +152,8 @@ async def test_another_host_application_takes_over(remote):
     with remote.nothing_left(ignore=HABITS):
         async with kernel_of(remote, 'ada') as (km, kc):
             info = json.loads(json.dumps(await km.provisioner.get_provisioner_info()))
-            other = DistributedProvisioner(kernel_id=km.kernel_id, kernel_spec=KernelSpecManager().get_kernel_spec('ssh_python'))
+            other = DistributedProvisioner(kernel_id=km.kernel_id,
+                                           kernel_spec=KernelSpecManager().get_kernel_spec('ssh_python'))
             await other.load_provisioner_info(info)
             msg_id = await busy(kc, 'print("on it", flush=True)\nwhile True: pass')
             await other.send_signal(signal.SIGINT)
@@ -171,18 +186,24 @@ async def refused(remote, user, words, status=500):
         return float(t)
     with remote.nothing_left(ignore=HABITS): await within(5, start)
 
-@pytest.mark.parametrize('user', ['"; touch /tmp/x; "', '-g root', '#0', '%sudo', 'a b', 'ada;id', '../ada', 'ada\n', 'ünï', ''])
-async def test_what_cannot_be_a_user(remote, user): await refused(remote, user, "cannot be the name of a user to run it as", 403)
+@pytest.mark.parametrize('user', ['"; touch /tmp/x; "', '-g root', '#0', '%sudo', 'a b', 'ada;id', '../ada', 'ada\n',
+                                  'ünï', ''])
+async def test_what_cannot_be_a_user(remote, user):
+    await refused(remote, user, "cannot be the name of a user to run it as", 403)
 
 async def test_a_user_whom_the_host_does_not_know(remote):
-    await refused(remote, 'nobody-of-that-name', '(?s)host gateway@node1.*unknown user.*KERNEL_USERNAME, who must be a user of the host', 403)
+    await refused(remote, 'nobody-of-that-name',
+                  '(?s)host gateway@node1.*unknown user.*KERNEL_USERNAME, who must be a user of the host', 403)
 
 async def test_a_user_who_is_not_authorized(remote): await refused(remote, 'root', 'unauthorized_users', 403)
 
-@pytest.mark.parametrize('rule, words', [('', 'a password is required'), (RULE.replace('SETENV: ALL', '/bin/true'), 'a password is required'),
+@pytest.mark.parametrize('rule, words',
+                         [('', 'a password is required'),
+    (RULE.replace('SETENV: ALL', '/bin/true'), 'a password is required'),
     (RULE.replace('SETENV: ALL', ' /bin/sh'), 'not allowed to (preserve the environment|set the following)')])
 async def test_sudo_that_does_not_permit_it(remote, rule, words):
     remote.node.sudoers(rule)
-    await refused(remote, 'ada', f'(?s)host gateway@node1 .user gateway.: sudo: .*{words}.*sudoers rule on the host.*NOPASSWD:SETENV: ALL')
+    await refused(remote, 'ada',
+                  f'(?s)host gateway@node1 .user gateway.: sudo: .*{words}.*sudoers rule on the host.*NOPASSWD:SETENV: ALL')
 
 async def test_sudo_that_permits_another_user_only(remote): await refused(remote, 'eve', '(?s)sudo: .*sudoers rule')

@@ -1,5 +1,5 @@
-"""A kernel's whole life on real hosts, as host applications lead it: notebooks, consoles, managers of every kind, forty at once, every way in
-which a launch can fail or be given up, and what is left afterwards, which is nothing."""
+"""A kernel's whole life on real hosts, as host applications lead it: notebooks, consoles, managers of every kind, forty
+at once, every way in which a launch can fail or be given up, and what is left afterwards, which is nothing."""
 import asyncio, contextlib, gc, logging, os, re, shutil, signal, subprocess, sys, textwrap, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +20,9 @@ def remote(remote, caplog):
     yield remote
     forget()
     gc.collect()
-    for when in ('setup', 'call'): assert not [o.getMessage() for o in caplog.get_records(when) if o.name == 'asyncio' and o.levelno >= logging.ERROR]
+    for when in ('setup', 'call'):
+        assert not [o.getMessage() for o in caplog.get_records(when) if o.name == 'asyncio'
+                    and o.levelno >= logging.ERROR]
 
 cell, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
 
@@ -40,12 +42,14 @@ def shown(o): return o.get('text') or o.get('ename') or o['data'].get('text/html
 def outputs(nb): return [''.join(map(shown, c.outputs)) for c in nb.cells if c.cell_type == 'code']
 
 def check_outputs(nb, host):
-    assert outputs(nb) == [f'on {host} for ada\n', '<b>bold</b>499999500000', '0\n1\n2\n', 'careful\n', '42\n', '126410606437752', 'ZeroDivisionError']
+    assert outputs(nb) == [f'on {host} for ada\n', '<b>bold</b>499999500000', '0\n1\n2\n', 'careful\n', '42\n',
+                           '126410606437752', 'ZeroDivisionError']
 
 async def test_notebook_on_every_host(remote):
     async def execute(host):
         nb = notebook()
-        await NotebookClient(nb, kernel_name='ssh_python', allow_errors=True, timeout=60).async_execute(env=os.environ | dict(KERNEL_REMOTE_HOST=host))
+        await NotebookClient(nb, kernel_name='ssh_python', allow_errors=True,
+                             timeout=60).async_execute(env=os.environ | dict(KERNEL_REMOTE_HOST=host))
         check_outputs(nb, host)
     with remote.nothing_left(): await asyncio.gather(*map(execute, remote.lab.names))
 
@@ -61,10 +65,12 @@ def test_jupyter_execute(remote, tmp_path):
     check_outputs(nbformat.read(tmp_path/'done.ipynb', 4), 'host1')
 
 def test_jupyter_console(remote):
-    "Also the blocking `KernelManager` of an application without an event loop; it asks its kernel to end and exits without waiting"
+    """Also the blocking `KernelManager` of an application without an event loop; it asks its kernel to end and exits
+    without waiting"""
     code = 'import os\nx = 6*7\nprint("on", os.environ["GP_TEST_HOST"], x)\nprint("pid", os.getpid())\n'
     with remote.nothing_left():
-        r = run(BIN/'jupyter', 'console', '--kernel=ssh_python', '--simple-prompt', '--ZMQTerminalInteractiveShell.confirm_exit=False', input=code)
+        r = run(BIN/'jupyter', 'console', '--kernel=ssh_python', '--simple-prompt',
+                '--ZMQTerminalInteractiveShell.confirm_exit=False', input=code)
         assert r.returncode == 0, r.stderr
         assert 'on host1 42' in r.stdout and 'Traceback' not in r.stdout+r.stderr, (r.stdout, r.stderr)
         wait(lambda: not psutil.pid_exists(int(re.search(r'pid (\d+)', r.stdout)[1])))
@@ -80,14 +86,18 @@ def test_jupyter_run_and_kernel(remote, tmp_path):
         wait(lambda: 'To connect a client' in p.stderr.readline())
         p.send_signal(signal.SIGTERM)
         p.communicate(timeout=30)
-        assert p.returncode == 0 and not remote.lab.kernels(kernel_id) and not list(Path('/tmp').glob(f'kernel-{kernel_id}.log*'))
+        assert (p.returncode == 0 and not remote.lab.kernels(kernel_id)
+                and not list(Path('/tmp').glob(f'kernel-{kernel_id}.log*')))
 
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGTERM])
 def test_jupyter_execute_stopped(remote, tmp_path, sig):
     "In the middle of a cell"
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell('import time; open("running", "w").close(); time.sleep(1000)')]), tmp_path/'long.ipynb')
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[cell('import time; open("running", "w").close(); time.sleep(1000)')]),
+        tmp_path/'long.ipynb')
     with remote.nothing_left(ignore=['/running$']):
-        p = subprocess.Popen([BIN/'jupyter', 'execute', '--kernel_name=ssh_python', 'long.ipynb'], cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=interruptible)
+        p = subprocess.Popen([BIN/'jupyter', 'execute', '--kernel_name=ssh_python', 'long.ipynb'], cwd=tmp_path,
+                             stderr=subprocess.DEVNULL, preexec_fn=interruptible)
         wait(lambda: (tmp_path/'running').exists(), 30)
         p.send_signal(sig)
         p.wait(30)
@@ -114,7 +124,8 @@ if not {first}: atexit.register(lambda: km.shutdown_kernel(now=True))
 
 def test_gone_without_a_word(remote):
     "A host application that leaves its kernel alone leaves it running, and says nothing about it"
-    script = "from jupyter_client import KernelManager; km = KernelManager(kernel_name='ssh_python'); km.start_kernel(); print(km.provisioner.process.pid, km.provisioner.process.id, km.kernel_id)"
+    script = ("from jupyter_client import KernelManager; km = KernelManager(kernel_name='ssh_python'); "
+              "km.start_kernel(); print(km.provisioner.process.pid, km.provisioner.process.id, km.kernel_id)")
     r = run(sys.executable, '-c', script)
     pid, id, kernel_id = r.stdout.split()
     dir, = [d for h in remote.lab for d in h.tmp.glob(f'gpssh-*/k-{id}')]
@@ -124,7 +135,8 @@ def test_gone_without_a_word(remote):
         wait(lambda: not remote.lab.kernels())
         wait(lambda: os.path.exists(f'{dir}/status'))
         shutil.rmtree(dir)
-        for f in [*Path('/tmp').glob(f'kernel-{kernel_id}.log*'), *remote.runtime.glob(f'kernel-{kernel_id}*')]: f.unlink()
+        for f in [*Path('/tmp').glob(f'kernel-{kernel_id}.log*'), *remote.runtime.glob(f'kernel-{kernel_id}*')]:
+            f.unlink()
 
 @pytest.fixture(scope='class')
 def standard_kernel(request, installed):
@@ -141,12 +153,14 @@ class TestStandard(jupyter_kernel_test.KernelTests):
     code_hello_world = 'print("hello, world")'
     code_stderr = 'import sys; print("test", file=sys.stderr)'
     completion_samples = [dict(text='zi', matches={'zip'})]
-    complete_code_samples, incomplete_code_samples = ['1', "print('hello, world')", 'def f(x):\n  return x*2\n\n\n'], ["print('''hello", 'def f(x):\n  x*2']
+    complete_code_samples, incomplete_code_samples = (['1', "print('hello, world')", 'def f(x):\n  return x*2\n\n\n'],
+                                                      ["print('''hello", 'def f(x):\n  x*2'])
     invalid_code_samples = ['import = 7q']
     code_page_something = 'zip?'
     code_generate_error = '1/0'
     code_execute_result = [dict(code='1+2+3', result='6'), dict(code='[n*n for n in range(1, 4)]', result='[1, 4, 9]')]
-    code_display_data = [dict(code='from IPython.display import HTML, display; display(HTML("<b>test</b>"))', mime='text/html')]
+    code_display_data = [dict(code='from IPython.display import HTML, display; display(HTML("<b>test</b>"))',
+                              mime='text/html')]
     code_history_pattern = '1?2*'
     supported_history_operations = ('tail', 'search')
     code_inspect_sample = 'zip'
@@ -213,7 +227,8 @@ async def test_async_multi_kernel_manager(remote):
         await mkm.shutdown_all(now=True)
 
 def test_fork(remote, tmp_path):
-    "A process with threads that forks: the child starts kernels of its own, and what is the parent's stays the parent's"
+    """A process with threads that forks: the child starts kernels of its own, and what is the parent's stays the
+    parent's"""
     with remote.nothing_left():
         km = KernelManager(kernel_name=remote.spec('first', hosts=['host1']))
         km.start_kernel()
@@ -260,7 +275,8 @@ async def test_pending_kernels(remote):
     with remote.nothing_left():
         mkm = AsyncMultiKernelManager(default_kernel_name='ssh_python', use_pending_kernels=True)
         good, bad, unready = [await mkm.start_kernel(kernel_name=o) for o in ('ssh_python', 'broken', 'ssh_python')]
-        with pytest.raises(LaunchError, match='/opt/no/python: not found'): await asyncio.wait_for(mkm.get_kernel(bad).ready, 20)
+        with pytest.raises(LaunchError, match='/opt/no/python: not found'):
+            await asyncio.wait_for(mkm.get_kernel(bad).ready, 20)
         await asyncio.wait_for(mkm.get_kernel(good).ready, 20)
         await mkm.shutdown_kernel(bad)
         await mkm.shutdown_all(now=True)
@@ -272,8 +288,10 @@ async def test_working_directory(remote):
     home = str(remote.lab[0].home)
     spec = remote.spec('one', hosts=['host1'])
     with remote.nothing_left():
-        for env, cwd, want in ((dict(KERNEL_WORKING_DIR='/usr/lib'), '/tmp', '/usr/lib'), ({}, '/usr', '/usr'), (dict(KERNEL_WORKING_DIR='/no where'), '/nor here', home)):
-            async with remote.kernel(spec, env=os.environ|env, cwd=cwd) as (km, kc): assert await value(kc, '__import__("os").getcwd()') == want
+        for env, cwd, want in ((dict(KERNEL_WORKING_DIR='/usr/lib'), '/tmp', '/usr/lib'), ({}, '/usr', '/usr'),
+                               (dict(KERNEL_WORKING_DIR='/no where'), '/nor here', home)):
+            async with remote.kernel(spec, env=os.environ|env, cwd=cwd) as (km, kc):
+                assert await value(kc, '__import__("os").getcwd()') == want
 
 async def test_this_machine(remote):
     "A kernel on localhost lives as one elsewhere does, without SSH"
@@ -281,13 +299,15 @@ async def test_this_machine(remote):
     with remote.nothing_left():
         async with remote.kernel(spec) as (km, kc):
             pid = await value(kc, '__import__("os").getpid()')
-            assert km.provisioner.conn.local and await value(kc, '"SSH_CONNECTION" in __import__("os").environ') is False
+            assert (km.provisioner.conn.local
+                    and await value(kc, '"SSH_CONNECTION" in __import__("os").environ') is False)
             await within(1, lambda: interrupt(km, kc, STUCK['sleep']))
             await km.restart_kernel()
             await kc.wait_for_ready(timeout=60)
             os.kill(again := await value(kc, '__import__("os").getpid()'), signal.SIGKILL)
             assert again != pid and await asyncio.wait_for(km.provisioner.wait(), 20) == -9
-    await refused(remote, remote.spec('nowhere', lambda a: ['/opt/no/python', *a[1:]], hosts=['localhost']), 'host localhost', '/opt/no/python: not found')
+    await refused(remote, remote.spec('nowhere', lambda a: ['/opt/no/python', *a[1:]], hosts=['localhost']),
+                  'host localhost', '/opt/no/python: not found')
 
 async def test_files_that_were_removed_from_a_host_go_there_again(remote):
     "Somebody cleared the cache while the host application was connected"
@@ -299,7 +319,8 @@ async def test_files_that_were_removed_from_a_host_go_there_again(remote):
 
 # Interrupts and ends
 
-STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)', child='import subprocess; subprocess.run(["sleep", "1000"])')
+STUCK = dict(loop='while True: pass', sleep='import time; time.sleep(1000)',
+             child='import subprocess; subprocess.run(["sleep", "1000"])')
 
 @pytest.mark.parametrize('what', STUCK)
 async def test_interrupt(remote, what):
@@ -345,13 +366,16 @@ async def test_restart_keeps_ports_and_clients(remote):
             for now in (False, True):
                 await km.restart_kernel(now=now)
                 await kc.wait_for_ready(timeout=60)
-                assert await value(kc, '"x" in globals()') is False and km.get_connection_info() == info and remote.host(km) is host
+                assert (await value(kc, '"x" in globals()') is False and km.get_connection_info() == info
+                        and remote.host(km) is host)
 
 async def test_ends_what_it_started(remote):
     "What a kernel started goes with it, also what ignores signals"
     with remote.nothing_left():
         async with remote.kernel() as (km, kc):
-            await printed(kc, 'import subprocess; p = [subprocess.Popen(["sh", "-c", "trap \'\' INT TERM HUP; sleep 1000; true"]) for _ in range(3)]')
+            await printed(kc,
+                          'import subprocess; p = [subprocess.Popen(["sh", "-c", "trap \'\' INT TERM HUP; sleep 1000; '
+                          'true"]) for _ in range(3)]')
             assert len([p for p in remote.host(km).kernels() if p.name == 'sleep']) == 3
 
 # Launches that fail
@@ -376,7 +400,8 @@ def script(remote, name, source):
 
 async def test_host_down(remote):
     remote.lab[0].stop()
-    await refused(remote, remote.spec('down', hosts=['host1']), 'host host1 ', r'\(user ', 'nothing listens on 127.0.0.11 port', 'Is sshd running')
+    await refused(remote, remote.spec('down', hosts=['host1']), 'host host1 ', r'\(user ',
+                  'nothing listens on 127.0.0.11 port', 'Is sshd running')
     remote.lab[0].start()
     async with remote.kernel('down') as (km, kc): assert await value(kc, '1+1') == 2
 
@@ -393,18 +418,23 @@ async def test_host_key_unknown(remote):
     c, h = remote.lab.client, remote.lab[0]
     key = c.known.pop(f'[{h.address}]:{h.port}')
     c.write()
-    try: await refused(remote, remote.spec('stranger', hosts=['host1']), 'the host key of 127.0.0.11 port .* is unknown', 'whether to trust it: ssh host1$')
+    try:
+        await refused(remote, remote.spec('stranger', hosts=['host1']), 'the host key of 127.0.0.11 port .* is unknown',
+                      'whether to trust it: ssh host1$')
     finally: c.know(h.address, h.port, key)
 
 async def test_host_key_changed(remote):
     remote.lab[0].change_host_key()
-    await refused(remote, remote.spec('changed', hosts=['host1']), 'the host key has changed', 'now shows ssh-ed25519 SHA256:', 'old key is to be removed: ssh host1;')
+    await refused(remote, remote.spec('changed', hosts=['host1']), 'the host key has changed',
+                  'now shows ssh-ed25519 SHA256:', 'old key is to be removed: ssh host1;')
 
 async def test_no_host_left(remote):
     "Every host's own reason in one message"
     lab = remote.lab
     lab[0].stop(); lab[1].refuse_keys(); lab[2].change_host_key()
-    try: await refused(remote, remote.spec('none', hosts=['host1', 'host2', 'host3']), 'no host could start', 'host1.*nothing listens', 'host2.*refused the login', 'host3.*host key has changed')
+    try:
+        await refused(remote, remote.spec('none', hosts=['host1', 'host2', 'host3']), 'no host could start',
+                      'host1.*nothing listens', 'host2.*refused the login', 'host3.*host key has changed')
     finally: lab.repair()
 
 async def test_next_host(remote):
@@ -438,14 +468,18 @@ async def test_launcher_errors(remote, monkeypatch):
                   ('class', end(1), 'no.such.Kernel'),
                   ('crypto', r'launcher ended with status (1|-15) ', 'Install pycryptodomex', 'No module named')):
         if words[0] == 'crypto':
-            async with remote.kernel('crypto') as (km, kc): assert await value(kc, '1+1') == 2, 'through SSH no report needs it'
+            async with remote.kernel('crypto') as (km, kc):
+                assert await value(kc, '1+1') == 2, 'through SSH no report needs it'
             monkeypatch.setenv('GP_RESPONSE_IP', '127.0.0.1')
-        await refused(remote, *words, r'host host\d ', r'What it wrote last on that host:\n(?!\(empty)', r'\A(?!.*/tmp/kernel-[^/]*\.log)') # which is gone
+        # which is gone
+        await refused(remote, *words, r'host host\d ', r'What it wrote last on that host:\n(?!\(empty)',
+                      r'\A(?!.*/tmp/kernel-[^/]*\.log)')
 
 async def test_ports_exhausted(remote, monkeypatch):
     monkeypatch.setenv('GP_MIN_PORT_RANGE_SIZE', '10')
     with taken_ports(11) as base:
-        await refused(remote, remote.spec('ports', port_range=f'{base}..{base+10}'), f'fewer than 5 ports are free in {base}..{base+10}', 'widen the port range')
+        await refused(remote, remote.spec('ports', port_range=f'{base}..{base+10}'),
+                      f'fewer than 5 ports are free in {base}..{base+10}', 'widen the port range')
 
 async def test_no_room_for_the_log(remote, net, monkeypatch):
     node = net[0]
@@ -453,7 +487,9 @@ async def test_no_room_for_the_log(remote, net, monkeypatch):
     monkeypatch.setenv('GP_KERNEL_LOG_DIR', '/var/tmp/full')
     try:
         with net.nothing_left():
-            await refused(remote, remote.spec('full', hosts=['node1']), 'host node1', 'cannot write the log /var/tmp/full/kernel-', 'No space left', 'Choose a directory.*GP_KERNEL_LOG_DIR')
+            await refused(remote, remote.spec('full', hosts=['node1']), 'host node1',
+                          'cannot write the log /var/tmp/full/kernel-', 'No space left',
+                          'Choose a directory.*GP_KERNEL_LOG_DIR')
         assert node.run('ls', '/var/tmp/full').split() == ['full']
     finally: node.free_disk('/var/tmp/full')
     monkeypatch.setenv('GP_KERNEL_LOG_DIR', '/nowhere')
@@ -461,11 +497,14 @@ async def test_no_room_for_the_log(remote, net, monkeypatch):
 
 async def test_too_late(remote):
     "A launch that hangs is ended at the timeout, which may be a start's own; what the launcher printed is told"
-    remote.spec('hang', script(remote, 'hang.py', 'import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint("thinking", flush=True)\ntime.sleep(1000)'))
+    remote.spec('hang', script(remote, 'hang.py',
+                               'import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint("thinking", '
+                               'flush=True)\ntime.sleep(1000)'))
     t = Timer()
     await refused(remote, 'hang', 'did not start within 3.5 s', 'thinking', KERNEL_LAUNCH_TIMEOUT='3.5')
     assert 3.5 < t
-    await refused(remote, remote.spec('hang2', lambda a: ['sleep', '1000'], launch_timeout=1), 'did not start within 1 s', r'\(KERNEL_LAUNCH_TIMEOUT, or launch_timeout')
+    await refused(remote, remote.spec('hang2', lambda a: ['sleep', '1000'], launch_timeout=1),
+                  'did not start within 1 s', r'\(KERNEL_LAUNCH_TIMEOUT, or launch_timeout')
 
 @pytest.mark.parametrize('warm', [True, False])
 async def test_cancelled_start(remote, warm):
@@ -484,7 +523,8 @@ async def test_cancelled_start(remote, warm):
         assert t < 8
         for o, km in zip(tasks, kms):
             if not o.cancelled(): o.result()
-            if km.has_kernel: await km.shutdown_kernel(now=True)   # also one that was there before the manager noticed that it was cancelled
+            # also one that was there before the manager noticed that it was cancelled
+            if km.has_kernel: await km.shutdown_kernel(now=True)
         assert sum(o.cancelled() for o in tasks) >= 5
 
 async def test_cancelled_as_it_succeeds(remote, monkeypatch):
@@ -514,7 +554,8 @@ async def test_cancelled_in_a_tunnel(remote, monkeypatch):
         task.cancel()
         with pytest.raises(asyncio.CancelledError): await asyncio.wait_for(task, 20)
     with remote.nothing_left():
-        async with remote.kernel() as (km, kc): assert await value(kc, '1+1') == 2 and km.get_connection_info()['ip'] == '127.0.0.1'
+        async with remote.kernel() as (km, kc):
+            assert await value(kc, '1+1') == 2 and km.get_connection_info()['ip'] == '127.0.0.1'
 
 async def started(remote, *a):
     km = remote.manager(*a)
@@ -547,7 +588,8 @@ def cost():
     "Threads, descriptors, and how often a thread of this process has gone to sleep"
     p, waits = psutil.Process(), 0
     for f in Path('/proc/self/task').glob('*/status'):
-        with contextlib.suppress(OSError): waits += int(re.search(r'\nvoluntary_ctxt_switches:\s+(\d+)', f.read_text())[1])
+        with contextlib.suppress(OSError):
+            waits += int(re.search(r'\nvoluntary_ctxt_switches:\s+(\d+)', f.read_text())[1])
     return dict(threads=p.num_threads(), fds=p.num_fds(), waits=waits)
 
 async def settled(timeout=20):
@@ -559,7 +601,8 @@ async def settled(timeout=20):
     return now
 
 async def least_wakes(limit, window=2, timeout=30):
-    "How often threads go to sleep, a second: the first of several windows in which that is below `limit`, for noise and unfinished work can only add"
+    """How often threads go to sleep, a second: the first of several windows in which that is below `limit`, for noise
+    and unfinished work can only add"""
     t, seen = Timer(), []
     while not seen or min(seen) >= limit and t < timeout:
         was = cost()['waits']
@@ -571,10 +614,14 @@ def per(n, was, now): return {k: (now[k]-was[k])/n for k in ('threads', 'fds')}
 
 @pytest.mark.parametrize('tunnel', [False, True], ids=['direct', 'tunnel'])
 async def test_cost(remote, monkeypatch, tunnel):
-    "200 kernels on 20 hosts, which live in another process: one thread a host, none a kernel, and nobody who wakes to look around"
+    """200 kernels on 20 hosts, which live in another process: one thread a host, none a kernel, and nobody who wakes to
+    look around"""
     n_hosts, n = 20, 40 if tunnel else 200
-    mocks = subprocess.Popen([sys.executable, '-c', f'from gateway_provisioners_ssh.mock_ssh import MockHosts; h = MockHosts({n_hosts}).start(); '
-                              'print(h.config, flush=True); input(); h.stop()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    mocks = subprocess.Popen([sys.executable, '-c',
+                              f'from gateway_provisioners_ssh.mock_ssh import MockHosts; h = '
+                              f'MockHosts({n_hosts}).start(); '
+                              'print(h.config, flush=True); input(); h.stop()'], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
     try:
         monkeypatch.setenv('GP_SSH_CONFIG', mocks.stdout.readline().strip())
         monkeypatch.setenv('GP_ENABLE_TUNNELING', str(tunnel))
@@ -600,11 +647,13 @@ async def background_session(p, name):
     async def session(): return await (await shared().pool.connection(Host.parse(name), p.login)).session()
     return await bg.background().run(session())
 
-async def started_by(p): return await p.launch_kernel(**await p.pre_launch(env=dict(KERNEL_USERNAME='ada', KERNEL_LAUNCH_TIMEOUT='120')))
+async def started_by(p):
+    return await p.launch_kernel(**await p.pre_launch(env=dict(KERNEL_USERNAME='ada', KERNEL_LAUNCH_TIMEOUT='120')))
 
 @pytest.mark.parametrize('stop', ['shutdown_kernel', 'restart_kernel'])
 async def test_shutdown_and_restart_while_starting(remote, stop):
-    "A start that is not wanted any more is called off, says so to whoever asked for it or waits for it, and leaves nothing"
+    """A start that is not wanted any more is called off, says so to whoever asked for it or waits for it, and leaves
+    nothing"""
     async def stopped(i):
         km = remote.manager()
         start = asyncio.ensure_future(km.start_kernel())
@@ -634,7 +683,8 @@ async def test_shutdown_as_it_succeeds(remote, monkeypatch):
         assert not await km.is_alive()
 
 async def test_shutdown_before_the_start_got_a_turn(remote):
-    "The background loop is busy, so the start is asked for and has not begun; a shutdown waits for its end all the same"
+    """The background loop is busy, so the start is asked for and has not begun; a shutdown waits for its end all the
+    same"""
     p = remote.provisioner()
     with remote.nothing_left():
         for _ in range(2):   # the second time there was a start before

@@ -1,4 +1,5 @@
-"What an agent tells of its host and does for operators: figures, kernels and orphans, logs, an end, drained hosts, room and GPUs; and balancing by that, exactly."
+"""What an agent tells of its host and does for operators: figures, kernels and orphans, logs, an end, drained hosts,
+room and GPUs; and balancing by that, exactly."""
 import asyncio, contextlib, os, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,8 @@ async def orphaned(session, p):
     await until(alone, 60, 'orphaned')
 
 @contextlib.contextmanager
-def nvidia_smi(host, text='0, GPU-a, L4, 23034, 100, 0\n1, GPU-b, L4, 23034, 100, 0\n2, GPU-c, L4, 23034, 9000, 99\n', seconds=0):
+def nvidia_smi(host, text='0, GPU-a, L4, 23034, 100, 0\n1, GPU-b, L4, 23034, 100, 0\n2, GPU-c, L4, 23034, 9000, 99\n',
+               seconds=0):
     "A host with GPUs, the last of which some other program uses"
     (bin := host.tmp/'bin').mkdir(exist_ok=True)
     (bin/'nvidia-smi').write_text(f'#!/bin/sh\nsleep {seconds}\ncat <<E\n{text}E\n')
@@ -36,17 +38,27 @@ class Reports:
 
 async def test_stats(host):
     s = await host.sessions()
-    said = await s.request('stats', log_dir=str(host.tmp), ports=[40000, 60000], command='python', is_python=True, gpus=True)
-    assert said['cores'] >= .1 and 0 < said['memory']['available'] <= said['memory']['total'] and abs(said['clock'] - time.time()) < 60
-    assert said['log_dir']['writable'] and said['log_dir']['free'] > 0 and 0 < said['ports']['free'] <= said['ports']['tried'] <= 64
-    assert said['command']['python'] == '%d.%d.%d' % sys.version_info[:3] and said['command']['ipykernel'] and said['gpus'] == [] and said['kernels'] == 0
+    said = await s.request('stats', log_dir=str(host.tmp), ports=[40000, 60000], command='python', is_python=True,
+                           gpus=True)
+    assert (said['cores'] >= .1 and 0 < said['memory']['available'] <= said['memory']['total']
+            and abs(said['clock'] - time.time()) < 60)
+    assert (said['log_dir']['writable'] and said['log_dir']['free'] > 0
+            and 0 < said['ports']['free'] <= said['ports']['tried'] <= 64)
+    assert (said['command']['python'] == '%d.%d.%d' % sys.version_info[:3] and said['command']['ipykernel']
+            and said['gpus'] == [] and said['kernels'] == 0)
     assert await host.left() == []
 
-@pytest.mark.parametrize('limit, used, expected', [('1073741824', '536870912', (2**30, 2**29 + 1000)), ('max', '5', None), ('', '', None)])
+@pytest.mark.parametrize('limit, used, expected',
+                         [('1073741824', '536870912', (2**30, 2**29 + 1000)), ('max', '5', None), ('', '', None)])
 def test_memory_of_a_control_group(tmp_path, limit, used, expected):
-    (tmp_path/'memory.max').write_text(limit); (tmp_path/'memory.current').write_text(used); (tmp_path/'memory.stat').write_text('anon 5\ninactive_file 1000\n')
+    (tmp_path/'memory.max').write_text(limit)
+    (tmp_path/'memory.current').write_text(used); (tmp_path/'memory.stat').write_text('anon 5\ninactive_file 1000\n')
     got = agent.memory([(str(tmp_path), 2)])
-    assert (got['total'], got['available']) == (expected or tuple(agent.memory([])[o] for o in ('total', 'available'))) or not expected and got['total'] == agent.memory([])['total']
+    assert (got['total'], got['available']) == (expected
+                                                or tuple(agent.memory([])[o]
+                                                         for o in ('total',
+                                                             'available'))) or not expected and got[
+                                                                 'total'] == agent.memory([])['total']
 
 def test_cores_of_a_control_group(tmp_path):
     (tmp_path/'cpu.max').write_text('50000 100000')
@@ -78,15 +90,19 @@ async def test_every_python(host, version):
         s = await host.open()
         heard, out = Reports(s), Output(s, 'follow-1')
         assert s.hello['python'].startswith(version + '.')
-        said = await s.request('stats', log_dir=str(host.tmp), ports=[40000, 50000], command=python, is_python=True, gpus=True, connect=['127.0.0.1', 1])
-        assert said['command']['python'].startswith(version + '.') and len(said['gpus']) == 3 and said['memory']['total'] and 'refused' in said['connect'].lower()
-        p = await host.start('echo "<$CUDA_VISIBLE_DEVICES>"; sleep 1000', s, room=dict(max_kernels=1, memory=1, gpus=2))
+        said = await s.request('stats', log_dir=str(host.tmp), ports=[40000, 50000], command=python, is_python=True,
+                               gpus=True, connect=['127.0.0.1', 1])
+        assert (said['command']['python'].startswith(version + '.') and len(said['gpus']) == 3
+                and said['memory']['total'] and 'refused' in said['connect'].lower())
+        p = await host.start('echo "<$CUDA_VISIBLE_DEVICES>"; sleep 1000', s,
+                             room=dict(max_kernels=1, memory=1, gpus=2))
         await s.request('follow', id=p.id, name='follow-1')
         await logged(p, '<0,1>')
         k, = await listed(s, measure=True)
         assert k['gpus'] == ['GPU-a', 'GPU-b'] and k['rss'] and k['started']
         await s.request('observe', seconds=100)
-        await until(lambda: heard.all and HostReport.of(heard.all[-1]) and heard.all[-1]['gpus'] == dict(total=3, free=0))
+        await until(lambda: heard.all and HostReport.of(heard.all[-1])
+                    and heard.all[-1]['gpus'] == dict(total=3, free=0))
         await s.request('drain', on=True)
         await s.request('drain', on=False)
         await s.request('stop', id=p.id)
@@ -97,11 +113,14 @@ async def test_every_python(host, version):
 
 async def test_list_says_what_each_uses(host):
     s = await host.sessions()
-    p = await host.start('x=$(head -c 20000000 /dev/zero | tr "\\0" x); echo ready; while :; do :; done', about=dict(kernel='k1', user='ada', spec='Python SSH', gpus=7, n=5))
+    p = await host.start('x=$(head -c 20000000 /dev/zero | tr "\\0" x); echo ready; while :; do :; done',
+                         about=dict(kernel='k1', user='ada', spec='Python SSH', gpus=7, n=5))
     await logged(p, 'ready')
     k, = await listed(s, measure=True)
-    assert k['about'] == dict(kernel='k1', user='ada', spec='Python SSH') and k['watched'] and not k['orphan'] and k['running']
-    assert k['now'] > .2 and k['cpu'] > 0 and k['rss'] > 20_000_000 and k['pss'] > 15_000_000 and abs(k['started'] - time.time()) < 120
+    assert (k['about'] == dict(kernel='k1', user='ada', spec='Python SSH') and k['watched'] and not k['orphan']
+            and k['running'])
+    assert (k['now'] > .2 and k['cpu'] > 0 and k['rss'] > 20_000_000 and k['pss'] > 15_000_000
+            and abs(k['started'] - time.time()) < 120)
     await p.signal(9)
     await asyncio.wait_for(asyncio.shield(p.exited), 60)
     k, = await listed(s)
@@ -178,7 +197,8 @@ class Output:
 
 async def test_follow_through_rotation_and_to_the_end(host):
     s = await host.open()
-    p = await host.start('read x <"$FIFO"; i=0; while [ $i -lt 3000 ]; do echo "line $i é"; i=$((i+1)); [ $((i % 100)) = 0 ] && sleep .05; done; exit 3', s, env=fifo(host), max_bytes=40_000)
+    p = await host.start('read x <"$FIFO"; i=0; while [ $i -lt 3000 ]; do echo "line $i é"; i=$((i+1)); [ $((i % 100)) '
+                         '= 0 ] && sleep .05; done; exit 3', s, env=fifo(host), max_bytes=40_000)
     out = Output(s, 'follow-1')
     await s.request('follow', id=p.id, name='follow-1')
     await write(host, 'go')
@@ -209,7 +229,8 @@ async def test_drained_for_all_and_after_the_agent(host):
     await until(lambda: heard.all)
     assert heard.all[-1]['drained']['by'] == 'ada' and HostReport.of(heard.all[-1]).drained
     for s in a, b:
-        with pytest.raises(Refusal, match='no room for a kernel: the host is drained by ada'): await s.request('start', id='0'*16, log=host.log, **KERNEL)
+        with pytest.raises(Refusal, match='no room for a kernel: the host is drained by ada'):
+            await s.request('start', id='0'*16, log=host.log, **KERNEL)
     p = await host.start('true', a)   # what is no kernel may run
     await p.release(False)
     await host.kill(a.hello['pid'])
@@ -233,7 +254,8 @@ async def test_at_most_so_many(host):
     a, b = await host.open(), await host.open()
     heard = Reports(b)
     p = await host.start('sleep 1000', a)
-    with pytest.raises(Refusal, match='no room for a kernel: 1 kernels run there already'): await b.request('start', id='0'*16, log=host.log, room=dict(max_kernels=1), **KERNEL)
+    with pytest.raises(Refusal, match='no room for a kernel: 1 kernels run there already'):
+        await b.request('start', id='0'*16, log=host.log, room=dict(max_kernels=1), **KERNEL)
     assert (heard.all[-1]['kernels'], heard.all[-1]['mine']) == (1, 0)   # told before it was refused
     q = await host.start('sleep 1000', b, log=host.log + '2', room=dict(max_kernels=2))
     for o in p, q: await o.release(False)
@@ -243,16 +265,20 @@ async def test_gpus_are_reserved_across_applications_and_crashes(host):
         a, b = await host.open(), await host.open()
         p = await host.start('echo "<$CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER>"; sleep 1000', a, room=dict(gpus=1))
         await logged(p, '<0 PCI_BUS_ID>')
-        with pytest.raises(Refusal, match='1 of 3 GPUs are free, 2 wanted'): await host.start('true', b, log=host.log + '2', room=dict(gpus=2))
+        with pytest.raises(Refusal, match='1 of 3 GPUs are free, 2 wanted'):
+            await host.start('true', b, log=host.log + '2', room=dict(gpus=2))
         await host.kill(a.hello['pid'])
         c = await host.open()
         async def of_c(): return c
-        q = await spawn(c, of_c, host.log + '3', argv=['/bin/sh', '-c', 'echo "<$CUDA_VISIBLE_DEVICES>"; sleep 1000'], env={}, max_bytes=65536, room=dict(gpus=1))
+        q = await spawn(c, of_c, host.log + '3', argv=['/bin/sh', '-c', 'echo "<$CUDA_VISIBLE_DEVICES>"; sleep 1000'],
+                        env={}, max_bytes=65536, room=dict(gpus=1))
         await logged(q, '<1>')
         assert sorted(g for o in await listed(c) for g in o['gpus']) == ['GPU-a', 'GPU-b']
-        with pytest.raises(Refusal, match='0 of 3 GPUs'): await spawn(c, of_c, host.log + '4', argv=['true'], env={}, max_bytes=65536, room=dict(gpus=1))
+        with pytest.raises(Refusal, match='0 of 3 GPUs'):
+            await spawn(c, of_c, host.log + '4', argv=['true'], env={}, max_bytes=65536, room=dict(gpus=1))
         await q.release(False)
-        r = await spawn(c, of_c, host.log + '5', argv=['/bin/sh', '-c', 'echo "<$CUDA_VISIBLE_DEVICES>"'], env={}, max_bytes=65536, room=dict(gpus=1))
+        r = await spawn(c, of_c, host.log + '5', argv=['/bin/sh', '-c', 'echo "<$CUDA_VISIBLE_DEVICES>"'], env={},
+                        max_bytes=65536, room=dict(gpus=1))
         await logged(r, '<1>')
         await r.release(False)
 
@@ -299,11 +325,14 @@ async def test_reports_come_by_themselves(host):
 
 @pytest.mark.parametrize('weights', [(1, 1, 1), (2, 1, 1)], ids=['equal', 'weighted'])
 async def test_two_applications_at_once_are_exact(weights):
-    "Forty starts each, at the same time, on the same three hosts: no host gets more than its share and one more. The agents are real"
+    """Forty starts each, at the same time, on the same three hosts: no host gets more than its share and one more. The
+    agents are real"""
     names = [o for i, w in enumerate(weights) for o in [f'h{i}']*w]
     async with contextlib.AsyncExitStack() as stack:
         hosts = {o: await stack.enter_async_context(host_of()) for o in dict.fromkeys(names)}
-        calm = ('load=load, cores=cores(groups)', 'load=[0, 0, 0], cores=4'), ('memory=memory(groups), clock', 'memory={}, clock')   # all on one machine
+        # all on one machine
+        calm = (('load=load, cores=cores(groups)', 'load=[0, 0, 0], cores=4'),
+                ('memory=memory(groups), clock', 'memory={}, clock'))
         async def application(i):
             ledger, known, rule, refused = Ledger(), HostReports(), LeastLoad(), 0
             sessions = {k: await v.open(*calm) for k, v in hosts.items()}
@@ -314,7 +343,9 @@ async def test_two_applications_at_once_are_exact(weights):
                     claim = ledger.pick(rule, names, known.current())
                     h = claim.host
                     most = ledger.load[h] + known.current()[h].others
-                    try: return await hosts[h].start('sleep 1000', sessions[h], log=f'{hosts[h].log}-{i}-{n}', room=dict(max_kernels=most))
+                    try:
+                        return await hosts[h].start('sleep 1000', sessions[h], log=f'{hosts[h].log}-{i}-{n}',
+                                                    room=dict(max_kernels=most))
                     except Refusal as e:
                         assert agent.CROWDED in str(e)
                         claim.release(); refused += 1
@@ -329,8 +360,10 @@ RUNNABLE = """load=[float(sum(_text_of('/proc/%s/stat' % p).rpartition(')')[2].s
     ('TMPDIR=%s\\0' % os.environ['TMPDIR']) in _text_of('/proc/%s/environ' % p) for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()))]*3, cores=4"""
 
 async def test_a_host_under_load_gets_no_kernels_while_others_are_idle():
-    "The load is real: programs that compute. All hosts are this machine, so each counts its own runnable processes, as its load average would"
-    apart = ('load=load, cores=cores(groups)', RUNNABLE), ('memory=memory(groups), clock', 'memory={}, clock'), ('Agent.settle = 5,news', 'Agent.settle = .1,news')
+    """The load is real: programs that compute. All hosts are this machine, so each counts its own runnable processes,
+    as its load average would"""
+    apart = (('load=load, cores=cores(groups)', RUNNABLE), ('memory=memory(groups), clock', 'memory={}, clock'),
+             ('Agent.settle = 5,news', 'Agent.settle = .1,news'))
     async with contextlib.AsyncExitStack() as stack:
         hosts = {f'h{i}': await stack.enter_async_context(host_of()) for i in range(3)}
         ledger, known, rule = Ledger(), HostReports(), LeastLoad()
@@ -342,7 +375,8 @@ async def test_a_host_under_load_gets_no_kernels_while_others_are_idle():
         async def started(n):
             for _ in range(n):
                 claim = ledger.pick(rule, list(hosts), known.current())
-                await hosts[claim.host].start('sleep 1000', sessions[claim.host], log=f'{hosts[claim.host].log}-{ledger.load[claim.host]}')
+                await hosts[claim.host].start('sleep 1000', sessions[claim.host],
+                                              log=f'{hosts[claim.host].log}-{ledger.load[claim.host]}')
             return Counter(ledger.load)
         computing = [subprocess.Popen(['sh', '-c', 'while :; do :; done'], env=hosts['h1'].env) for _ in range(6)]
         try:
@@ -358,14 +392,16 @@ def test_two_connections_that_come_first_at_once_find_one_directory(tmp_path, mo
         mkdir(name, mode)   # by the other one, just before
         raise FileExistsError(name)
     monkeypatch.setattr(os, 'mkdir', late)
-    assert agent.private_directory([[f'{tmp_path}/a', f'{tmp_path}/b']]) == f'{tmp_path}/a' and os.listdir(tmp_path) == ['a']
+    assert (agent.private_directory([[f'{tmp_path}/a', f'{tmp_path}/b']]) == f'{tmp_path}/a'
+            and os.listdir(tmp_path) == ['a'])
 
 def test_lists_in_files(tmp_path):
     (f := tmp_path/'hosts').write_text('fire*2 # a comment\n\n# water\nada@water:2222, earth\n')
     assert [str(o) for o in parse_hosts(f'@{f}')] == ['fire', 'fire', 'ada@water:2222', 'earth']
     f.write_text('wind\n')
     assert [str(o) for o in parse_hosts([f'@{f}', 'x'])] == ['wind', 'x']
-    for text, why in ('a b\n', 'a b'), ('@other\n', 'another list'), ('# none\n', 'empty'), ('fire*0', 'weight'), ('fire*', 'weight'), ('fire*101', 'weight'):
+    for text, why in ('a b\n', 'a b'), ('@other\n', 'another list'), ('# none\n', 'empty'), ('fire*0',
+        'weight'), ('fire*', 'weight'), ('fire*101', 'weight'):
         f.write_text(text)
         with pytest.raises(ValueError, match=why): parse_hosts(f'@{f}')
     with pytest.raises(ValueError, match='cannot be read: No such file'): parse_hosts(f'@{tmp_path}/none')
@@ -379,6 +415,8 @@ def test_balancers_of_others_get_reports_if_they_want_them():
     assert [Ledger().pick(o(), ['a', 'b'], reports).host for o in (Most, Old)] == ['b', 'a']
 
 def test_whatever_a_host_says_is_a_report():
-    for o in ({}, dict(load=1), dict(load=[None]), dict(load=[1e999], cores=0), dict(memory=5, gpus=[], kernels=-5, mine=10**9), dict(kernels=[], gpus=dict(free='x'))):
+    for o in ({}, dict(load=1), dict(load=[None]), dict(load=[1e999], cores=0),
+              dict(memory=5, gpus=[], kernels=-5, mine=10**9), dict(kernels=[], gpus=dict(free='x'))):
         r = HostReport.of(o)
-        assert r.others == 0 and r.gpus is None and LeastLoad().order(['a', 'b'], {}, dict(a=r)) == ['a', 'b'] and Need(1, 1).lacking(r) == ''
+        assert (r.others == 0 and r.gpus is None and LeastLoad().order(['a', 'b'], {}, dict(a=r)) == ['a', 'b']
+                and Need(1, 1).lacking(r) == '')

@@ -1,5 +1,5 @@
-"""Every application in its default settings, in every place: `GP_MATRIX=all pytest tests/test_matrix.py` runs all cells and writes down what happened;
-otherwise those run that have every pair of values between them."""
+"""Every application in its default settings, in every place: `GP_MATRIX=all pytest tests/test_matrix.py` runs all cells
+and writes down what happened; otherwise those run that have every pair of values between them."""
 import shutil
 import pytest
 from conftest import need

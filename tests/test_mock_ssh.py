@@ -58,7 +58,8 @@ def test_early_exit_keeps_output(conn):
         assert (out, status) == (b'x'*10 + b'end\n', 7)
 
 def test_status_before_holder_ends(conn):
-    "As with sshd: the status comes when the command ends, the end of the channel when the last holder of its output has ended."
+    """As with sshd: the status comes when the command ends, the end of the channel when the last holder of its output
+    has ended."""
     chan = conn.get_transport().open_session()
     holder = 5*slowness()   # seconds; the status comes long before that
     t = Timer()
@@ -145,7 +146,8 @@ def test_startups(host):
     with host.client(), host.client():
         knocking = [socket.create_connection((host.address, host.port)) for _ in range(10)]
         wait(lambda: host.connections == 12, 20)
-        with socket.create_connection((host.address, host.port)) as sock: assert sock.makefile('rb').read() == b'Exceeded MaxStartups\r\n'
+        with socket.create_connection((host.address, host.port)) as sock:
+            assert sock.makefile('rb').read() == b'Exceeded MaxStartups\r\n'
         for o in knocking: o.close()
         wait(lambda: host.connections == 2, 20)
         assert host.seen['dropped startups'] == 1
@@ -159,7 +161,8 @@ def test_who_may_log_in():
 
 def test_forwarding_switched_off():
     with MockHost(forwarding=False) as host, host.client() as client:
-        with pytest.raises(paramiko.ChannelException, match='prohibited'): client.get_transport().open_channel('direct-tcpip', ('127.0.0.1', 9), ('', 0))
+        with pytest.raises(paramiko.ChannelException, match='prohibited'):
+            client.get_transport().open_channel('direct-tcpip', ('127.0.0.1', 9), ('', 0))
         with pytest.raises(paramiko.SSHException): client.get_transport().request_port_forward('', 0)
 
 def test_forwards_go_with_their_connection(host):
@@ -181,7 +184,9 @@ def sink(n):
         with server:
             for _ in range(n):
                 conn, _ = server.accept()
-                with conn: conn.sendall(hashlib.file_digest(conn.makefile('rb'), 'sha256').digest() if sys.version_info >= (3, 11)
+                with conn:
+                    conn.sendall(hashlib.file_digest(conn.makefile('rb'), 'sha256').digest()
+                    if sys.version_info >= (3, 11)
                     else hashlib.sha256(conn.makefile('rb').read()).digest())
     threading.Thread(target=serve, daemon=True).start()
     return server.getsockname()[1]
@@ -233,11 +238,12 @@ def test_200_sessions_on_20_hosts():
     settled(lambda: (threading.active_count(), fds()) <= before, before)
 
 def test_stop_finds_everything(tmp_path):
-    "Daemons, grandchildren in sessions of their own, processes that fork while they are hunted, and without an environment."
+    """Daemons, grandchildren in sessions of their own, processes that fork while they are hunted, and without an
+    environment."""
     with MockHost() as host, host.client() as client:
-        for cmd in ('setsid sh -c "setsid sleep 300 & sleep 300" >/dev/null 2>&1 & exit', 'nohup sleep 300 >/dev/null 2>&1 &',
-            'while :; do sleep .001 & done >/dev/null 2>&1', 'env -i sleep 300', 'trap "" TERM HUP INT; sleep 300 & wait',
-            '''python -c "
+        for cmd in ('setsid sh -c "setsid sleep 300 & sleep 300" >/dev/null 2>&1 & exit',
+            'nohup sleep 300 >/dev/null 2>&1 &', 'while :; do sleep .001 & done >/dev/null 2>&1', 'env -i sleep 300',
+            'trap "" TERM HUP INT; sleep 300 & wait', '''python -c "
 import os, time
 if os.fork(): os._exit(0)
 os.setsid()
@@ -339,7 +345,8 @@ class TestOpenSSH:
         with MockHosts(2) as hosts: yield hosts
 
     def ssh(self, hosts, *args, **kw):
-        return subprocess.run(['ssh', '-F', str(hosts.config), '-o', 'GlobalKnownHostsFile=/dev/null', *args], capture_output=True, timeout=30, **kw)
+        return subprocess.run(['ssh', '-F', str(hosts.config), '-o', 'GlobalKnownHostsFile=/dev/null', *args],
+                              capture_output=True, timeout=30, **kw)
 
     def test_run(self, hosts):
         res = self.ssh(hosts, 'mock2', 'tr a-z A-Z; echo err >&2; exit 9', input=b'hello'*100000)
@@ -354,11 +361,13 @@ class TestOpenSSH:
     def test_many_on_one_connection(self, hosts):
         "A control master: sessions side by side on one connection."
         path = hosts.dir/'ctl'
-        master = subprocess.Popen(['ssh', '-F', hosts.config, '-o', 'GlobalKnownHostsFile=/dev/null', '-MNS', path, 'mock1'])
+        master = subprocess.Popen(['ssh', '-F', hosts.config, '-o', 'GlobalKnownHostsFile=/dev/null', '-MNS', path,
+                                   'mock1'])
         try:
             wait(path.exists, 20)
             with ThreadPoolExecutor(8) as pool:
-                res = list(pool.map(lambda i: self.ssh(hosts, '-S', str(path), 'mock1', f'sleep .2; echo {i}').stdout, range(8)))
+                res = list(pool.map(lambda i: self.ssh(hosts, '-S', str(path), 'mock1', f'sleep .2; echo {i}').stdout,
+                                    range(8)))
             assert res == [b'%d\n' % i for i in range(8)] and hosts[0].connections == 1
         finally:
             master.terminate()
@@ -367,8 +376,8 @@ class TestOpenSSH:
     def test_forwards_and_jump(self, hosts):
         "Of a socket in the file system, since a port that is free now may be another's when it is used."
         data, path = random.randbytes(4*MB), hosts.dir/'forward'
-        proc = subprocess.Popen(['ssh', '-F', hosts.config, '-o', 'GlobalKnownHostsFile=/dev/null', '-o', 'ExitOnForwardFailure=yes', '-J', 'mock2',
-            '-NL', f'{path}:127.0.0.1:{sink(1)}', 'mock1'])
+        proc = subprocess.Popen(['ssh', '-F', hosts.config, '-o', 'GlobalKnownHostsFile=/dev/null', '-o',
+            'ExitOnForwardFailure=yes', '-J', 'mock2', '-NL', f'{path}:127.0.0.1:{sink(1)}', 'mock1'])
         try:
             wait(path.exists, 20)
             with socket.socket(socket.AF_UNIX) as sock:

@@ -1,5 +1,6 @@
-"""What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out of a network that lets
-nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos ticket. `-s` shows what was measured."""
+"""What travels between a host application and its hosts, and by which ways: encrypted or not, in one SSH connection out
+of a network that lets nothing in, over jump hosts and proxy commands, with keys of an agent, a password, or a Kerberos
+ticket. `-s` shows what was measured."""
 import asyncio, contextlib, functools, json, os, re, shutil, socket, subprocess, sys, textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ def encryption_of(remote, name, offered):
 @pytest.mark.parametrize('tunnel', [False, True], ids=['direct', 'tunnel'])
 @pytest.mark.parametrize('policy', ['disabled', 'auto', 'required'])
 async def test_transport_encryption(remote, net, policy, tunnel):
-    "Who captures every packet of a host reads a cell and its output only if nothing encrypts them; a restart keeps the keys"
+    """Who captures every packet of a host reads a cell and its output only if nothing encrypts them; a restart keeps
+    the keys"""
     cell, output = 'cell seen by nobody 1797', 'output seen by nobody 3594'
     with net[0].capture() as packets:
         async with remote.on('node1', transport_encryption=policy, config=dict(tunneling_enabled=tunnel)) as (km, kc):
@@ -55,12 +57,15 @@ async def test_transport_encryption(remote, net, policy, tunnel):
             await kc.wait_for_ready(timeout=60)
             await ask()
             assert km.get_connection_info() == info
-            assert {k: km.provisioner.fields.get(k) for k in (*CURVE, 'key', 'shell_port')} == {k: fields.get(k) for k in (*CURVE, 'key', 'shell_port')}
+            assert {k: km.provisioner.fields.get(k) for k in (*CURVE, 'key', 'shell_port')} == {k: fields.get(k)
+                for k in (*CURVE, 'key', 'shell_port')}
     seen = packets.read_bytes()
     assert len(seen) > 50_000, 'there was something to see'
     plain = policy == 'disabled' and not tunnel
     assert [o.encode() in seen for o in (cell, output)] == [plain, plain]
-    secrets = [info['key'], *(info[k] for k in CURVE[1:] if k in info), *(fields[k] for k in ('control_key',) if k in fields)]   # tunnelled kernels have none
+    # tunnelled kernels have none
+    secrets = [info['key'], *(info[k] for k in CURVE[1:] if k in info),
+               *(fields[k] for k in ('control_key',) if k in fields)]
     assert not [o for o in secrets if (o if isinstance(o, bytes) else o.encode()) in seen], 'a key is in no packet'
 
 async def test_encryption_that_a_kernel_does_not_offer(remote):
@@ -76,7 +81,9 @@ async def test_encryption_that_a_launcher_does_not_give(remote, net, policy):
     name = encryption_of(remote, remote.spec('promise', argv=lambda _: LEGACY, hosts=['node1']), ['curve'])
     with net[0].nothing_left(ignore=['/kernel-.*log', '/tmp.*json', r'/\.']):
         with pytest.raises(LaunchError, match='encrypt'):
-            async with running(remote.manager(name, transport_encryption=policy, config=dict(allow_legacy_launchers=True))): pass
+            async with running(remote.manager(name, transport_encryption=policy,
+                                              config=dict(allow_legacy_launchers=True))):
+                pass
 
 # One connection, outwards
 
@@ -94,12 +101,14 @@ SOURCE = textwrap.dedent('''
 
 def test_behind_nat(remote, net):
     "All there is to have of kernels, through one connection to port 22 of each host"
-    source = subprocess.Popen([str(o) for o in net[0].inside([sys.executable, '-c', SOURCE])], stdout=subprocess.PIPE, text=True)
-    env = net.client.environ() | {k: v for k, v in os.environ.items() if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))} | dict(
+    source = subprocess.Popen([str(o) for o in net[0].inside([sys.executable, '-c', SOURCE])], stdout=subprocess.PIPE,
+                              text=True)
+    env = net.client.environ() | {k: v for k, v in os.environ.items()
+                                  if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))} | dict(
         PATH=os.environ['PATH'], GP_ENABLE_TUNNELING='True', GP_CONNECT_TIMEOUT='4')
     with remote.lab.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
-        app = net.laptop().popen(sys.executable, HERE/'laptop.py', source.stdout.readline().strip(), net.client.config, env=env,
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        app = net.laptop().popen(sys.executable, HERE/'laptop.py', source.stdout.readline().strip(), net.client.config,
+                                 env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             assert app.stdout.readline() == 'cut\n'
             assert [h.connections() for h in net] == [1, 1, 0, 0], 'one connection a host, however many kernels'
@@ -127,7 +136,8 @@ def test_behind_nat(remote, net):
 
 def only_from(host, other):
     "Let `host` answer `other` only"
-    host.ns.nft(f'''table inet fw {{ chain input {{ type filter hook input priority 0; policy drop; iifname "lo" accept; meta l4proto 58 accept;
+    host.ns.nft(
+        f'''table inet fw {{ chain input {{ type filter hook input priority 0; policy drop; iifname "lo" accept; meta l4proto 58 accept;
         ct state established,related accept; ip saddr {other.address} tcp dport 22 accept; }}
     }}\n''')
 
@@ -138,7 +148,8 @@ def far(net):
     "node3, which can be reached from node2 only, which can be reached from node1 only"
     only_from(net[2], net[1]); only_from(net[1], net[0])
     c = net.client
-    yield lambda **options: c.alias('far', HostName=net[2].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts, **options)
+    yield lambda **options: c.alias('far', HostName=net[2].address, User='root', IdentityFile=c.key,
+                                    UserKnownHostsFile=c.known_hosts, **options)
     for o in 'far', 'behind':
         if o in c.aliases: del c.aliases[o]
     c.write()
@@ -163,7 +174,8 @@ async def test_two_jump_hosts(remote, net, far):
 async def test_jump_hosts_that_jump(remote, net, far):
     "The chain is spread over the configuration: far is behind node2, which is behind node1"
     c = net.client
-    c.alias('behind', HostName=net[1].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts, ProxyJump='node1')
+    c.alias('behind', HostName=net[1].address, User='root', IdentityFile=c.key, UserKnownHostsFile=c.known_hosts,
+            ProxyJump='node1')
     far(ProxyJump='behind')
     async with remote.on('far') as (_, kc): assert await value(kc, WHENCE) == net[1].address
 
@@ -177,7 +189,9 @@ async def test_a_jump_host_that_is_down(remote, net, far):
 async def test_a_jump_host_that_comes_no_further(remote, net, far):
     far(ProxyJump='node1,node2')
     net[2].stop()
-    with pytest.raises(LaunchError, match=f'host far .*cannot connect to {net[2].address} port .*: the jump host {net[1].address} says: '):
+    with pytest.raises(LaunchError,
+                       match=f'host far .*cannot connect to {net[2].address} port .*: the jump host {net[1].address} '
+                             f'says: '):
         async with remote.on('far'): pass
 
 async def test_proxy_command(remote, net, far):
@@ -197,7 +211,8 @@ AUTO = dict(tunneling_enabled='auto')
 def way_of(km): return 'direct' if km.get_connection_info()['ip'] != '127.0.0.1' else 'tunnel'
 
 def asked_of(p):
-    "What the connection of a provisioner is asked to find out: the ports that kernels may have, and where launchers report"
+    """What the connection of a provisioner is asked to find out: the ports that kernels may have, and where launchers
+    report"""
     lowest, highest = map(int, p.port_range.split('..'))
     return (lowest, highest) if lowest < highest else None, p.response_ip
 
@@ -287,13 +302,15 @@ forget()"""
 
 @pytest.mark.parametrize('ports, why', [((22,), 'timed out'), (None, '')], ids=['to port 22 only', 'to all ports'])
 def test_auto_behind_nat(remote, net, ports, why):
-    env = net.client.environ() | {k: v for k, v in os.environ.items() if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))}
+    env = net.client.environ() | {k: v for k, v in os.environ.items()
+                                  if k.startswith(('JUPYTER', 'IPYTHON', 'KERNEL_'))}
     env |= dict(PATH=os.environ['PATH'], PYTHONPATH=str(HERE), GP_ENABLE_TUNNELING='auto')
     app = net.laptop(ports).popen(sys.executable, '-c', BEHIND_NAT, env=env, stdout=subprocess.PIPE, text=True)
     assert json.loads(app.communicate(timeout=120)[0]) == ['127.0.0.1' if why else net[0].address, why]
 
 async def test_auto_after_a_reconnection(remote, net):
-    "What was found holds for one connection: the next may be in another network. Kernels keep their way, also when restarted"
+    """What was found holds for one connection: the next may be in another network. Kernels keep their way, also when
+    restarted"""
     async with remote.on('node1', config=AUTO | dict(connect_timeout=2)) as (km, kc):
         assert await found(km) == ''
         async with remote.on('node1', config=AUTO | dict(connect_timeout=2)) as (direct, _):
@@ -357,7 +374,8 @@ def agent(tmp_path_factory):
     def add(key, passphrase):
         (ask := sock.with_name('ask')).write_text(f'#!/bin/sh\necho {passphrase}\n')
         ask.chmod(0o700)
-        sh('ssh-add', key, env=os.environ | dict(SSH_AUTH_SOCK=str(sock), SSH_ASKPASS=str(ask), SSH_ASKPASS_REQUIRE='force'))
+        sh('ssh-add', key, env=os.environ | dict(SSH_AUTH_SOCK=str(sock), SSH_ASKPASS=str(ask),
+                                                 SSH_ASKPASS_REQUIRE='force'))
     wait(sock.exists)
     yield sock, add
     p.kill(); p.wait()
@@ -394,14 +412,18 @@ async def test_key_with_a_passphrase_in_an_agent(remote, net, alias, agent, monk
     monkeypatch.setenv('SSH_AUTH_SOCK', str(sock))
     await asyncio.to_thread(forget)
     for options in dict(), dict(IdentitiesOnly='yes'):
-        async with remote.on(alias('locked-'+'only'*len(options), User='grace', IdentityFile=key, **options)) as (_, kc):
+        async with remote.on(alias('locked-'+'only'*len(options), User='grace', IdentityFile=key, **options)) as (_,
+            kc):
             assert await value(kc, WHO) == 'grace'
     with pytest.raises(LaunchError, match='refused the login|no key'):   # the agent's key is not the one named
         async with remote.on(alias('other', User='grace', IdentityFile=net.client.key, IdentitiesOnly='yes')): pass
     monkeypatch.delenv('SSH_AUTH_SOCK')
-    async with remote.on(alias('named', User='grace', IdentityAgent=sock)) as (_, kc): assert await value(kc, WHO) == 'grace'
+    async with remote.on(alias('named', User='grace', IdentityAgent=sock)) as (_, kc):
+        assert await value(kc, WHO) == 'grace'
 
-@pytest.mark.parametrize('options', [dict(UsePAM='no'), dict(UsePAM='yes'), dict(UsePAM='yes', PasswordAuthentication='no', KbdInteractiveAuthentication='yes')],
+@pytest.mark.parametrize('options',
+                         [dict(UsePAM='no'), dict(UsePAM='yes'),
+                          dict(UsePAM='yes', PasswordAuthentication='no', KbdInteractiveAuthentication='yes')],
                          ids=['password', 'PAM', 'keyboard-interactive'])
 async def test_password(remote, net, alias, monkeypatch, caplog, options):
     host, password = net[3], 'sesame & "open" $HOME'
@@ -453,13 +475,18 @@ class Realm:
     def start(self):
         "Start the centre on a port that was free a moment ago; false if another process was quicker to take it"
         with socket.create_server(('127.0.0.1', 0)) as s: port = s.getsockname()[1]
-        for f, text in ('krb5.conf', KRB5), ('kdc.conf', KDC): (self.dir/f).write_text(text.format(dir=self.dir, port=port))
+        for f, text in ('krb5.conf', KRB5), ('kdc.conf', KDC):
+            (self.dir/f).write_text(text.format(dir=self.dir, port=port))
         if not (self.dir/'principal').exists(): self.run('kdb5_util', 'create', '-s', '-P', 'master')
-        self.kdc = subprocess.Popen([shutil.which('krb5kdc', path=SBIN), '-n'], env=self.all, stdout=self.log, stderr=self.log)
+        self.kdc = subprocess.Popen([shutil.which('krb5kdc', path=SBIN), '-n'], env=self.all, stdout=self.log,
+                                    stderr=self.log)
         def listening():
-            with contextlib.suppress(psutil.Error): return any(c.laddr.port == port for c in psutil.Process(self.kdc.pid).net_connections('tcp') if c.status == 'LISTEN')
+            with contextlib.suppress(psutil.Error):
+                return any(c.laddr.port == port for c in psutil.Process(self.kdc.pid).net_connections('tcp')
+                           if c.status == 'LISTEN')
         wait(lambda: self.kdc.poll() is not None or listening(), 20, 'KDC')
-        if (ended := self.kdc.poll()) is not None and 'in use' not in (said := (self.dir/'kdc.log').read_text()): raise RuntimeError(said)
+        if (ended := self.kdc.poll()) is not None and 'in use' not in (said := (self.dir/'kdc.log').read_text()):
+            raise RuntimeError(said)
         return ended is None
 
     @property
@@ -491,20 +518,25 @@ asyncio.run(main())
 '''
 
 def test_kerberos(remote, net, alias, tmp_path, monkeypatch):
-    "A ticket is all there is to log in with; in an environment with the extra `gssapi`, since paramiko 5 has none of it"
+    """A ticket is all there is to log in with; in an environment with the extra `gssapi`, since paramiko 5 has none of
+    it"""
     python = Path(sys.prefix)/'gssapi/bin/python'
-    need(None if python.exists() else f'no environment with the extra gssapi in {python.parents[1]} (scripts/test.sh makes it)')
-    need(None if shutil.which('krb5kdc', path=SBIN) and shutil.which('kinit') else 'not installed: krb5kdc, kinit (Debian packages krb5-kdc, krb5-user)')
+    need(None if python.exists()
+         else f'no environment with the extra gssapi in {python.parents[1]} (scripts/test.sh makes it)')
+    need(None if shutil.which('krb5kdc', path=SBIN) and shutil.which('kinit')
+         else 'not installed: krb5kdc, kinit (Debian packages krb5-kdc, krb5-user)')
     host, realm = net[3], Realm(tmp_path)
     try:
         if 'lise' not in host.users: host.add_user('lise', key=False)
         realm.user('lise', 'fission')
         monkeypatch.setenv('KRB5_KTNAME', realm.host(host.address))
         monkeypatch.setenv('KRB5_CONFIG', realm.env['KRB5_CONFIG'])
-        host.options = dict(GSSAPIAuthentication='yes', GSSAPIStrictAcceptorCheck='no', PasswordAuthentication='no', PubkeyAuthentication='no')
+        host.options = dict(GSSAPIAuthentication='yes', GSSAPIStrictAcceptorCheck='no', PasswordAuthentication='no',
+                            PubkeyAuthentication='no')
         host.restart_sshd()
         name = remote.spec('ticket', hosts=[alias('by-ticket', User='lise')])
-        start = lambda **env: sh(python, '-c', TICKET_KERNEL, name, env=os.environ | realm.env | dict(GP_REMOTE_GSS_SSH='True') | env, timeout=120)
+        start = lambda **env: sh(python, '-c', TICKET_KERNEL, name,
+                                 env=os.environ | realm.env | dict(GP_REMOTE_GSS_SSH='True') | env, timeout=120)
         with net.nothing_left(15, [r'/\.ipython/', r'/\.cache/', r'/__pycache__/']):
             assert start().startswith('refused: host by-ticket (user lise)')
             realm.run('kinit', 'lise', input='fission\n')
@@ -530,7 +562,9 @@ def ned(net, remote, tmp_path_factory):
     node, passwd = net['node1'], net['node1'].dir/'passwd'
     for o in (tmp_path_factory.getbasetemp(), remote.prefix): o.chmod(0o755)
     if 'ned' not in node.users: node.add_user('ned')
-    need(node.run('sh', '-c', f'test -x {sys.executable} -a -r {remote.scripts} || echo other users cannot read {sys.prefix}', user='ned').strip())
+    need(node.run('sh', '-c',
+                  f'test -x {sys.executable} -a -r {remote.scripts} || echo other users cannot read {sys.prefix}',
+                  user='ned').strip())
     def shell(path): passwd.write_text(re.sub(r'(?m)^(ned:.*:)[^:\n]*$', rf'\1{path}', passwd.read_text()))
     remote.spec('ned', hosts=['ned@node1'])
     yield SimpleNamespace(node=node, home=node.dir/'homes/ned', shell=shell)
@@ -581,6 +615,8 @@ async def test_a_flood_is_not_taken_for_a_firewall(remote, net, monkeypatch):
     "A launch whose report was dropped for newer connections says so"
     monkeypatch.setenv('GP_RESPONSE_IP', net.address)   # by the network
     (remote.scripts/'flooded.py').write_text(FLOODED)
-    remote.spec('flooded', lambda argv: [argv[0], *(o.replace('launch_ipykernel', 'flooded') for o in argv[1:])], hosts=['node1'])
+    remote.spec('flooded', lambda argv: [argv[0], *(o.replace('launch_ipykernel', 'flooded') for o in argv[1:])],
+                hosts=['node1'])
     said = await why(remote, 'flooded')
-    assert re.search(r'The response port was flooded: \d+ connections were dropped', said) and 'firewall' not in said.splitlines()[1], said
+    assert (re.search(r'The response port was flooded: \d+ connections were dropped', said)
+            and 'firewall' not in said.splitlines()[1]), said

@@ -1,4 +1,5 @@
-"The commands for people who run hosts, on real SSH servers: every fault that `check` must name with its remedy, kernels of other and of killed applications, logs after the end, drained hosts."
+"""The commands for people who run hosts, on real SSH servers: every fault that `check` must name with its remedy,
+kernels of other and of killed applications, logs after the end, drained hosts."""
 import asyncio, contextlib, json, os, pty, re, shutil, subprocess, sys, zipfile
 import pytest
 from jupyter_client import AsyncMultiKernelManager
@@ -20,7 +21,8 @@ def remote(remote, tmp_path, monkeypatch):
 
 def sh(*argv, status=0, **env):
     "What a command says on standard output; standard error is in `sh.err`"
-    r = subprocess.run([BIN/'jupyter-ssh-spec', *map(str, argv)], env=os.environ | env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    r = subprocess.run([BIN/'jupyter-ssh-spec', *map(str, argv)], env=os.environ | env, capture_output=True, text=True,
+                       stdin=subprocess.DEVNULL, timeout=120)
     assert r.returncode == status and 'Traceback' not in r.stderr, (r.returncode, r.stdout, r.stderr)
     sh.err = r.stderr
     return r.stdout
@@ -38,9 +40,11 @@ async def checked(*hosts, python=sys.executable, **settings):
 
 async def test_hosts_that_are_fine(remote):
     reports = await checked(*remote.lab.names)
-    assert all(o.usable and not (set(problems(o)) - {'cores', 'memory'}) for o in reports), [problems(o) for o in reports]
+    assert all(o.usable and not (set(problems(o)) - {'cores', 'memory'}) for o in reports), [problems(o)
+        for o in reports]
     assert [o.host for o in reports] == remote.lab.names
-    for o in 'latency', 'interpreter', 'ipykernel', 'log directory', 'clock', 'cores', 'memory': assert o in [f.what for f in reports[0].findings]
+    for o in 'latency', 'interpreter', 'ipykernel', 'log directory', 'clock', 'cores', 'memory':
+        assert o in [f.what for f in reports[0].findings]
 
 def broken_name(lab): lab.client.alias('host1', HostName='no-such-host.invalid')
 def broken_sshd(lab): lab[0].stop()
@@ -76,13 +80,17 @@ async def test_no_python_for_the_agent(remote, tmp_path):
     h.env = dict(PATH=str(tmp_path))
     h.restart_sshd()
     report, = await checked('host1', python='python')
-    assert problems(report)['Python'].state == 'failed' and 'apt-get install python3' in problems(report)['Python'].remedy
+    assert (problems(report)['Python'].state == 'failed'
+            and 'apt-get install python3' in problems(report)['Python'].remedy)
 
 async def test_interpreters(remote, tmp_path):
     (bare := tmp_path/'bare').mkdir()
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', bare], check=True)
-    for python, what, said, remedy in [('~/k/bin/python', 'interpreter', 'not found', "jupyter ssh-spec setup host1 --venv '~/k'"), ('no-such-python', 'interpreter', 'not found in', 'jupyter ssh-spec setup host1'),
-                               (f'{bare}/bin/python', 'ipykernel', "No module named 'ipykernel'", f"ssh host1 '{bare}/bin/python -m pip install ipykernel'")]:
+    for python, what, said, remedy in [('~/k/bin/python', 'interpreter', 'not found',
+                                        "jupyter ssh-spec setup host1 --venv '~/k'"),
+                               ('no-such-python', 'interpreter', 'not found in', 'jupyter ssh-spec setup host1'),
+                               (f'{bare}/bin/python', 'ipykernel', "No module named 'ipykernel'",
+                                f"ssh host1 '{bare}/bin/python -m pip install ipykernel'")]:
         report, = await checked('host1', python=python)
         found = problems(report)[what]
         assert found.state == 'failed' and said in found.text and remedy in found.remedy, found
@@ -91,7 +99,8 @@ async def test_interpreters(remote, tmp_path):
 async def test_log_directory(remote, path, why):
     report, = await checked('host1', kernel_log_dir=path)
     found = problems(report)['log directory']
-    assert found.state == 'failed' and why in found.text and 'GP_KERNEL_LOG_DIR' in found.remedy and path in found.remedy
+    assert (found.state == 'failed' and why in found.text and 'GP_KERNEL_LOG_DIR' in found.remedy
+            and path in found.remedy)
 
 async def test_log_directory_that_is_full(net_remote):
     h = net_remote.lab[0]
@@ -99,7 +108,8 @@ async def test_log_directory_that_is_full(net_remote):
     try: report, = await checked('node1', kernel_log_dir='/tmp/full')
     finally: h.free_disk('/tmp/full')
     found = problems(report)['log directory']
-    assert found.state == 'failed' and ('full' in found.text or 'No space' in found.text) and 'GP_KERNEL_LOG_DIR' in found.remedy
+    assert (found.state == 'failed' and ('full' in found.text or 'No space' in found.text)
+            and 'GP_KERNEL_LOG_DIR' in found.remedy)
 
 async def test_ports(remote, monkeypatch):
     monkeypatch.setenv('GP_MIN_PORT_RANGE_SIZE', '5')
@@ -119,7 +129,8 @@ async def test_the_way_back(net_remote):
     report, = await checked('node1', **way)
     h.no_firewall()
     found = problems(report)['way back']
-    assert found.state == 'failed' and 'GP_ENABLE_TUNNELING=True' in found.remedy and net_remote.lab.address in found.remedy
+    assert (found.state == 'failed' and 'GP_ENABLE_TUNNELING=True' in found.remedy
+            and net_remote.lab.address in found.remedy)
     report, = await checked('node1')
     assert 'way back' not in [o.what for o in report.findings]   # where nothing goes that way
 
@@ -134,14 +145,16 @@ async def test_clock(net_remote):
     h = net_remote.lab[0]
     try: h.skew(3600)
     except FileNotFoundError as e: pytest.skip(str(e))
-    await until(lambda: not [o for o in h.processes() if o.name == 'gpssh-agent'], what='the end of the agent of before')
+    await until(lambda: not [o for o in h.processes() if o.name == 'gpssh-agent'],
+                what='the end of the agent of before')
     report, = await checked('node1')
     found = problems(report)['clock']
     assert found.state == 'warning' and 'ahead' in found.text and 'timedatectl' in found.remedy and report.usable
 
 async def test_gpus_and_drained(remote, tmp_path):
     (bin := tmp_path/'bin').mkdir()
-    (bin/'nvidia-smi').write_text('#!/bin/sh\nprintf "0, GPU-a, NVIDIA L4, 23034, 100, 0\\n1, GPU-b, NVIDIA L4, 23034, 100, 0\\n"\n')
+    (bin/'nvidia-smi').write_text('#!/bin/sh\nprintf "0, GPU-a, NVIDIA L4, 23034, 100, 0\\n1, GPU-b, NVIDIA L4, 23034, '
+                                  '100, 0\\n"\n')
     (bin/'nvidia-smi').chmod(0o755)
     h = remote.lab[0]
     h.env = dict(PATH=f'{bin}:{BIN}:/usr/bin:/bin')
@@ -184,9 +197,11 @@ async def test_command_check(remote):
     assert re.search(r'host2: login: .* refused the login\n    .*ssh-copy-id', out)
     assert 'host1: latency' in await command('check', 'host1', '--verbose')
 
-@pytest.mark.parametrize('argv, why', [(['check', '--kernel', 'none'], "no kernelspec 'none'"), (['check', 'a b'], 'host name'), (['check', '--no'], 'no option'), (['ps', '--python', 'x'], 'no option'),
-    (['logs'], 'which kernel'), (['logs', 'a', 'b'], 'one kernel'), (['logs', 'a', '-n', 'x'], 'lines'), (['stop'], 'name kernels'), (['stop', 'a', '--orphans'], 'not both'), (['drain'], 'which hosts'), (['setup'], 'which hosts'),
-    (['setup', 'host1', '--package=--index-url'], 'is no package')])
+@pytest.mark.parametrize('argv, why', [(['check', '--kernel', 'none'], "no kernelspec 'none'"),
+    (['check', 'a b'], 'host name'), (['check', '--no'], 'no option'), (['ps', '--python', 'x'], 'no option'),
+    (['logs'], 'which kernel'), (['logs', 'a', 'b'], 'one kernel'), (['logs', 'a', '-n', 'x'], 'lines'),
+    (['stop'], 'name kernels'), (['stop', 'a', '--orphans'], 'not both'), (['drain'], 'which hosts'),
+    (['setup'], 'which hosts'), (['setup', 'host1', '--package=--index-url'], 'is no package')])
 def test_mistakes(remote, argv, why):
     sh(*argv, status=1)
     assert len(sh.err.splitlines()) == 1 and why in sh.err, sh.err
@@ -196,7 +211,8 @@ def test_hosts_of_the_configuration_and_the_environment(remote, tmp_path):
     dead = '127.0.0.99:1'
     assert hosts(GP_REMOTE_HOSTS=f'ada@{dead}') == [f'ada@{dead}']
     (conf := tmp_path/'config').mkdir()
-    (conf/'jupyter_server_config.py').write_text(f'c.DistributedProvisioner.remote_hosts = ["bob@{dead}"]\nc.ServerApp.port = 5\n')
+    (conf/'jupyter_server_config.py').write_text(f'c.DistributedProvisioner.remote_hosts = '
+                                                 f'["bob@{dead}"]\nc.ServerApp.port = 5\n')
     assert hosts(GP_REMOTE_HOSTS=f'ada@{dead}', JUPYTER_CONFIG_DIR=str(conf)) == [f'bob@{dead}']
 
 # Kernels of other applications
@@ -214,7 +230,8 @@ sys.stdin.read()
 @contextlib.asynccontextmanager
 async def application(host):
     "Another host application with a kernel on `host`: the process, and the kernel's id"
-    p = await asyncio.create_subprocess_exec(sys.executable, '-c', APPLICATION, host, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    p = await asyncio.create_subprocess_exec(sys.executable, '-c', APPLICATION, host, stdin=subprocess.PIPE,
+                                             stdout=subprocess.PIPE)
     try: yield p, (await asyncio.wait_for(p.stdout.readline(), 90)).decode().strip()
     finally:
         if p.returncode is None: p.kill()
@@ -232,7 +249,8 @@ async def test_ps_logs_and_stop_of_killed_and_living_applications(remote, monkey
         found = {o['id']: o for o in (await as_json('ps'))['kernels']}
         assert {first: 'host1', second: 'host2'} == {k: o['host'] for k, o in found.items()}
         k = found[first]
-        assert (k['user'], k['spec'], k['watched'], k['orphan'], k['running']) == ('ada', 'Python SSH', True, False, True)
+        assert (k['user'], k['spec'], k['watched'], k['orphan'], k['running']) == ('ada', 'Python SSH', True, False,
+            True)
         assert k['rss'] > 10_000_000 and k['cpu'] > 0 and k['age'] is not None and 'pid' in k['application']
         assert 'there are no orphans' in await command('stop', '--orphans')
         a.kill(); await a.wait()
@@ -256,9 +274,11 @@ async def test_ps_without_one_of_the_hosts(remote):
 async def test_logs_follow(remote, monkeypatch):
     monkeypatch.setenv('GP_REMOTE_HOSTS', 'host1')
     async with remote.kernel() as k:
-        p = await asyncio.create_subprocess_exec(BIN/'jupyter-ssh-spec', 'logs', k.km.provisioner.kernel_id, '-f', '-n0', stdout=subprocess.PIPE)
+        p = await asyncio.create_subprocess_exec(BIN/'jupyter-ssh-spec', 'logs', k.km.provisioner.kernel_id, '-f',
+                                                 '-n0', stdout=subprocess.PIPE)
         async def write():   # what it writes before it is followed is not seen
-            while p.returncode is None: await k.client.execute_interactive('import os; os.write(1, b"to the log\\n")', timeout=30)
+            while p.returncode is None:
+                await k.client.execute_interactive('import os; os.write(1, b"to the log\\n")', timeout=30)
         writing = asyncio.ensure_future(write())
         assert await asyncio.wait_for(p.stdout.readline(), 60) == b'to the log\n'
         writing.cancel()
@@ -270,7 +290,8 @@ async def test_logs_follow(remote, monkeypatch):
 async def test_a_stopped_kernel_is_not_restarted(remote, monkeypatch):
     "Not by what restarts kernels that died; by its user it is"
     monkeypatch.setenv('GP_REMOTE_HOSTS', 'host1')
-    mkm = AsyncMultiKernelManager(kernel_manager_class='jupyter_client.ioloop.AsyncIOLoopKernelManager', config=Config(DistributedProvisioner=dict(remote_hosts=['host1'])))
+    mkm = AsyncMultiKernelManager(kernel_manager_class='jupyter_client.ioloop.AsyncIOLoopKernelManager',
+                                  config=Config(DistributedProvisioner=dict(remote_hosts=['host1'])))
     kid = await mkm.start_kernel(kernel_name='ssh_python')
     km, dead = mkm.get_kernel(kid), asyncio.Event()
     try:
@@ -292,7 +313,9 @@ def test_stop_asks_first_on_a_terminal(remote, monkeypatch):
     async def make():
         async with site(['host1']) as s:
             conn = await s.pool.connection(s.hosts[0], s.login)
-            p = await spawn(await conn.session(), conn.wait_connected, f'{os.environ["GP_KERNEL_LOG_DIR"]}/kernel-asked.log', argv=['sleep', '1000'], env={}, max_bytes=10000, title='kernel asked of ada')
+            p = await spawn(await conn.session(), conn.wait_connected,
+                            f'{os.environ["GP_KERNEL_LOG_DIR"]}/kernel-asked.log', argv=['sleep', '1000'], env={},
+                            max_bytes=10000, title='kernel asked of ada')
             p.forget()
             return p.pid
     pid = asyncio.run(make())
@@ -338,7 +361,9 @@ async def test_drained_hosts_get_no_kernels(remote):
             assert [str(o.km.provisioner.conn.host) for o in (a, b)] == ['host2', 'host2']
             await command('drain', 'host2')
             try:
-                with pytest.raises(LaunchError, match=r'(?s)no host could start the kernel:.*host1 .*is drained.*undrain host1.*host2 .*is drained') as e:
+                with pytest.raises(LaunchError,
+                                   match=r'(?s)no host could start the kernel:.*host1 .*is drained.*undrain '
+                                         r'host1.*host2 .*is drained') as e:
                     async with remote.on('host1', 'host2'): pass
                 assert e.value.status_code == 503
                 with pytest.raises(LaunchError, match='host host1 .*drained.*jupyter ssh-spec undrain host1'):
@@ -346,7 +371,8 @@ async def test_drained_hosts_get_no_kernels(remote):
                 assert await value(a.client, '6*7') == 42   # what runs goes on
             finally: await command('undrain', 'host2')
     finally: await command('undrain', 'host1')
-    async with remote.on('host1', env=dict(KERNEL_REMOTE_HOST='host1')) as k: assert str(k.km.provisioner.conn.host) == 'host1'
+    async with remote.on('host1', env=dict(KERNEL_REMOTE_HOST='host1')) as k:
+        assert str(k.km.provisioner.conn.host) == 'host1'
 
 async def test_a_restart_leaves_a_drained_host(remote):
     async with remote.on('host1', 'host2') as k:
@@ -380,7 +406,8 @@ async def test_gpus_choose_the_host(remote, tmp_path):
     remote.lab[1].env = dict(PATH=f'{bin}:{BIN}:/usr/bin:/bin')
     remote.lab[1].restart_sshd()
     async with remote.on('host1', 'host2', env=dict(KERNEL_GPUS='1')) as k:
-        assert str(k.km.provisioner.conn.host) == 'host2' and await value(k.client, '__import__("os").environ["CUDA_VISIBLE_DEVICES"]') == '0'
+        assert (str(k.km.provisioner.conn.host) == 'host2'
+                and await value(k.client, '__import__("os").environ["CUDA_VISIBLE_DEVICES"]') == '0')
         with pytest.raises(LaunchError, match='0 of 1 GPUs are free, 1 wanted'):
             async with remote.on('host1', 'host2', env=dict(KERNEL_GPUS='1')): pass
     # what host2 said last is that it has none; it is asked all the same, as the only one there is
@@ -392,7 +419,8 @@ async def test_least_load_counts_kernels_of_other_applications(remote):
     async with application('host1'), application('host1'):
         async with remote.on('host1', 'host2', config=config) as a, remote.on('host1', 'host2', config=config) as b:
             assert [str(o.km.provisioner.conn.host) for o in (a, b)] == ['host2', 'host2']
-            await until(lambda: shared().reports.current().get('host1') and shared().reports.current()['host1'].others == 2, what='the report of host1')
+            await until(lambda: shared().reports.current().get('host1')
+                        and shared().reports.current()['host1'].others == 2, what='the report of host1')
 
 async def test_no_start_waits_for_figures(remote, monkeypatch):
     asked = []
@@ -410,7 +438,8 @@ def wheel(directory, name, version, text=''):
     with zipfile.ZipFile(directory/f'{name}-{version}-py3-none-any.whl', 'w') as z:
         z.writestr(f'{name}/__init__.py', f'__version__ = {version!r}\n{text}')
         z.writestr(f'{name}-{version}.dist-info/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
-        z.writestr(f'{name}-{version}.dist-info/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr(f'{name}-{version}.dist-info/WHEEL',
+                   'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         z.writestr(f'{name}-{version}.dist-info/RECORD', '')
 
 @pytest.fixture
@@ -430,7 +459,8 @@ def test_setup_offline(remote, index):
     for o in 'host1', 'host2':
         h = remote.lab[o]
         assert subprocess.run([h.home/'k/bin/python', '-c', 'import ipykernel, extra'], env={}).returncode == 0
-        assert not [f for f in h.files() if f.endswith('.whl') and '/k/' not in f] and not list((h.home/'.cache').rglob('*.whl'))
+        assert (not [f for f in h.files() if f.endswith('.whl') and '/k/' not in f]
+                and not list((h.home/'.cache').rglob('*.whl')))
     assert 'ipykernel 6.99' in sh('setup', 'host1', '--offline')   # again, in the environment that is there
     sh('setup', 'host1', '--offline', '--package', 'nowhere', status=1)
     assert 'pip here cannot download ipykernel nowhere' in sh.err and 'wheel' in sh.err
@@ -444,7 +474,8 @@ def test_setup_where_the_host_has_no_index(remote):
 def test_setup_where_python_lacks_venv(remote, index, tmp_path, monkeypatch):
     "pip goes there from here; without one here, the remedy is said"
     (bin := tmp_path/'bin').mkdir()
-    (bin/'python3').write_text(f'#!/bin/sh\ncase "$*" in *-m\\ venv*--without-pip*) ;; *-m\\ venv*) mkdir -p "$3"; echo "ensurepip is not available" >&2; exit 1;; esac\nexec {sys.executable} "$@"\n')
+    (bin/'python3').write_text(f'#!/bin/sh\ncase "$*" in *-m\\ venv*--without-pip*) ;; *-m\\ venv*) mkdir -p "$3"; '
+                               f'echo "ensurepip is not available" >&2; exit 1;; esac\nexec {sys.executable} "$@"\n')
     (bin/'python3').chmod(0o755)
     h = remote.lab[3]
     h.env = dict(PATH=f'{bin}:/usr/bin:/bin')
@@ -473,8 +504,10 @@ def test_a_tile_for_each_host(tmp_path):
     sh('install', '--prefix', tmp_path, '--tile-per-host', **env)
     kernels = tmp_path/'share/jupyter/kernels'
     of = {o.parent.name: json.loads(o.read_text()) for o in kernels.glob('*/kernel.json')}
-    pinned = {k: (o['display_name'], o['metadata']['kernel_provisioner']['config'].get('remote_hosts')) for k, o in of.items()}
-    assert pinned == {'ssh_python': ('Python SSH', None), 'ssh_python_fire': ('Python SSH on fire', ['fire']), 'ssh_python_ada-water-2222': ('Python SSH on ada@Water:2222', ['ada@Water:2222'])}
+    pinned = {k: (o['display_name'], o['metadata']['kernel_provisioner']['config'].get('remote_hosts'))
+              for k, o in of.items()}
+    assert pinned == {'ssh_python': ('Python SSH', None), 'ssh_python_fire': ('Python SSH on fire', ['fire']),
+                      'ssh_python_ada-water-2222': ('Python SSH on ada@Water:2222', ['ada@Water:2222'])}
     shutil.rmtree(kernels/'ssh_python')
     sh('install', '--prefix', tmp_path, '--tile-per-host', status=1, **env)
     assert 'ssh_python_fire already; --replace' in sh.err and not (kernels/'ssh_python').exists()

@@ -1,4 +1,5 @@
-"The repository itself: generated files are what their sources give, the distribution is complete and lean, the docs hold together."
+"""The repository itself: generated files are what their sources give, the distribution is complete and lean, the docs
+hold together."""
 import ast, contextlib, email, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from collections import Counter
 from configparser import ConfigParser
@@ -23,10 +24,13 @@ def source(c): return ''.join(c['source'])
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     "A copy of the work tree without what is not in a checkout"
-    ignore = shutil.ignore_patterns('.git', '.venv*', 'build', 'dist', '*.egg-info', '__pycache__', '.pytest_cache', '.hypothesis', '.ipynb_checkpoints')
+    ignore = shutil.ignore_patterns('.git', '.venv*', 'build', 'dist', '*.egg-info', '__pycache__', '.pytest_cache',
+                                    '.hypothesis', '.ipynb_checkpoints')
     return shutil.copytree(REPO, tmp_path_factory.mktemp('copy')/'repo', ignore=ignore, symlinks=True)
 
-def texts(root): return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+def texts(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob('*') if p.is_file()
+            and '__pycache__' not in p.parts}
 
 # Generated files
 
@@ -47,31 +51,40 @@ def test_notebook(nb):
     cs = cells(nb)
     assert re.match(r'# \S.*\n\n> \S', '\n\n'.join(source(c) for c in cs[:2])), 'begins with a title and a `>` subtitle'
     assert not [source(c) for c in cs for o in c.get('outputs', []) if o['output_type'] == 'error'], 'no error is saved'
-    assert not [c['id'] for c in cs if 'execution' in c['metadata'] or c.get('execution_count')], 'no times or counts are saved: run nbdev-clean'
+    assert not [c['id'] for c in cs if 'execution' in c['metadata']
+                or c.get('execution_count')], 'no times or counts are saved: run nbdev-clean'
     exports = [source(c) for c in cs if re.search(r'^#\|\s*default_exp', source(c), re.M)]
-    if exports: assert 'nbdev_export()' in source(cs[-1]) and '#| hide' in source(cs[-1]), 'ends with a hidden nbdev_export()'
+    if exports:
+        assert 'nbdev_export()' in source(cs[-1]) and '#| hide' in source(cs[-1]), 'ends with a hidden nbdev_export()'
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=ids)
 def test_saved_outputs_are_of_no_particular_machine(nb):
     mine = re.compile(r'(?<![\w./~-])/(?!usr/|opt/|home/ada/)[\w.-]+/(?:[\w.-]+/)*(?:site-packages|bin/python)')
-    texts = [''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for c in cells(nb) for o in c.get('outputs', [])]
+    texts = [''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for c in cells(nb)
+             for o in c.get('outputs', [])]
     assert [m[0] for t in texts if (m := mine.search(t))] == []
 
 def test_site():
-    conf = {f: yaml.safe_load((REPO/f).read_text()) for f in ('_quarto.yml', 'nbs/_quarto.yml', 'nbs/nbdev.yml', 'nbs/sidebar.yml')}
-    assert not (REPO/'_quarto.yml').is_symlink() and (REPO/'nbs/_quarto.yml').resolve() == (REPO/'_quarto.yml').resolve()
-    assert all((REPO/'nbs'/f).exists() for f in [*conf['_quarto.yml']['metadata-files'], conf['_quarto.yml']['format']['html']['css']])
+    conf = {f: yaml.safe_load((REPO/f).read_text()) for f in ('_quarto.yml', 'nbs/_quarto.yml', 'nbs/nbdev.yml',
+        'nbs/sidebar.yml')}
+    assert (not (REPO/'_quarto.yml').is_symlink()
+            and (REPO/'nbs/_quarto.yml').resolve() == (REPO/'_quarto.yml').resolve())
+    assert all((REPO/'nbs'/f).exists() for f in [*conf['_quarto.yml']['metadata-files'],
+                                                 conf['_quarto.yml']['format']['html']['css']])
     def listed(o):
-        if isinstance(o, str): yield from [str(p.relative_to(REPO/'nbs')) for p in (REPO/'nbs').glob(o)] if '*' in o else [o]
+        if isinstance(o, str):
+            yield from [str(p.relative_to(REPO/'nbs')) for p in (REPO/'nbs').glob(o)] if '*' in o else [o]
         elif isinstance(o, list): yield from (x for p in o for x in listed(p))
         else: yield from listed([o[k] for k in ('href', 'contents') if k in o])
     pages = list(listed(conf['nbs/sidebar.yml']['website']['sidebar']['contents']))
-    assert sorted(pages) == sorted(str(p.relative_to(REPO/'nbs')) for p in NOTEBOOKS), 'nbs/sidebar.yml lists every notebook once'
+    assert sorted(pages) == sorted(str(p.relative_to(REPO/'nbs'))
+                                   for p in NOTEBOOKS), 'nbs/sidebar.yml lists every notebook once'
 
 def shown(c):
     "The Markdown that a reader sees of a cell"
     if c['cell_type'] == 'markdown': return source(c)
-    return '\n\n'.join(''.join(o['data']['text/markdown']) for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {}))
+    return '\n\n'.join(''.join(o['data']['text/markdown']) for o in c.get('outputs', [])
+                       if 'text/markdown' in o.get('data', {}))
 
 def prose(page):
     "The Markdown of a page, without code"
@@ -94,7 +107,8 @@ def test_links_lead_somewhere(page):
     for link in links(prose(page)):
         path, _, part = link['to'].partition('#')
         to = page.parent/path if path else page
-        if not to.exists() or part and part not in anchors(to) or link['image'] and to.suffix not in ('.png', '.svg'): bad.append(link['to'])
+        if not to.exists() or part and part not in anchors(to) or link['image'] and to.suffix not in ('.png', '.svg'):
+            bad.append(link['to'])
     assert bad == []
 
 @pytest.mark.parametrize('page', PAGES, ids=ids)
@@ -102,7 +116,8 @@ def test_pictures_have_an_alternative_text(page):
     "In Markdown between the brackets, at a cell that draws as `#| fig-alt:`"
     assert [m['to'] for m in links(prose(page)) if m['image'] and len(m['text'].split()) < 3] == []
     assert not re.search(r'<img', prose(page)), 'write ![what it shows](file)'
-    drawn = [c for c in cells(page) if any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {}))] if page.suffix == '.ipynb' else []
+    drawn = [c for c in cells(page) if any(k.startswith('image/') for o in c.get('outputs', [])
+                                           for k in o.get('data', {}))] if page.suffix == '.ipynb' else []
     assert [c['id'] for c in drawn if not re.search(r'^#\| fig-alt: "[^"]+"$', source(c), re.M)] == []
 
 def test_every_picture_is_used():
@@ -139,17 +154,21 @@ def test_readme_is_short(): assert len(README.splitlines()) <= 120
 def test_options_are_all_in_the_reference():
     from gateway_provisioners_ssh.provisioner import DistributedProvisioner
     from gateway_provisioners_ssh.settings import TABLE, reference
-    shown = [''.join(o['data']['text/markdown']) for c in cells(REPO/'nbs/reference/options.ipynb') for o in c.get('outputs', []) if o.get('data')]
+    shown = [''.join(o['data']['text/markdown']) for c in cells(REPO/'nbs/reference/options.ipynb')
+             for o in c.get('outputs', []) if o.get('data')]
     assert [o for o in map(reference, TABLE.values()) if o not in shown] == [], 'run nbs/reference/options.ipynb'
     rows = {n for o in shown for n in re.findall(r'^\| `(\w+)`', o, re.M)}
     assert rows == {*DistributedProvisioner.class_traits(config=True)}
 
 def test_chapters_that_share_a_module_share_no_names():
     "Several notebooks export into one file; a function that is defined twice may only become a method, at once"
-    functions = [o for o in ast.parse((REPO/PKG/'launchers/agent.py').read_text()).body if isinstance(o, (ast.FunctionDef, ast.ClassDef))]
+    functions = [o for o in ast.parse((REPO/PKG/'launchers/agent.py').read_text()).body
+                 if isinstance(o, (ast.FunctionDef, ast.ClassDef))]
     twice = {k for k, n in Counter(o.name for o in functions).items() if n > 1}
     def names(o, kind): return {n.id for n in ast.walk(o) if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
-    def own(o): return names(o, ast.Store) | {a.arg for a in ast.walk(o) if isinstance(a, ast.arg)} | {f.name for f in ast.walk(o) if isinstance(f, ast.FunctionDef) and f is not o}
+    def own(o):
+        return (names(o, ast.Store) | {a.arg for a in ast.walk(o) if isinstance(a, ast.arg)}
+                | {f.name for f in ast.walk(o) if isinstance(f, ast.FunctionDef) and f is not o})
     assert {(o.name, n) for o in functions for n in twice & names(o, ast.Load) - own(o)} == set()
 
 # The distribution
@@ -168,16 +187,20 @@ def wheel(dist): return zipfile.ZipFile(next(dist.glob('*.whl')))
 def test_wheel_is_complete(wheel, copy):
     names = {o for o in wheel.namelist() if '.dist-info/' not in o}
     data = {o for o in names if '.data/' in o}
-    assert names - data == {str(p.relative_to(copy)) for p in (copy/PKG).rglob('*') if p.is_file() and p.suffix != '.pyc'}
-    assert [o.partition('.data/')[2] for o in data] == ['data/etc/jupyter/jupyter_server_config.d/gateway_provisioners_ssh.json']
+    assert names - data == {str(p.relative_to(copy)) for p in (copy/PKG).rglob('*') if p.is_file()
+                            and p.suffix != '.pyc'}
+    assert [o.partition('.data/')[2]
+            for o in data] == ['data/etc/jupyter/jupyter_server_config.d/gateway_provisioners_ssh.json']
 
 def test_sdist_has_what_it_is_built_from(dist):
     with tarfile.open(next(dist.glob('*.tar.gz'))) as f: names = {o.partition('/')[2] for o in f.getnames()}
-    tops = 'CHANGELOG.md LICENSE README.md SECURITY.md settings.ini setup.py pyproject.toml jupyter-config/gateway_provisioners_ssh.json'
+    tops = ('CHANGELOG.md LICENSE README.md SECURITY.md settings.ini setup.py pyproject.toml '
+            'jupyter-config/gateway_provisioners_ssh.json')
     assert set(tops.split()) <= names and not [o for o in names if o.startswith(('nbs/', 'tests/', '.ci'))]
 
 def test_package_index_would_take_it(dist):
-    r = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir()], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir()], capture_output=True,
+                       text=True)
     assert not r.returncode, r.stdout
 
 def test_version_has_its_section_in_the_changelog(dist):
@@ -191,11 +214,14 @@ def test_wheel_metadata(wheel):
     needs = [Requirement(o) for o in meta.get_all('Requires-Dist')]
     norm = lambda rs: sorted(re.sub('[-_.]+', '-', Requirement(r).name) for r in rs)
     assert norm(str(r) for r in needs if not r.marker) == norm(lines('requirements'))
-    assert meta['Requires-Python'] == f">={CFG['min_python']}" and 'BSD-3-Clause' in (meta['License-Expression'] or meta['License'])
+    assert (meta['Requires-Python'] == f">={CFG['min_python']}"
+            and 'BSD-3-Clause' in (meta['License-Expression'] or meta['License']))
     assert any(o.endswith('/LICENSE') for o in wheel.namelist())
     eps = read('entry_points.txt')
-    for o in ('[console_scripts]', 'jupyter-ssh-spec = ', '[jupyter_client.kernel_provisioners]', 'distributed-provisioner = ',
-              '[gateway_provisioners_ssh.load_balancers]', 'round-robin = ', 'least-connection = '): assert o in eps
+    for o in ('[console_scripts]', 'jupyter-ssh-spec = ', '[jupyter_client.kernel_provisioners]',
+              'distributed-provisioner = ', '[gateway_provisioners_ssh.load_balancers]', 'round-robin = ',
+              'least-connection = '):
+        assert o in eps
 
 def test_plain_install_brings_no_tools():
     "Whatever the requirements lead to, as installed here, is no test, docs or notebook-building tool"
@@ -205,36 +231,44 @@ def test_plain_install_brings_no_tools():
         if r.name.lower() in seen or r.marker and not r.marker.evaluate({'extra': ''}): continue
         seen.add(r.name.lower())
         todo += [Requirement(o) for o in metadata.distribution(r.name).requires or []]
-    tools = 'nbdev execnb pytest hypothesis matplotlib nbconvert nbclient jupyter-server ipykernel ipython sphinx quarto pyspark'.split()
+    tools = ('nbdev execnb pytest hypothesis matplotlib nbconvert nbclient jupyter-server ipykernel ipython sphinx '
+             'quarto pyspark'.split())
     assert sorted(seen & set(tools)) == []
 
 @pytest.mark.parametrize('group', ['console_scripts', 'kernel_provisioners', 'load_balancers'])
 def test_entry_points_load(group):
-    name = {'console_scripts': group, 'kernel_provisioners': 'jupyter_client.kernel_provisioners', 'load_balancers': f'{PKG}.load_balancers'}[group]
+    name = {'console_scripts': group, 'kernel_provisioners': 'jupyter_client.kernel_provisioners',
+            'load_balancers': f'{PKG}.load_balancers'}[group]
     for line in lines(group):
         ep = next(o for o in metadata.entry_points(group=name) if o.name == line.split('=')[0].strip())
         assert callable(ep.load())
 
 # The code
 
-PYTHON = sorted(p for p in REPO.rglob('*.py') if p.is_relative_to(REPO/PKG) or p.is_relative_to(REPO/'tests') or p.parent in (REPO, REPO/'scripts'))
+PYTHON = sorted(p for p in REPO.rglob('*.py') if p.is_relative_to(REPO/PKG) or p.is_relative_to(REPO/'tests')
+                or p.parent in (REPO, REPO/'scripts'))
 
 @pytest.mark.parametrize('py', PYTHON, ids=ids)
-def test_oldest_python_can_read_it(py): ast.parse(py.read_text(encoding='utf-8'), feature_version=tuple(map(int, CFG['min_python'].split('.'))))
+def test_oldest_python_can_read_it(py):
+    ast.parse(py.read_text(encoding='utf-8'), feature_version=tuple(map(int, CFG['min_python'].split('.'))))
 
-ROOMS = [m[1] for nb in NOTEBOOKS if nb.parent.name == 'nbs' for c in cells(nb) if (m := re.search(r'^#\|\s*default_exp\s+(\w+)$', source(c), re.M))]
+ROOMS = [m[1] for nb in NOTEBOOKS if nb.parent.name == 'nbs' for c in cells(nb)
+         if (m := re.search(r'^#\|\s*default_exp\s+(\w+)$', source(c), re.M))]
 
 def imports(py):
     for o in ast.walk(ast.parse(py.read_text(encoding='utf-8'))):
         if isinstance(o, ast.ImportFrom) and o.level: yield (o.module or o.names[0].name).split('.')[0]
         elif isinstance(o, ast.ImportFrom) and (o.module or '').startswith(PKG + '.'): yield o.module.split('.')[1]
-        elif isinstance(o, ast.Import): yield from (n.name.split('.')[1] for n in o.names if n.name.startswith(PKG + '.'))
+        elif isinstance(o, ast.Import):
+            yield from (n.name.split('.')[1] for n in o.names if n.name.startswith(PKG + '.'))
 
 def test_imports_point_downwards():
-    "In the order of the notebooks; only the command line may use what comes after it, and nothing uses the command line"
+    """In the order of the notebooks; only the command line may use what comes after it, and nothing uses the command
+    line"""
     for py in (REPO/PKG).glob('[!_]*.py'):
         used = set(imports(py)) & set(ROOMS)
-        assert py.stem == 'cli' or 'cli' not in used and all(ROOMS.index(o) < ROOMS.index(py.stem) for o in used), f'{py.name} imports {used}'
+        assert (py.stem == 'cli' or 'cli' not in used
+                and all(ROOMS.index(o) < ROOMS.index(py.stem) for o in used)), f'{py.name} imports {used}'
 
 def test_launchers_stand_alone():
     for py in [*(REPO/PKG/'launchers').glob('*.py')]:
@@ -248,13 +282,15 @@ def test_nothing_of_this_machine():
     dirs = {str(o) for o in (REPO, *([Path(sys.prefix)] if sys.prefix != sys.base_prefix else [])) if len(o.parts) > 2}
     words = [re.compile(rf'(?<![\w.-]){re.escape(o)}(?![\w-])'.encode()) for o in hosts | dirs]
     r = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=REPO, capture_output=True)
-    files = [REPO/o for o in os.fsdecode(r.stdout).split('\0') if o] if not r.returncode else [p for d in ('nbs', PKG, 'tests', 'scripts') for p in (REPO/d).rglob('*')]
+    files = ([REPO/o for o in os.fsdecode(r.stdout).split('\0') if o] if not r.returncode
+             else [p for d in ('nbs', PKG, 'tests', 'scripts') for p in (REPO/d).rglob('*')])
     bad = [(ids(f), w.pattern) for f in files if f.is_file() for w in words if w.search(f.read_bytes())]
     assert bad == []
 
 # The tests themselves
 
-@pytest.mark.parametrize('took, kept', [([.9], True), ([1e9, .9, .9], True), ([1e9, 1e9, .9], False), ([1e9, .9, 1e9], False)])
+@pytest.mark.parametrize('took, kept',
+                         [([.9], True), ([1e9, .9, .9], True), ([1e9, 1e9, .9], False), ([1e9, .9, 1e9], False)])
 async def test_a_bound_in_time_is_kept_at_once_or_in_both_of_two_more_attempts(took, kept):
     attempts = iter(took)
     async def attempt(): return next(attempts)

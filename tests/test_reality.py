@@ -1,7 +1,8 @@
-"""Host applications as people start them: a home in which nothing has ever been set, and no variable but those that a login has.
+"""Host applications as people start them: a home in which nothing has ever been set, and no variable but those that a
+login has.
 
-What the other tests, the notebooks (`nbs`), `scripts/test.sh` and the demo put in the place of the real thing, and where the real thing runs. A test
-without a file is one of this file.
+What the other tests, the notebooks (`nbs`), `scripts/test.sh` and the demo put in the place of the real thing, and
+where the real thing runs. A test without a file is one of this file.
 
 | redirected | by | the real thing |
 |---|---|---|
@@ -67,8 +68,8 @@ class Home:
         return [p for p in self.all_processes() if name(p) == 'gpssh-standby']
 
     def processes(self):
-        """All processes with this home, but the agent of this machine, which other tests use, too, and its templates, which stay for
-        the next start; in `dirs` what it keeps of their kernels"""
+        """All processes with this home, but the agent of this machine, which other tests use, too, and its templates,
+        which stay for the next start; in `dirs` what it keeps of their kernels"""
         def other(p):
             with suppress(psutil.Error): return p.name() not in ('gpssh-agent', 'gpssh-standby')
         found = [p for p in self.all_processes() if other(p)]
@@ -168,7 +169,8 @@ async def test_jupyter_server(home, path):
     home.nothing_left(s.ids)
 
 async def test_prewarm(home):
-    "The first start is a fork of a template that the host has already; it stays for the next server until its time is over"
+    """The first start is a fork of a template that the host has already; it stays for the next server until its time is
+    over"""
     home.install('--preload', 'statistics')
     s = Application(home, KERNEL_USERNAME='me', GP_PREWARM='True', GP_STANDBY_TIMEOUT='20')
     await s.ready()
@@ -187,7 +189,8 @@ def notebook(path, source):
 def printed(path): return ''.join(o.get('text', '') for c in nbformat.read(path, 4).cells for o in c.outputs)
 
 def test_ssh_without_any_configuration(home, hosts):
-    "No ~/.ssh/config: key and known host are in ssh's usual places, and the host's search path has no Python of the tests"
+    """No ~/.ssh/config: key and known host are in ssh's usual places, and the host's search path has no Python of the
+    tests"""
     h = hosts[0]
     h.env = dict(PATH='/usr/bin:/bin')
     h.restart_sshd()

@@ -1,5 +1,6 @@
-"""What keeps the cost of many hosts down, and must not cost anything else: links that die in silence are noticed by the system, hosts are asked at a
-bounded pace, what was read once is read again when it changed. How much it costs is for bench_scale.py to measure. `-s` shows how long things took."""
+"""What keeps the cost of many hosts down, and must not cost anything else: links that die in silence are noticed by the
+system, hosts are asked at a bounded pace, what was read once is read again when it changed. How much it costs is for
+bench_scale.py to measure. `-s` shows how long things took."""
 import base64, hashlib, heapq, hmac, socket
 from collections import Counter
 from types import SimpleNamespace
@@ -99,20 +100,25 @@ class Clock:
         self.now = until
 
 class Session:
-    def __init__(self, clock, log, idle_timeout): self.clock, self.log, self.idle_timeout, self.last_received, self.well, self.lost = clock, log, idle_timeout, clock(), True, None
+    def __init__(self, clock, log, idle_timeout):
+        self.clock, self.log, self.idle_timeout, self.last_received, self.well, self.lost = (clock, log, idle_timeout,
+            clock(), True, None)
     def heartbeat(self, idle_timeout):
-        if self.well: assert self.clock()-self.last_received <= self.idle_timeout, 'the agent would have given the session up'
+        if self.well:
+            assert self.clock()-self.last_received <= self.idle_timeout, 'the agent would have given the session up'
         self.log.append(self.clock())
         self.idle_timeout = idle_timeout
         if self.well: self.last_received = self.clock()
     def silent(self): assert self.lost is None; self.lost = self.clock()
 
-events = st.lists(st.tuples(st.floats(0, 30), st.sampled_from(['join', 'join', 'die', 'leave', 'hear']), st.integers(1, 300)), min_size=1, max_size=12)
+events = st.lists(st.tuples(st.floats(0, 30), st.sampled_from(['join', 'join', 'die', 'leave', 'hear']),
+                            st.integers(1, 300)), min_size=1, max_size=12)
 
 @settings(max_examples=150, deadline=None)
 @given(events)
 def test_whatever_happens_heartbeats_are_bounded_and_nobody_is_forgotten(events):
-    "Hosts come in crowds, die, leave: no agent waits longer than it was told, whoever does not answer is given up once, the rest never"
+    """Hosts come in crowds, die, leave: no agent waits longer than it was told, whoever does not answer is given up
+    once, the rest never"""
     clock, log, sessions, died = Clock(), [], [], {}
     pace = Pace(clock, clock.later)
     for pause, what, n in events:
@@ -135,7 +141,8 @@ def test_whatever_happens_heartbeats_are_bounded_and_nobody_is_forgotten(events)
     assert len(pace.due) <= len(pace.watched) + len(sessions) and len(pace.watched) == sum(s.well for s in sessions)
 
 def test_a_sleep_is_not_followed_by_a_burst():
-    "All are due at once after a laptop's sleep: asked a few at a time all the same, and not given up for what they could not say"
+    """All are due at once after a laptop's sleep: asked a few at a time all the same, and not given up for what they
+    could not say"""
     clock, log = Clock(), []
     pace = Pace(clock, clock.later)
     sessions = [Session(clock, log, 1000) for _ in range(400)]
@@ -159,7 +166,8 @@ async def test_attempts_for_hosts_that_are_down_are_bounded(monkeypatch):
 # What was read once
 
 def provisioner(**config):
-    return DistributedProvisioner(kernel_id='k', kernel_spec=KernelSpec(display_name='of a test'), config=Config(DistributedProvisioner=config))
+    return DistributedProvisioner(kernel_id='k', kernel_spec=KernelSpec(display_name='of a test'),
+                                  config=Config(DistributedProvisioner=config))
 
 def test_a_list_is_parsed_once_and_a_changed_one_again(monkeypatch):
     parsed, real = [], Host.parse.__func__
@@ -179,7 +187,8 @@ def test_a_list_is_parsed_once_and_a_changed_one_again(monkeypatch):
 @pytest.mark.parametrize('bad', [['a', 5], [['a']], [{}], [None], [''], ['a b']], ids=repr)
 def test_bad_lists_are_refused_every_time(bad):
     for _ in range(2):
-        with pytest.raises(SettingError, match='remote_hosts: .*(host|list of remote hosts)'): provisioner(remote_hosts=bad)
+        with pytest.raises(SettingError, match='remote_hosts: .*(host|list of remote hosts)'):
+            provisioner(remote_hosts=bad)
     for f in parse_hosts, host_names:
         with pytest.raises(ValueError): f(bad)
 
@@ -193,12 +202,21 @@ def test_the_order_of_hosts():
 
 # Host keys
 
-def key(seed): return paramiko.Ed25519Key(data=paramiko.Message(b''.join(len(o).to_bytes(4, 'big') + o for o in (b'ssh-ed25519', hashlib.sha256(seed).digest()))).asbytes())
-def hashed(name, salt): return '|1|' + '|'.join(base64.b64encode(o).decode() for o in (salt, hmac.new(salt, name.encode(), 'sha1').digest()))
+def key(seed):
+    return paramiko.Ed25519Key(data=paramiko.Message(b''.join(len(o).to_bytes(4, 'big') + o
+        for o in (b'ssh-ed25519', hashlib.sha256(seed).digest()))).asbytes())
+def hashed(name, salt):
+    return '|1|' + '|'.join(base64.b64encode(o).decode()
+                            for o in (salt, hmac.new(salt, name.encode(), 'sha1').digest()))
 
-lines = st.lists(st.one_of(st.sampled_from(['', '# h1', '|1|x|y ssh-ed25519 AAAA', 'h1', 'h1 ssh-ed25519', '@revoked h1 ssh-ed25519 AAAA', 'h1 what AAAA']),
-    st.builds(lambda names, salt, n, gap: f"{','.join(hashed(o, salt) if salt else o for o in names)}{gap}ssh-ed25519 {key(n).get_base64()} note",
-        st.lists(st.sampled_from(['h1', 'h2', '[h1]:2222', '10.0.0.1']), min_size=1, max_size=3, unique=True), st.sampled_from([b'', bytes(20), b'salt'*5]), st.binary(max_size=1), st.sampled_from(' \t'))), max_size=8)
+lines = st.lists(
+    st.one_of(st.sampled_from(['', '# h1', '|1|x|y ssh-ed25519 AAAA', 'h1', 'h1 ssh-ed25519',
+                               '@revoked h1 ssh-ed25519 AAAA', 'h1 what AAAA']),
+    st.builds(
+        lambda names, salt, n, gap: f"{','.join(hashed(o, salt) if salt else o for o in names)}{gap}ssh-ed25519 "
+                                    f"{key(n).get_base64()} note",
+        st.lists(st.sampled_from(['h1', 'h2', '[h1]:2222', '10.0.0.1']), min_size=1, max_size=3, unique=True),
+        st.sampled_from([b'', bytes(20), b'salt'*5]), st.binary(max_size=1), st.sampled_from(' \t'))), max_size=8)
 
 @settings(max_examples=200, deadline=None)
 @given(lines, st.sampled_from(['h1', 'h2', '[h1]:2222', '10.0.0.1', 'h3']))
@@ -208,7 +226,8 @@ def test_the_same_keys_as_of_the_whole_file(tmp_path_factory, lines, name):
     file.write_text('\n'.join(lines) + '\n')
     some, whole = paramiko.HostKeys(), paramiko.HostKeys()
     ssh._add_host_keys(some, str(file), name)
-    file.write_text('\n'.join(o for o in lines if '|1|x' not in o and '@' not in o) + '\n')   # paramiko fails over what is no hash, and over marks
+    # paramiko fails over what is no hash, and over marks
+    file.write_text('\n'.join(o for o in lines if '|1|x' not in o and '@' not in o) + '\n')
     whole.load(str(file))
     said = lambda keys: {k: v.asbytes() for k, v in (keys.lookup(name) or {}).items()}
     assert said(some) == said(whole)

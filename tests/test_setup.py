@@ -37,7 +37,8 @@ async def test_a_host_without_ipykernel_runs_a_kernel(remote, index, name, offli
     remedy = re.search(r'jupyter ssh-spec (setup .*)', out)[1]
     out = await command(*shlex.split(remedy), *['--offline']*offline, **here)
     install = re.search(r'Kernels there: jupyter ssh-spec (install .*)', out)[1]
-    await command(*shlex.split(install.replace('--user', '')), '--prefix', remote.prefix, '--kernel-name', f'made_{name}')
+    await command(*shlex.split(install.replace('--user', '')), '--prefix', remote.prefix, '--kernel-name',
+                  f'made_{name}')
     async with running(remote.manager(f'made_{name}')) as (km, kc):
         assert await value(kc, '__import__("sys").prefix') == str(host.home/'k')
 

@@ -1,5 +1,6 @@
-"""Standby: a kernel that a template forked cannot be told from one that started cold, is never of another state of the host than that, and whatever
-goes wrong with a template costs a start half a second at most. Kernels run on this machine, without SSH, with an agent of the tests' own."""
+"""Standby: a kernel that a template forked cannot be told from one that started cold, is never of another state of the
+host than that, and whatever goes wrong with a template costs a start half a second at most. Kernels run on this
+machine, without SSH, with an agent of the tests' own."""
 import asyncio, base64, contextlib, json, logging, os, re, shutil, subprocess, sys, sysconfig, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,9 +184,11 @@ async def test_hash_seed(place, plain):
 WORKER = "def double(x): return 2*x\ndef ask(q): q.put(__import__('os').getppid())\n"
 CELLS = [('%run script.py one', 'script.py one __main__\n'),
          ('import asyncio\nprint(await asyncio.sleep(.01, 42))', '42\n'),
-         ('import multiprocessing as mp, worker, os\nwith mp.get_context("fork").Pool(2) as p: print(p.map(worker.double, [1, 2]))', '[2, 4]\n'),
+         ('import multiprocessing as mp, worker, os\nwith mp.get_context("fork").Pool(2) as p: '
+          'print(p.map(worker.double, [1, 2]))', '[2, 4]\n'),
          ('with mp.get_context("spawn").Pool(1) as p: print(p.map(worker.double, [1, 2]))', '[2, 4]\n'),
-         ('c = mp.get_context("forkserver"); q = c.Queue(); p = c.Process(target=worker.double, args=(1,)); p.start(); p.join(); print(p.exitcode)', '0\n'),
+         ('c = mp.get_context("forkserver"); q = c.Queue(); p = c.Process(target=worker.double, args=(1,)); p.start(); '
+          'p.join(); print(p.exitcode)', '0\n'),
          ('pid = os.fork()\nif not pid: os._exit(7)\nprint(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))', '7\n'),
          ('import subprocess; print(subprocess.run(["sh", "-c", "exit 5"]).returncode)', '5\n'),
          ('!echo shell', 'shell\r\n'), ('%%bash\necho magic', 'magic\n'),
@@ -224,7 +227,8 @@ async def test_pictures(place):
                 assert [o for o in seen if base64.b64decode(o.get('image/png', '')).startswith(b'\x89PNG')], (kind,
                     first)
                 states.append(await value(kc,
-                    '(plt.get_backend(), plt.rcParams["backend"], plt.isinteractive(), __import__("os").environ["MPLBACKEND"])'))
+                    '(plt.get_backend(), plt.rcParams["backend"], plt.isinteractive(), '
+                    '__import__("os").environ["MPLBACKEND"])'))
     assert states[::2] == states[:1]*3 and states[1::2] == states[1:2]*3
 
 async def control(kc, kind, content, **more):
@@ -386,7 +390,8 @@ async def test_variables_that_change_what_an_interpreter_does(place, plain, vari
 
 async def test_another_kernel_class(place, plain, venv):
     "The same template serves it, for the class is imported by each kernel"
-    (venv.site/'gpt_kernel.py').write_text('from ipykernel.ipkernel import IPythonKernel\nclass Mine(IPythonKernel): banner = "mine"')
+    (venv.site/'gpt_kernel.py').write_text('from ipykernel.ipkernel import IPythonKernel\nclass Mine(IPythonKernel): '
+                                           'banner = "mine"')
     plain, mine = (place.spec(venv.python, more=['--kernel-class-name', o])
         for o in ('ipykernel.ipkernel.IPythonKernel', 'gpt_kernel.Mine'))
     for kind in 'cold', 'forked':
@@ -425,7 +430,8 @@ async def template_of(place, name):
 @pytest.mark.parametrize('how', ['stopped', 'killed', 'killed meanwhile', 'grown'])
 async def test_a_template_that_fails(place, tmp_path, how):
     grow = place.dir/'grow'
-    (tmp_path/'gpt_grows.py').write_text(f'import os\nkept = []\nos.register_at_fork(after_in_parent=lambda: os.path.exists({str(grow)!r}) and kept.append(b"x"*200*2**20))')
+    (tmp_path/'gpt_grows.py').write_text(f'import os\nkept = []\nos.register_at_fork(after_in_parent=lambda: '
+                                         f'os.path.exists({str(grow)!r}) and kept.append(b"x"*200*2**20))')
     name = place.spec(preload=['gpt_grows'], env=dict(PYTHONPATH=str(tmp_path)))
     t = await template_of(place, name)
     if how in ('stopped', 'killed meanwhile'): t.suspend()
@@ -465,12 +471,17 @@ NO_TEMPLATES = dict(
     ends=('import os; os._exit(0)', 'it ended while it imported'),
     prints=('print("hello")', 'what is imported prints: hello'),
     complains=('import os; os.write(2, b"oh")', 'what is imported prints: oh'),
-    threads=('import threading, time; threading.Thread(target=time.sleep, args=(1000,), daemon=True, name="worker").start()', 'what is imported starts a thread: worker'),
+    threads=('import threading, time; threading.Thread(target=time.sleep, args=(1000,), daemon=True, '
+             'name="worker").start()', 'what is imported starts a thread: worker'),
     file=('f = open(__file__)', 'what is imported opens .*/gpt_bad.py'),
     socket=('import socket; s = socket.socket()', r'what is imported opens socket:'),
-    gpu=('import os\nf, real = open(__file__), os.readlink\nos.readlink = lambda p: "/dev/nvidia0" if p.endswith(f"/{f.fileno()}") else real(p)   # a stand-in for a GPU', 'what is imported opens CUDA: /dev/nvidia0'),
+    gpu=('import os\nf, real = open(__file__), os.readlink\nos.readlink = lambda p: "/dev/nvidia0" if '
+         'p.endswith(f"/{f.fileno()}") else real(p)   # a stand-in for a GPU',
+         'what is imported opens CUDA: /dev/nvidia0'),
     shared=('import mmap; m = mmap.mmap(-1, 4096)', 'what is imported shares memory: /dev/zero'),
-    garbage=('import os, sys\nfor o in os.listdir("/proc/self/fd"):\n  if int(o) > 2 and os.readlink(f"/proc/self/fd/{o}").startswith("socket"): os.write(int(o), b"["*50000)\nos._exit(0)', 'it ended while it imported'))
+    garbage=('import os, sys\nfor o in os.listdir("/proc/self/fd"):\n  if int(o) > 2 and '
+             'os.readlink(f"/proc/self/fd/{o}").startswith("socket"): os.write(int(o), b"["*50000)\nos._exit(0)',
+             'it ended while it imported'))
 
 @pytest.mark.parametrize('kind', NO_TEMPLATES)
 async def test_what_no_template_can_import(place, tmp_path, caplog, kind):
@@ -597,11 +608,14 @@ def secrets_in(pid, secrets):
     return sorted({name for part in memory_of(pid) for name, text in secrets.items() if text in part})
 
 async def test_no_kernel_has_a_secret_of_another(place, plain):
-    "Neither a template nor what it forks has seen any; what is searched for would be found: the kernels themselves have it"
+    """Neither a template nor what it forks has seen any; what is searched for would be found: the kernels themselves
+    have it"""
     async with kernel_of_kind(place, plain, 'cold') as (cold, _), kernel_of_kind(place, plain, 'forked') as (first,
         _), place.kernel(plain) as (last, kc):
         assert await is_forked(kc)
-        ticket = dict(o.split('=', 1) for o in Path(f'/proc/{cold.provisioner.fields["pid"]}/environ').read_text().split('\0') if '=' in o)['KERNEL_LAUNCH_SECRET']
+        ticket = dict(o.split('=', 1)
+                      for o in Path(f'/proc/{cold.provisioner.fields["pid"]}/environ').read_text().split('\0')
+                      if '=' in o)['KERNEL_LAUNCH_SECRET']
         secrets = dict(ticket=ticket.encode(), token=json.loads(base64.b64decode(ticket))['token'].encode(),
             key_of_first=first.session.key, key_of_cold=cold.session.key)
         try: assert secrets_in(cold.provisioner.fields['pid'], secrets)[0] == 'key_of_cold'

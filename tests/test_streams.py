@@ -1,5 +1,6 @@
-"""Tunnelled streams over links that are cut, servers that are restarted, laptops that sleep: on each of five channels no byte is lost, doubled or out of
-order, by digests at both ends; what is kept is bounded; who may have a stream. `-s` shows how long things took."""
+"""Tunnelled streams over links that are cut, servers that are restarted, laptops that sleep: on each of five channels
+no byte is lost, doubled or out of order, by digests at both ends; what is kept is bounded; who may have a stream. `-s`
+shows how long things took."""
 import asyncio, contextlib, hashlib, json, os, random, re, signal, socket, subprocess, sys, textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from test_server import jupyter
 
 MB = 2**20
 
-# What takes the place of a kernel: five ports, each of which sends what is asked for, and says in the end what it sent and what it got
+# What takes the place of a kernel: five ports, each of which sends what is asked for, and says in the end what it sent
+# and what it got
 
 KERNEL = textwrap.dedent('''
     import hashlib, json, random, socket, threading, time
@@ -51,10 +53,12 @@ KERNEL = textwrap.dedent('''
 async def start(conn, **bounds):
     "That, on the host of `conn`, with a port here for each of its own"
     log = f'/tmp/kernel-{os.urandom(8).hex()}.log'
-    process = await spawn(await conn.session(), conn.wait_connected, log, argv=[sys.executable, '-c', KERNEL], env={}, max_bytes=MB)
+    process = await spawn(await conn.session(), conn.wait_connected, log, argv=[sys.executable, '-c', KERNEL], env={},
+                          max_bytes=MB)
     async def ports(): return re.search(r'^\[[0-9, ]+\]$', await process.tail(), re.M)
     said = await until(ports, 60, 'its ports')
-    forwards = [await Forward(conn.tunnel, KernelPort(port, process.id, **bounds)).start() for port in json.loads(said[0])]
+    forwards = [await Forward(conn.tunnel, KernelPort(port, process.id, **bounds)).start()
+                for port in json.loads(said[0])]
     await conn.tunnel.ready()
     return SimpleNamespace(conn=conn, process=process, forwards=forwards)
 
@@ -92,7 +96,8 @@ async def exchange(forward, seed, parts, size, pause=0., heard=lambda n: None):
 
 async def on_all_five(kernel, fault, parts, size, pause=0.):
     "The same on all channels, while `fault` happens"
-    both = [asyncio.ensure_future(o) for o in [fault, *(exchange(f, 100*i, parts, size, pause) for i, f in enumerate(kernel.forwards))]]
+    both = [asyncio.ensure_future(o)
+            for o in [fault, *(exchange(f, 100*i, parts, size, pause) for i, f in enumerate(kernel.forwards))]]
     try: await asyncio.wait_for(asyncio.gather(*both), 240)
     finally:
         for o in both: o.cancel()
@@ -139,7 +144,8 @@ async def restarted(host, tunnel):
 
 @pytest.mark.parametrize('fault', [twenty_cuts, silence, restarted], ids=lambda o: o.__name__)
 async def test_cuts(mock, fault):
-    async with kernel_on(mock.config, 'mock1') as kernel: await on_all_five(kernel, fault(mock[0], kernel.conn.tunnel), 100, 20_000, .03)
+    async with kernel_on(mock.config, 'mock1') as kernel:
+        await on_all_five(kernel, fault(mock[0], kernel.conn.tunnel), 100, 20_000, .03)
 
 async def test_cut_in_the_middle_of_256_mb(hosts):
     "With a real SSH server, which is restarted, and a flood in one direction only"
@@ -162,7 +168,8 @@ async def test_cut_in_the_middle_of_256_mb(hosts):
 def quick(monkeypatch): monkeypatch.setattr(Pace, 'shortest', 1)
 
 async def test_links_cut_for_1_s_and_30_s_and_90_s(net, quick):
-    "Three links at once: both ends go on, what they said meanwhile arrives, and the first of it soon after the link is back"
+    """Three links at once: both ends go on, what they said meanwhile arrives, and the first of it soon after the link
+    is back"""
     async def one(host, seconds):
         async with kernel_on(net.client.config, host.name, connect_timeout=2) as kernel:
             arrived, parts, clock = [], 10*(seconds + 10), Timer()
@@ -184,7 +191,8 @@ async def test_links_cut_for_1_s_and_30_s_and_90_s(net, quick):
     assert max(took) < 2*max(slow, slowness()), took
 
 async def test_another_address(net, quick):
-    "This machine gets another address in the middle of it all, as a laptop does that is carried from one network to another"
+    """This machine gets another address in the middle of it all, as a laptop does that is carried from one network to
+    another"""
     dev, old, new = f'gpt{net.num}', f'{net.addr(1)}/25', f'{net.addr(2)}/25'
     def ip(*args): subprocess.run(['ip', *args, 'dev', dev], check=True)
     async def moved():
@@ -203,7 +211,8 @@ async def test_another_address(net, quick):
 async def test_application_that_sleeps(net):
     "The whole host application stands still, and its connection dies meanwhile"
     for dies in False, True:
-        p = subprocess.Popen([sys.executable, __file__, str(net.client.config), 'node1'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        p = subprocess.Popen([sys.executable, __file__, str(net.client.config), 'node1'], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
         assert await asyncio.to_thread(p.stdout.readline) == 'under way\n', p.communicate()
         p.send_signal(signal.SIGSTOP)
         await asyncio.sleep(6)
@@ -232,7 +241,8 @@ async def cut_while(host, lines):
         cut()
 
 async def test_front_end(remote, hosts, tmp_path):
-    "A front end of a Jupyter Server hears every line that a cell prints, in its order, while connections are killed and sshd is restarted"
+    """A front end of a Jupyter Server hears every line that a cell prints, in its order, while connections are killed
+    and sshd is restarted"""
     async with jupyter(remote, tmp_path, GP_ENABLE_TUNNELING='True') as s:
         k = await s.start()
         async with s.channels(k) as c:
@@ -309,7 +319,8 @@ async def test_small_messages_beside_a_flood(hosts):
             took.append(float(t)); between.append(count-before)
         reading.cancel()
         writer.close()
-        print(f'a connection, a message and its answer beside a flood: median {sorted(took)[50]*1e3:.1f} ms, 99th percentile {sorted(took)[98]*1e3:.1f} ms')
+        print(f'a connection, a message and its answer beside a flood: median {sorted(took)[50]*1e3:.1f} ms, 99th '
+              f'percentile {sorted(took)[98]*1e3:.1f} ms')
         assert sorted(between)[50] < 16*MB
         for o in one, other: await end(o)
 
@@ -342,7 +353,8 @@ async def test_agent_killed(mock):
             while await asyncio.wait_for(reader.read(2**18), 30): pass
         assert kernel.conn.tunnel.count == 1
         while True:
-            with contextlib.suppress(AssertionError, OSError, asyncio.IncompleteReadError): await exchange(kernel.forwards[0], 3, 3, 1000); break
+            with contextlib.suppress(AssertionError, OSError, asyncio.IncompleteReadError):
+                await exchange(kernel.forwards[0], 3, 3, 1000); break
 
 async def test_kernel_that_ends_while_the_link_is_down(mock):
     "What it said last arrives"
@@ -351,7 +363,8 @@ async def test_kernel_that_ends_while_the_link_is_down(mock):
         writer.write(json.dumps(dict(seed=1, parts=40, size=1000, pause=.05, say=True)).encode() + b'\n')
         got = await reader.readexactly(1000)
         mock[0].refuse(); mock[0].drop()
-        await until(lambda: 'sent 19' in Path(kernel.process.log).read_text(), 60)   # mock hosts have the files of this machine
+        # mock hosts have the files of this machine
+        await until(lambda: 'sent 19' in Path(kernel.process.log).read_text(), 60)
         os.kill(kernel.process.pid, signal.SIGKILL)
         mock[0].accept()
         with contextlib.suppress(ConnectionError): got += await asyncio.wait_for(reader.read(), 30)
@@ -365,14 +378,16 @@ async def test_who_may_have_a_stream(mock):
         tunnel, (stream,) = kernel.conn.tunnel, kernel.conn.tunnel.ends.values()
         for app, token in ('0'*32, stream.token), (tunnel.app[:-1], stream.token), ('0'*32, ''):
             session = await kernel.conn.stream_session()
-            assert await session.request('attach', app=app, streams=[[token, 1, stream.got, stream.passed]]) == dict(streams=[])
+            assert await session.request('attach', app=app,
+                                         streams=[[token, 1, stream.got, stream.passed]]) == dict(streams=[])
             session.close()
         with socket.create_server(('127.0.0.1', 0)) as other:
             other.settimeout(.5)
             for kernel_id in '0'*16, '../../x', None:
                 f = await Forward(tunnel, KernelPort(other.getsockname()[1], kernel_id)).start()
                 r, w = await asyncio.open_connection('127.0.0.1', f.port)
-                with pytest.raises((ConnectionError, asyncio.IncompleteReadError)): await asyncio.wait_for(r.readexactly(1), 20)
+                with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                    await asyncio.wait_for(r.readexactly(1), 20)
                 f.close()
             with pytest.raises(TimeoutError): other.accept()
         got = MB + len(await reader.readexactly(9*MB))
