@@ -33,8 +33,8 @@ def sh(*args, **kw):
 
 # --- environments ---
 same = "ipykernel ipython jupyter_client numpy pandas pyzmq tornado traitlets".split()
-source = [repo/f
-          for f in "setup.py settings.ini pyproject.toml README.md MANIFEST.in LICENSE gateway_provisioners_ssh".split()]
+source = [repo/f for f in "setup.py settings.ini pyproject.toml README.md MANIFEST.in LICENSE "
+                          "gateway_provisioners_ssh".split()]
 requirements = dict(local=["jupyter_client", "ipykernel", "pandas"], ours=["{source}[kernel]", "pandas"],
                     gp=["gateway_provisioners==0.5.0", "ipykernel", "pandas"],
                     sshpyk=["sshpyk==1.25", "ipykernel", "pandas"])

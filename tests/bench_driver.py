@@ -1,4 +1,5 @@
-"""One measured host application: `python bench_driver.py JOB` with JOB a JSON object; prints one JSON object of numbers.
+"""One measured host application: `python bench_driver.py JOB` with JOB a JSON object; prints one JSON object of
+numbers.
 
 Runs in the environment of the provisioner under test, so it imports nothing but the standard library and
 jupyter_client. The manager is the one that Jupyter Server uses (its restarter asks each kernel every three seconds

@@ -8,7 +8,8 @@ whose links can be cut, slowed and filtered. `lab.client` is the client's side: 
 Whatever a lab starts ends with it: a small process of its own clears up when the lab is closed or its owner dies, and a
 new lab first clears up what a crash of both left. Addresses, names and processes are unique to a lab, so test runs may
 share a machine."""
-import contextlib, ctypes, fcntl, heapq, os, pwd, random, re, secrets, select, shutil, signal, socket, struct, subprocess, sys, time
+import contextlib, ctypes, fcntl, heapq, os, pwd, random, re, secrets, select, shutil, signal, socket, struct
+import subprocess, sys, time
 from collections import namedtuple
 from pathlib import Path
 from shlex import quote
@@ -332,8 +333,8 @@ class Namespace:
 def _accept(ports): return f"tcp dport {{ {', '.join(map(str, ports))} }} accept;" if ports else ''
 
 class NetHost(SSHHost):
-    """A host with a network namespace, address and port 22, host name, /root, /home, /tmp, users and sudoers of its own.
-    The rest of the file system is this machine's, the tests' Python and this repository included wherever they are."""
+    """A host with a network namespace, address and port 22, host name, /root, /home, /tmp, users and sudoers of its
+    own. The rest of the file system is this machine's, the tests' Python and this repository included wherever they are."""
     port = 22
     def __init__(self, lab, i):
         self.i, self.link = i, f'h{i}'
@@ -445,8 +446,9 @@ class NetHost(SSHHost):
     def firewall(self, incoming=(22,), outgoing=()):
         "Let only these TCP ports in and out (None: all of them); what belongs to an accepted connection always passes"
         def chain(name, way, dev, ports):
-            return f'chain {name} {{ type filter hook {name} priority 0; policy drop; {dev} "lo" accept; ' \
-            f'ct state established,related accept; meta l4proto 58 accept; {way if ports is None else _accept(ports)} }}\n'
+            return (f'chain {name} {{ type filter hook {name} priority 0; policy drop; {dev} "lo" accept; '
+                    'ct state established,related accept; meta l4proto 58 accept; '
+                    f'{way if ports is None else _accept(ports)} }}\n')
         self.ns.nft('table inet fw {\n' + chain('input', 'accept;', 'iifname', incoming)
                     + chain('output', 'accept;', 'oifname', outgoing) + '}\n')
     def no_firewall(self): self.ns.nft('')

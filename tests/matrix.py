@@ -60,7 +60,8 @@ CHROMIUM = ('--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-
 # what programs make once in a home, and the work of the user; and not what belongs to a kernel or an application that
 # runs
 HABITS = re.compile(r'/\.(ipython|cache|config|jupyter|npm|ssh)/|/__pycache__/|/work/'
-                    r'|/share/jupyter/(kernels/|nbsignatures|notebook_secret|runtime/jupyter_cookie_secret|file_id_manager)')
+                    r'|/share/jupyter/(kernels/|nbsignatures|notebook_secret|runtime/jupyter_cookie_secret|'
+                    r'file_id_manager)')
 
 class Machines:
     "node1, node2 and node3, and the homes of root and ada on node1"

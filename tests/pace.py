@@ -6,8 +6,8 @@ import asyncio, inspect, subprocess, sys, time
 QUIET = .12   # seconds that the probe takes where nothing else runs
 
 def slowness():
-    """How many times slower this machine is just now than one that has nothing else to do (at least 1): by the start of an
-    interpreter"""
+    """How many times slower this machine is just now than one that has nothing else to do (at least 1): by the start of
+    an interpreter"""
     t = Timer()
     subprocess.run([sys.executable, '-c', 'import asyncio, json'], check=True)
     return max(1, float(t)/QUIET)

@@ -178,8 +178,8 @@ class Cluster:
                 if d.proc.poll() is None}
 
     def wait_state(self, name:str, state:str, timeout:float=30) -> dict:
-        """The application of that name once its state is `state`: WAITING (YARN says ACCEPTED), RUNNING, FINISHED, FAILED,
-        KILLED."""
+        """The application of that name once its state is `state`: WAITING (YARN says ACCEPTED), RUNNING, FINISHED,
+        FAILED, KILLED."""
         return wait(lambda: next((a for a in self.applications(name) if a['state']==state), None), timeout,
                     f'application {name} {state}', pause=.05)
 
@@ -259,8 +259,10 @@ class Yarn(Cluster):
             f'{cap}.root.queues': 'default', f'{cap}.root.default.capacity': 100,
             f'{cap}.maximum-am-resource-percent': '1.0',
             f'{cap}.resource-calculator': 'org.apache.hadoop.yarn.util.resource.DefaultResourceCalculator'})
-        (self.conf/'log4j.properties').write_text('log4j.rootLogger=INFO,A\nlog4j.appender.A=org.apache.log4j.ConsoleAppender\n'
-            'log4j.appender.A.target=System.err\nlog4j.appender.A.layout=org.apache.log4j.PatternLayout\nlog4j.appender.A.layout.ConversionPattern=%d{ISO8601} %p %c{1}: %m%n\n')
+        (self.conf/'log4j.properties').write_text(
+            'log4j.rootLogger=INFO,A\nlog4j.appender.A=org.apache.log4j.ConsoleAppender\n'
+            'log4j.appender.A.target=System.err\nlog4j.appender.A.layout=org.apache.log4j.PatternLayout\n'
+            'log4j.appender.A.layout.ConversionPattern=%d{ISO8601} %p %c{1}: %m%n\n')
         self.write_conf(**{'spark.yarn.jars': f'local:{self.pip_spark}/jars/*',
             'spark.yarn.stagingDir': f'file://{self.dir}/staging', 'spark.yarn.am.memory': '256m',
             'spark.yarn.am.memoryOverhead': '128m', 'spark.executor.memoryOverhead': '128m',

@@ -224,7 +224,8 @@ LIGHT = textwrap.dedent('''
     sys.path.insert(0, sys.argv.pop(1))
     import server_listener as L
     try:
-        launch = L.LaunchContext(L.Arguments('A process that takes the place of a kernel and computes nothing').parse_args())
+        args = L.Arguments('A process that takes the place of a kernel and computes nothing').parse_args()
+        launch = L.LaunchContext(args)
         L.report_listening(launch, launch.write(os.getpid()), os.getpid())
         signal.pause()
     except L.LauncherError as e: L.exit_with(e)
@@ -284,7 +285,8 @@ async def one(name, config):
     return km
 async def main():
     kms = await asyncio.gather(*(one(*o) for o in kernels))
-    print(json.dumps([dict(id=km.kernel_id, info=await km.provisioner.get_provisioner_info()) for km in kms]), flush=True)
+    infos = [dict(id=km.kernel_id, info=await km.provisioner.get_provisioner_info()) for km in kms]
+    print(json.dumps(infos), flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())
 '''
@@ -511,11 +513,16 @@ async def test_another_user_of_the_host(net_remote, net):
             for pid in filter(str.isdigit, os.listdir('/proc')):
                 for what in 'cmdline', 'environ', 'maps', 'fd', 'cwd', 'mem':
                     p = f'/proc/{pid}/{what}'
-                    try: seen.add(what+': '+(open(p, 'rb').read().decode('latin1') if what != 'fd' else ' '.join(os.readlink(f'{p}/{o}') for o in os.listdir(p))))
+                    try:
+                        if what == 'fd': text = ' '.join(os.readlink(f'{p}/{o}') for o in os.listdir(p))
+                        else: text = open(p, 'rb').read().decode('latin1')
+                        seen.add(what+': '+text)
                     except OSError: pass
             for top in '/tmp', '/home':
                 for d, ds, fs in os.walk(top):
-                    if len(d) > 200 or not d.startswith(('/tmp/kernel', '/tmp/gpssh', '/home')) and d != '/tmp': ds.clear(); continue
+                    if len(d) > 200 or not d.startswith(('/tmp/kernel', '/tmp/gpssh', '/home')) and d != '/tmp':
+                        ds.clear()
+                        continue
                     for o in fs:
                         p = os.path.join(d, o)
                         names.add(p)

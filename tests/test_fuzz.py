@@ -294,7 +294,9 @@ while True:
     if not got: os._exit(0)
     os.close(fds[0])
     s = socket.socket(fileno=fds[1])
-    try: s.sendall(base64.b64decode(said).replace(b'{agent}', b'%d' % os.getppid()).replace(b'{self}', b'%d' % os.getpid()).replace(b'{group}', b'-%d' % os.getpid()))
+    text, me = base64.b64decode(said), b'%d' % os.getpid()
+    text = text.replace(b'{agent}', b'%d' % os.getppid()).replace(b'{self}', me).replace(b'{group}', b'-' + me)
+    try: s.sendall(text)
     except OSError: pass
     kept.append(s)
     if not stays: kept.pop().close()

@@ -180,8 +180,8 @@ def test_users(net):
     uid = h.add_user('alice', password='correct horse')
     h.add_user('bob', key=False)
     net.client.alias('alice4', **net.client.aliases['node4'] | dict(User='alice'))
-    assert ssh(net, 'alice4',
-               'id -un; pwd; python -c "import ipykernel, Cryptodome, os; print(os.getuid())"') == f'alice\n/home/alice\n{uid}\n'
+    assert (ssh(net, 'alice4', 'id -un; pwd; python -c "import ipykernel, Cryptodome, os; print(os.getuid())"')
+            == f'alice\n/home/alice\n{uid}\n')
     assert h.run('id', '-un', user='bob') == 'bob\n' and h.run('id', '-un') == 'root\n'
     with pytest.raises(RuntimeError, match='ermission'): h.run('ls', '/home/alice', user='bob')
     assert 'alice' not in Path('/etc/passwd').read_text() and not Path('/home/alice').exists()
@@ -224,7 +224,9 @@ crash = '''
 import sys, os, subprocess; sys.path.insert(0, {tests!r})
 import hosts
 lab = hosts.{kind}(2)
-for h in lab: subprocess.run(['ssh', '-F', lab.client.config, h.name, 'setsid -f sleep 126 >/dev/null 2>&1 </dev/null'], check=True)
+for h in lab:
+    ssh = ['ssh', '-F', lab.client.config, h.name]
+    subprocess.run([*ssh, 'setsid -f sleep 126 >/dev/null 2>&1 </dev/null'], check=True)
 print(lab.base, *[p.pid for h in lab for p in h.processes()], flush=True)
 if {reaper}: lab._reaper.kill()
 os.kill(os.getpid(), 9)

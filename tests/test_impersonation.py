@@ -51,8 +51,8 @@ async def test_the_kernel_is_the_users(remote):
     with remote.nothing_left(ignore=HABITS):
         async with kernel_of(remote, 'ada') as (km, kc):
             p = km.provisioner
-            assert await value(kc,
-                               '(__import__("os").getuid(), __import__("os").getgid(), __import__("os").getgroups())') == (ada, ada, [ada])
+            assert (await value(kc, '[getattr(__import__("os"), o)() for o in ("getuid", "getgid", "getgroups")]')
+                    == [ada, ada, [ada]])
             env = await value(kc, 'dict(__import__("os").environ)')
             assert (env['HOME'], env['USER'], env['KERNEL_USERNAME'],
                     await value(kc, '__import__("os").getcwd()')) == ('/home/ada', 'ada', 'ada', '/home/ada')
@@ -204,6 +204,7 @@ async def test_a_user_who_is_not_authorized(remote): await refused(remote, 'root
 async def test_sudo_that_does_not_permit_it(remote, rule, words):
     remote.node.sudoers(rule)
     await refused(remote, 'ada',
-                  f'(?s)host gateway@node1 .user gateway.: sudo: .*{words}.*sudoers rule on the host.*NOPASSWD:SETENV: ALL')
+                  f'(?s)host gateway@node1 .user gateway.: sudo: .*{words}'
+                  '.*sudoers rule on the host.*NOPASSWD:SETENV: ALL')
 
 async def test_sudo_that_permits_another_user_only(remote): await refused(remote, 'eve', '(?s)sudo: .*sudoers rule')

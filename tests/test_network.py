@@ -137,7 +137,8 @@ def test_behind_nat(remote, net):
 def only_from(host, other):
     "Let `host` answer `other` only"
     host.ns.nft(
-        f'''table inet fw {{ chain input {{ type filter hook input priority 0; policy drop; iifname "lo" accept; meta l4proto 58 accept;
+        f'''table inet fw {{ chain input {{ type filter hook input priority 0; policy drop; iifname "lo" accept;
+        meta l4proto 58 accept;
         ct state established,related accept; ip saddr {other.address} tcp dport 22 accept; }}
     }}\n''')
 
@@ -510,7 +511,8 @@ async def main():
     kc = km.client()
     kc.start_channels()
     await kc.wait_for_ready(timeout=60)
-    reply = await kc.execute_interactive('', user_expressions=dict(v='__import__("getpass").getuser()'), silent=True, timeout=30)
+    reply = await kc.execute_interactive('', user_expressions=dict(v='__import__("getpass").getuser()'), silent=True,
+        timeout=30)
     print('runs as', reply['content']['user_expressions']['v']['data']['text/plain'])
     kc.stop_channels()
     await km.shutdown_kernel()

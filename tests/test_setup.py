@@ -7,8 +7,8 @@ from test_operators import as_json, command, remote, sh
 
 @pytest.fixture
 def index(tmp_path):
-    """A package index on loopback. Its wheel of ipykernel only adds the packages of these tests to the path: the real one
-    needs dozens of other wheels."""
+    """A package index on loopback. Its wheel of ipykernel only adds the packages of these tests to the path: the real
+    one needs dozens of other wheels."""
     files = tmp_path/'index/ipykernel'
     files.mkdir(parents=True)
     with zipfile.ZipFile(files/'ipykernel-6.99-py3-none-any.whl', 'w') as z:

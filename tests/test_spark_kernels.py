@@ -18,7 +18,9 @@ SLEEPERS = 'import time; sc.parallelize(range(4), 4).foreach(lambda _: time.slee
 ENDLESS = 'spark.range(0, 10**15, 1, 2).filter("id % 7 = 0").count()'
 WHERE = '''
 import os, psutil
-def executor(_): return os.environ.get('GP_TEST_HOST'), any('CoarseGrainedExecutorBackend' in a for p in psutil.Process().parents() for a in p.cmdline())
+def executor(_):
+    words = [a for p in psutil.Process().parents() for a in p.cmdline()]
+    return os.environ.get('GP_TEST_HOST'), any('CoarseGrainedExecutorBackend' in a for a in words)
 print(set(sc.parallelize(range(4), 4).map(executor).collect()), os.environ['GP_TEST_HOST'])'''
 
 async def said(k, code):
@@ -45,10 +47,10 @@ async def test_cluster(kind, request, hosts, tmp_path):
             assert ((await said(k, ACTIVE))=='None'
                     and cluster.applications(k.id)==[]), 'lazy: the first reply comes before the context'
             assert (await said(k, DEFINED)).split()==[*NAMES]
-            assert (await said(k,
-                               'print(sc.master, spark.range(1000).filter("id % 7 = 0").count())'))==f'{cluster.master} 143', 'first use waits'
-            assert (await said(k,
-                               WHERE))==f'{{(None, True)}} {hosts.names[0]}', 'executors do the work, not the host of the kernel'
+            assert (await said(k, 'print(sc.master, spark.range(1000).filter("id % 7 = 0").count())')
+                    ==f'{cluster.master} 143'), 'first use waits'
+            assert (await said(k, WHERE)
+                    ==f'{{(None, True)}} {hosts.names[0]}'), 'executors do the work, not the host of the kernel'
             assert (await said(k,
                                'print(sql("select 1").count(), sqlContext.sql("select 2").count(), sqlCtx is '
                                'sqlContext, type(sc).__name__)'))=='1 1 True SparkContext'
@@ -74,18 +76,18 @@ async def test_interrupt_while_planning(hosts, tmp_path, spark_standalone):
     "The job of a query that was interrupted before it had one does not begin afterwards, and keep the executors."
     name, _ = spark_spec(tmp_path, spark_standalone.master, spark_standalone.spark_home)
     async with remote_kernel(tmp_path, name, hosts.names[:1]) as k:
-        await said(k,
-                   '''def query(rows): return sql(" union all ".join([f"select id from range(0, {rows}, 1, 1) where id % 7 = 0"]*100))
+        await said(k, '''def query(rows):
+    return sql(" union all ".join([f"select id from range(0, {rows}, 1, 1) where id % 7 = 0"]*100))
 endless, short = query(10**15), query(1)''')
         for cell in ('endless.count()', '%time endless.count()'):   # %time swallows what its statement raises
             got = await interrupted(k, cell, after=.3)                # planned for some seconds, each time anew
             assert 'KeyboardInterrupt' in got.error + got.text, got
-            assert (await said(k,
-                               'print(short.count())'))=='100', 'planned as long, so that the other would have its job first'
+            # planned as long, so that the other would have its job first
+            assert (await said(k, 'print(short.count())'))=='100'
         before = await said(k, 'sc.setLocalProperty("note", "mine"); print(sc.getLocalProperty("note"))')
         assert 'KeyboardInterrupt' in (await interrupted(k, 'endless.count()', after=.3)).error
-        assert (await said(k,
-                           'print(sc.getLocalProperty("note"))'))==before=='mine', 'what belongs to the connection to the JVM is still there'
+        # what belongs to the connection to the JVM is still there
+        assert (await said(k, 'print(sc.getLocalProperty("note"))'))==before=='mine'
 
 async def test_wrong_master(hosts, tmp_path, spark_standalone):
     """A master that there is not: an error in the cell where the context is lazy, of the launch where it is eager, and
@@ -126,12 +128,12 @@ async def test_eager_and_hostile_options(hosts, tmp_path, spark_standalone):
     async with remote_kernel(tmp_path, name, hosts.names[:1], KERNEL_EXTRA_SPARK_OPTS=quoted) as k:
         assert (await said(k, ACTIVE)).startswith(
             '<SparkContext master=local[*]'), 'eager: the context is there with the first reply'
-        assert (await said(k,
-                           'print(*(type(o).__name__ for o in (spark, sc, sql, sqlContext, sqlCtx)))'))=='SparkSession SparkContext method SQLContext SQLContext'
+        assert (await said(k, 'print(*(type(o).__name__ for o in (spark, sc, sql, sqlContext, sqlCtx)))')
+                =='SparkSession SparkContext method SQLContext SQLContext')
         got = await said(k, f'for o in {["spec", "last", *values]}: print(sc.getConf().get("spark.test." + o))')
         assert got.splitlines()==['of the spec', 'a b', *values.values()]
-        assert (await said(k,
-                           'import os; print(sc.appName, sc.master, os.environ["KERNEL_EXTRA_SPARK_OPTS"])'))==f'{k.id} local[*] {quoted}'
+        assert (await said(k, 'import os; print(sc.appName, sc.master, os.environ["KERNEL_EXTRA_SPARK_OPTS"])')
+                ==f'{k.id} local[*] {quoted}')
         assert not any(bait.iterdir()), 'nothing was executed'
         assert (await said(k, WHERE))==f'{{({hosts.names[0]!r}, False)}} {hosts.names[0]}', 'the host does the work'
         await interrupted_within(3, k, SLEEPERS, after=1.5)
