@@ -334,7 +334,8 @@ def _accept(ports): return f"tcp dport {{ {', '.join(map(str, ports))} }} accept
 
 class NetHost(SSHHost):
     """A host with a network namespace, address and port 22, host name, /root, /home, /tmp, users and sudoers of its
-    own. The rest of the file system is this machine's, the tests' Python and this repository included wherever they are."""
+    own. The rest of the file system is this machine's, the tests' Python and this repository included wherever
+    they are."""
     port = 22
     def __init__(self, lab, i):
         self.i, self.link = i, f'h{i}'

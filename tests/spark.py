@@ -245,7 +245,8 @@ class Yarn(Cluster):
                                     'ipc.client.connect.max.retries': 3})
         self.site('yarn-site.xml', {
             f'{rm}.hostname': self.address, **{f'{rm}.{k}address': f'{self.address}:{p}' for k,p in ports.items()},
-            f'{rm}.scheduler.class': 'org.apache.hadoop.yarn.server.resourcemanager.scheduler.capacity.CapacityScheduler',
+            f'{rm}.scheduler.class':
+                'org.apache.hadoop.yarn.server.resourcemanager.scheduler.capacity.CapacityScheduler',
             f'{rm}.am.max-attempts': 1, f'{rm}.nodemanagers.heartbeat-interval-ms': 100,
             'yarn.scheduler.minimum-allocation-mb': 64, 'yarn.scheduler.maximum-allocation-mb': self.memory_mb,
             f'{nm}.hostname': self.address,

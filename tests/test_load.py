@@ -357,7 +357,8 @@ async def test_two_applications_at_once_are_exact(weights):
         for k, n in counts.items(): assert n <= 80*names.count(k)/len(names) + 1, (counts, refused)
 
 RUNNABLE = """load=[float(sum(_text_of('/proc/%s/stat' % p).rpartition(')')[2].split()[:1] == ['R'] and
-    ('TMPDIR=%s\\0' % os.environ['TMPDIR']) in _text_of('/proc/%s/environ' % p) for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()))]*3, cores=4"""
+    ('TMPDIR=%s\\0' % os.environ['TMPDIR']) in _text_of('/proc/%s/environ' % p)
+    for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()))]*3, cores=4"""
 
 async def test_a_host_under_load_gets_no_kernels_while_others_are_idle():
     """The load is real: programs that compute. All hosts are this machine, so each counts its own runnable processes,
