@@ -118,23 +118,45 @@ def kind(fd):
     try: return re.sub(r'k-[0-9a-f]+|\d+(?=\])', '*', os.readlink(f'/proc/self/fd/{fd}'))
     except OSError: return 'the listing'
 def unix():
-    return len({o.split()[6] for o in open('/proc/net/unix').read().split('\n')[1:] if o} & {os.readlink(f'/proc/self/fd/{o}')[8:-1] for o in os.listdir('/proc/self/fd') if kind(o).startswith('socket')})
+    return len({o.split()[6] for o in open('/proc/net/unix').read().split('\n')[1:]
+                if o} & {os.readlink(f'/proc/self/fd/{o}')[8:-1] for o in os.listdir('/proc/self/fd')
+                         if kind(o).startswith('socket')})
 def lines(name, *keys): return [o for o in open(f'/proc/self/{name}').read().split('\n') if o.split(':')[0] in keys]
 mask = os.umask(0); os.umask(mask)
 fds = {o: kind(o) for o in os.listdir('/proc/self/fd')}
-fds = {o: k for o, k in fds.items() if not re.search('-journal|/profile_default$|^the listing', k)}   # not of the history
-print(json.dumps(dict(sockets_of_this_machine=unix(), flags=sys.flags, path=sys.path, argv=sys.argv, orig_argv=sys.orig_argv, warnoptions=sys.warnoptions, xoptions=sys._xoptions, executable=sys.executable, prefix=sys.prefix,
-    environ=dict(os.environ), proc_environ=sorted(o for o in open('/proc/self/environ').read().split('\0') if o and not o.startswith('KERNEL_LAUNCH_SECRET=')),
-    cmdline=open('/proc/self/cmdline').read().strip('\0').split('\0'), comm=open('/proc/self/comm').read(), cwd=os.getcwd(), umask=mask, limits=[resource.getrlimit(i) for i in range(16)],
-    locale=[locale.setlocale(i) for i in range(6)], encodings=[sys.getdefaultencoding(), sys.getfilesystemencoding(), locale.getpreferredencoding()], time_zone=[time.tzname, time.timezone],
-    signals=[str(signal.getsignal(i)) for i in range(1, 65)], mask=list(signal.pthread_sigmask(0, [])), status=lines('status', 'SigBlk', 'SigIgn', 'SigCgt', 'NoNewPrivs', 'CapEff', 'Cpus_allowed', 'Uid', 'Groups', 'Threads'),
+# not of the history
+fds = {o: k for o, k in fds.items() if not re.search('-journal|/profile_default$|^the listing', k)}
+print(json.dumps(dict(sockets_of_this_machine=unix(), flags=sys.flags, path=sys.path, argv=sys.argv,
+    orig_argv=sys.orig_argv, warnoptions=sys.warnoptions, xoptions=sys._xoptions, executable=sys.executable,
+    prefix=sys.prefix, environ=dict(os.environ),
+    proc_environ=sorted(o for o in open('/proc/self/environ').read().split('\0') if o
+                        and not o.startswith('KERNEL_LAUNCH_SECRET=')),
+    cmdline=open('/proc/self/cmdline').read().strip('\0').split('\0'), comm=open('/proc/self/comm').read(),
+    cwd=os.getcwd(), umask=mask, limits=[resource.getrlimit(i) for i in range(16)],
+    locale=[locale.setlocale(i) for i in range(6)],
+    encodings=[sys.getdefaultencoding(), sys.getfilesystemencoding(), locale.getpreferredencoding()],
+    time_zone=[time.tzname, time.timezone], signals=[str(signal.getsignal(i)) for i in range(1, 65)],
+    mask=list(signal.pthread_sigmask(0, [])),
+    status=lines('status', 'SigBlk', 'SigIgn', 'SigCgt', 'NoNewPrivs', 'CapEff', 'Cpus_allowed', 'Uid', 'Groups',
+                 'Threads'),
     descriptors=sorted(set(fds.values())), inheritable=sorted(k for o, k in fds.items() if os.get_inheritable(int(o))),
-    threads=sorted(re.sub(r'-\d+', '', o.name) for o in threading.enumerate()), main_thread=[threading.main_thread().name, threading.main_thread().native_id == os.getpid(), threading.main_thread() is threading.current_thread()],
-    session=os.getsid(0) == os.getpid(), group=os.getpgrp() == os.getpid(), parent=open(f'/proc/{os.getppid()}/comm').read(), nice=os.nice(0), scheduler=os.sched_getscheduler(0), oom=open('/proc/self/oom_score_adj').read(),
-    streams=[[o.name, o.mode, o.encoding, o.errors, o.line_buffering] for o in (sys.__stdin__, sys.__stdout__, sys.__stderr__)], filters=[str(o) for o in warnings.filters], gc=[gc.isenabled(), gc.get_threshold(), gc.get_debug()],
-    limits_of_python=[sys.getrecursionlimit(), sys.getswitchinterval(), sys.dont_write_bytecode, sys.gettrace(), sys.getprofile()], main=[__name__, sys.modules['__main__'].__dict__ is globals(), getattr(sys.modules['__main__'], '__spec__', 0)],
-    process=[multiprocessing.current_process().name, multiprocessing.get_start_method(True), multiprocessing.active_children()], dumpable=open('/proc/self/coredump_filter').read(), group_of_control=open('/proc/self/cgroup').read(),
-    hooks=[re.sub(' at 0x.*', '', str(o)) for o in (*sys.meta_path, *sys.path_hooks, sys.excepthook, sys.displayhook)]), default=str))
+    threads=sorted(re.sub(r'-\d+', '', o.name) for o in threading.enumerate()),
+    main_thread=[threading.main_thread().name, threading.main_thread().native_id == os.getpid(),
+                 threading.main_thread() is threading.current_thread()],
+    session=os.getsid(0) == os.getpid(), group=os.getpgrp() == os.getpid(),
+    parent=open(f'/proc/{os.getppid()}/comm').read(), nice=os.nice(0), scheduler=os.sched_getscheduler(0),
+    oom=open('/proc/self/oom_score_adj').read(),
+    streams=[[o.name, o.mode, o.encoding, o.errors, o.line_buffering]
+             for o in (sys.__stdin__, sys.__stdout__, sys.__stderr__)], filters=[str(o) for o in warnings.filters],
+    gc=[gc.isenabled(), gc.get_threshold(), gc.get_debug()],
+    limits_of_python=[sys.getrecursionlimit(), sys.getswitchinterval(), sys.dont_write_bytecode, sys.gettrace(),
+                      sys.getprofile()],
+    main=[__name__, sys.modules['__main__'].__dict__ is globals(), getattr(sys.modules['__main__'], '__spec__', 0)],
+    process=[multiprocessing.current_process().name, multiprocessing.get_start_method(True),
+             multiprocessing.active_children()], dumpable=open('/proc/self/coredump_filter').read(),
+    group_of_control=open('/proc/self/cgroup').read(),
+    hooks=[re.sub(' at 0x.*', '', str(o)) for o in (*sys.meta_path, *sys.path_hooks, sys.excepthook, sys.displayhook)]),
+                 default=str))
 '''
 
 def blurred(facts, km):
