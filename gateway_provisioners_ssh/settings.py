@@ -316,7 +316,8 @@ def settle(self:HostSettings,
         if s.yields and is_set: own = None
         if name == 'unauthorized_users':
             self.refused_by,own = {source: value, 'kernel.json': own or set()},value|(own or set())
-        setattr(self, name, own or value)
+        says_nothing = own is None or own in (set(), []) # an empty list of users must not admit all
+        setattr(self, name, value if says_nothing else own)
 
 @patch
 def source(self:HostSettings,

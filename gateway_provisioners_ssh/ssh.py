@@ -78,6 +78,8 @@ def _explain_reach(e, route, waited):
     if isinstance(e, NoPython):
         return (str(e), 'Install Python 3.6 or newer there (Debian, Ubuntu: apt-get install python3), '
             'or name one: jupyter ssh-spec install --python PATH')
+    if isinstance(e, AgentClosed) and 'no directory for sockets' in str(e):
+        return str(e), '/tmp on the host must have room, and this login must be allowed to write there'
     if isinstance(e, AgentClosed):
         silent = ('' if ': ' in str(e) else
             '. If it says nothing, the login shell of that user may be one that runs no commands, as /bin/false is')

@@ -1296,14 +1296,14 @@ def _locked_directory(): # str, int
 def main(version):
     "Become the agent of this login, or bring this connection to it; what stops that is written, for people"
     try: _main(version)
-    except Refused as e: os.write(1, fsencode('%s\n' % e))
+    except Refused as e: os.write(2, fsencode('%s\n' % e)) # as an SSH session or sudo does it
 
 def _main(version):
     os.environ.pop('GPSSH_FIND'); os.environ.pop('GPSSH_READ')
     env,token = login_environment(),os.environ.pop('GPSSH_TOKEN')
-    if token: os.write(1, token.encode() + b'\n')
     os.chdir('/')
     directory,lock = _locked_directory()
+    if token: os.write(1, token.encode() + b'\n') # what comes before it is an error, or what the login prints
     server = socket.socket(socket.AF_UNIX)
     try: server.connect(directory + '/agent-' + version)
     except OSError: server.close()
