@@ -18,18 +18,18 @@ from threading import RLock
 
 # %% ../nbs/21_balance.ipynb #6e7649b7
 class LoadBalancer(ABC):
-    "The rule that puts hosts into order for one start. One instance serves the whole host application."
+    "The rule that puts hosts into order for one start. One instance serves the whole host application"
     @abstractmethod
     def order(self,
-        hosts: Sequence[str], # the hosts allowed; one that occurs twice should get twice the kernels
-        load: Mapping[str,int] # kernels on each host, starts in progress included; hosts without any are missing
+        hosts:Sequence[str], # The hosts allowed; one that occurs twice should get twice the kernels
+        load:Mapping[str,int] # Kernels on each host, starts in progress included; hosts without any are missing
         # A rule with a third parameter, `reports`, also gets what hosts said last: a mapping to `HostReport`
-    ) -> list[str]: # each host once, the preferred first
-        "The hosts in the order in which to try them."
+    ) -> list[str]: # Each host once, the preferred first
+        "The hosts in the order in which to try them"
 
 # %% ../nbs/21_balance.ipynb #4ba21986
 class RoundRobin(LoadBalancer):
-    "Each host in turn, whatever its load."
+    "Each host in turn, whatever its load"
     def __init__(self): self.turns, self.lock = Counter(), RLock()
 
     def order(self, hosts, load):
@@ -39,7 +39,7 @@ class RoundRobin(LoadBalancer):
 
 # %% ../nbs/21_balance.ipynb #43b732a8
 class LeastConnection(LoadBalancer):
-    "The host with the fewest kernels of this host application; equal hosts in turn."
+    "The host with the fewest kernels of this host application; equal hosts in turn"
     def __init__(self): self.ties = RoundRobin()
 
     def order(self, hosts, load):
@@ -48,7 +48,7 @@ class LeastConnection(LoadBalancer):
 
 # %% ../nbs/21_balance.ipynb #831f3a1e
 class Claim:
-    "One kernel's place on a host in a `Ledger`."
+    "One kernel's place on a host in a `Ledger`"
     def __init__(self, ledger, host, order=()):
         self.ledger,self.host,self.released = ledger,host,False
         self.order = list(order) or [host] # Hosts to try, `host` first
@@ -56,13 +56,13 @@ class Claim:
     def __repr__(self): return f'Claim({self.host!r}{", released" if self.released else ""})'
 
     def move(self, host:str):
-        "Count the kernel on `host` from now on."
+        "Count the kernel on `host` from now on"
         with self.ledger.lock:
             if self.released: return
             self.ledger._count(self.host, -1); self.host = host; self.ledger._count(host, 1)
 
     def release(self):
-        "The kernel has ended, or never came to be."
+        "The kernel has ended, or never came to be"
         with self.ledger.lock:
             if not self.released: self.released = True; self.ledger._count(self.host, -1)
 
@@ -75,7 +75,7 @@ def takes_reports(
     return hasattr(rule, 'order') and 'reports' in inspect.signature(rule.order).parameters
 
 class Ledger:
-    "Kernels per host of this host application, starts in progress included. Safe to use from any thread."
+    "Kernels per host of this host application, starts in progress included. Safe to use from any thread"
     def __init__(self): self.counts, self.lock = {}, RLock()
 
     def _count(self, host, n):
@@ -84,22 +84,22 @@ class Ledger:
 
     @property
     def load(self) -> dict[str,int]:
-        "Kernels on each host that has any, as of now."
+        "Kernels on each host that has any, as of now"
         with self.lock: return dict(self.counts)
 
     def claim(self,
-        host: str, # a pinned kernel's host, or that of a kernel taken over from an earlier process
-        order: Iterable[str] = () # hosts to try, `host` first
+        host:str, # A pinned kernel's host, or that of a kernel taken over from an earlier process
+        order:Iterable[str] = () # Hosts to try, `host` first
     ) -> Claim:
-        "Count one more kernel on `host`."
+        "Count one more kernel on `host`"
         with self.lock: self._count(host, 1); return Claim(self, host, order)
 
     def pick(self,
-        balancer: LoadBalancer, # the rule
-        hosts: Sequence[str], # the hosts allowed, not empty
-        reports: Mapping = {} # what hosts said last
+        balancer:LoadBalancer, # The rule
+        hosts:Sequence[str], # The hosts allowed, not empty
+        reports:Mapping = {} # What hosts said last
     ) -> Claim: # `host` is the one chosen, `order` all of them in the order to try
-        "Let `balancer` choose and count the kernel there, in one step."
+        "Let `balancer` choose and count the kernel there, in one step"
         if not hosts: raise ValueError('no hosts to choose from')
         with self.lock:
             also = [dict(reports)] if takes_reports(type(balancer)) else []
@@ -113,14 +113,14 @@ GROUP = 'gateway_provisioners_ssh.load_balancers'
 BUILT_IN = {'round-robin': RoundRobin, 'least-connection': LeastConnection}
 
 @lru_cache(maxsize=None) # to look through all installed packages takes tens of milliseconds, and every start asks
-def load_balancers() -> dict: # name: class, or entry point not loaded yet
-    "The load balancers that can be chosen; those of packages installed later are seen by the next process."
+def load_balancers() -> dict: # Name: class, or entry point not loaded yet
+    "The load balancers that can be chosen; those of packages installed later are seen by the next process"
     return {o.name: o for o in entry_points(group=GROUP)} | BUILT_IN
 
 @lru_cache(maxsize=None) # one instance each, since a rule may keep turns
 def load_balancer(
-    name: str # e.g. 'round-robin'
-) -> LoadBalancer: # the same one for a name each time
+    name:str # E.g. 'round-robin'
+) -> LoadBalancer: # The same one for a name each time
     "The load balancer called `name`; ValueError lists the names known. `load_balancer.cache_clear()` begins anew"
     known = load_balancers()
     if name not in known:
@@ -134,7 +134,7 @@ def load_balancer(
     return made
 
 # %% ../nbs/22_least_load.ipynb #60f03156
-def _amount(value): # a finite number that is not negative, else None
+def _amount(value): # A finite number that is not negative, else None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if number and math.isfinite(value) and value >= 0 else None
 
@@ -161,7 +161,7 @@ class HostReport:
 
 # %% ../nbs/22_least_load.ipynb #ae9e0785
 def parse_size(
-    text, # e.g. `8G`, `512M`, `8GiB`, or a number of bytes
+    text, # E.g. `8G`, `512M`, `8GiB`, or a number of bytes
 ) -> int: # Bytes
     "An amount of memory; units are powers of 1024. Raises `ValueError`"
     m = re.fullmatch(r'\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGTP]?)(?:i?B)?\s*', str(text), re.I)
@@ -182,7 +182,7 @@ class Need:
         try: return cls(parse_size(env.get('KERNEL_MIN_MEMORY') or 0), int(gpus))
         except ValueError as e: raise ValueError(f'KERNEL_MIN_MEMORY: {e}') from None
 
-    def lacking(self, report:HostReport|None) -> str: # empty: nothing, as far as is known
+    def lacking(self, report:HostReport|None) -> str: # Empty: nothing, as far as is known
         "Why a host cannot have the kernel"
         if report is None: return ''
         if report.drained: return 'drained'
@@ -223,7 +223,7 @@ class HostReports:
         session.processes['', 'load'] = _LoadListener(self, host)
         self.asked.pop(host, None)
 
-    def current(self) -> dict: # host -> `HostReport`
+    def current(self) -> dict: # Host -> `HostReport`
         "What is known of hosts whose connection is up"
         return {k: v for k,v in self.reports.items() if not self.sessions[k].closed}
 

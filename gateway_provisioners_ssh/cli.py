@@ -24,13 +24,13 @@ from .settings import checked, misspelt, option_traits, settings, text, whole_se
 from .specs import KERNEL_CLASS, Spec
 
 # %% ../nbs/32_cli.ipynb #71c1812d
-class Refused(Exception): "What the user typed or configured cannot be used; the text says why."
+class Refused(Exception): "What the user typed or configured cannot be used; the text says why"
 
 def nearest(
-    word: str, # as typed
-    known # what could have been meant
-) -> str: # for the end of a message; may be empty
-    "A suggestion."
+    word:str, # As typed
+    known # What could have been meant
+) -> str: # For the end of a message; may be empty
+    "A suggestion"
     return ''.join(f'; did you mean {o}?' for o in difflib.get_close_matches(word, known, 1))
 
 def _split(word):
@@ -40,12 +40,12 @@ def _split(word):
 
 # %% ../nbs/32_cli.ipynb #9ca84a03
 def tidy(
-    argv: list[str], # the words after the subcommand
-    aliases: dict, # options with a value
-    flags: dict, # options without
-    words: int = 0 # how many plain words are expected
-) -> list[str]: # every value behind an equals sign
-    "The command line in its plainest form; `Refused` for what it does not know."
+    argv:list[str], # The words after the subcommand
+    aliases:dict, # Options with a value
+    flags:dict, # Options without
+    words:int = 0 # How many plain words are expected
+) -> list[str]: # Every value behind an equals sign
+    "The command line in its plainest form; `Refused` for what it does not know"
     out, argv, options = [], list(argv), (*aliases, *flags)
     while argv:
         word = argv.pop(0)
@@ -70,7 +70,7 @@ def tidy(
 
 # %% ../nbs/32_cli.ipynb #f9168531
 class StrictApp(JupyterApp):
-    "An application that refuses what it does not know."
+    "An application that refuses what it does not know"
     version, raise_config_file_errors, words = __version__, True, 0
     aliases, flags = {}, {}
 
@@ -122,7 +122,7 @@ def load_config_file(self:StrictApp, suppress_errors=True):
 
 # %% ../nbs/32_cli.ipynb #cd09a856
 def names(values) -> list:
-    "Values that may hold several, separated by commas, one by one."
+    "Values that may hold several, separated by commas, one by one"
     return [o.strip() for v in values for o in v.split(',') if o.strip()]
 
 def option(name, **changes) -> dict:
@@ -131,17 +131,17 @@ def option(name, **changes) -> dict:
 
 # %% ../nbs/32_cli.ipynb #06beeac5
 class RemoteProvisionerConfigMixin(Configurable):
-    "Options of the provisioner that a kernelspec may set for its kernels."
+    "Options of the provisioner that a kernelspec may set for its kernels"
     vars().update(option('authorized_users') | option('unauthorized_users') | option('port_range')
         | option('launch_timeout', kind=whole_seconds))
 
 # %% ../nbs/32_cli.ipynb #cbf2c1f8
 class HostPath(Unicode):
-    "A path on the hosts: the home of this machine, which traitlets would put in the place of `~`, is another one."
+    "A path on the hosts: the home of this machine, which traitlets would put in the place of `~`, is another one"
     def from_string(self, s): return s
 
 class BaseSpecApp(RemoteProvisionerConfigMixin, StrictApp):
-    "An application that writes a kernelspec."
+    "An application that writes a kernelspec"
     name = 'jupyter-ssh-spec'
     user = Bool(False, config=True, help='Install for the user who runs this only.')
     prefix = Unicode('', config=True, help="""Install below this directory, an environment for example:
@@ -181,7 +181,7 @@ BaseSpecApp.aliases = (_aliases('prefix kernel-name display-name language python
 
 # %% ../nbs/32_cli.ipynb #d19e33fe
 @patch
-def given(self:BaseSpecApp, option) -> str: # e.g. '--port-range', 'c.BaseSpecApp.port_range'; or nothing
+def given(self:BaseSpecApp, option) -> str: # E.g. '--port-range', 'c.BaseSpecApp.port_range'; or nothing
     "How an option was given, on the command line or in a configuration file"
     classes = [o.__name__ for o in type(self).__mro__ if issubclass(o, Configurable)]
     if any(option in self.cli_config[o] for o in classes): return '--'+option.replace('_', '-')
@@ -217,7 +217,7 @@ def write(self:BaseSpecApp, spec) -> Path:
 
 # %% ../nbs/32_cli.ipynb #43af47e2
 class BaseSpecSparkApp(BaseSpecApp):
-    "An application that writes a kernelspec, with or without Spark."
+    "An application that writes a kernelspec, with or without Spark"
     flags = {k: BaseSpecApp.flags[k] for k in ('user', 'sys-prefix')} | flag(
         'spark', 'BaseSpecApp', 'Start the kernel through spark-submit') | BaseSpecApp.flags
     aliases = _aliases('prefix kernel-name display-name language python '
@@ -275,7 +275,7 @@ under the class its description names:
 
 # %% ../nbs/32_cli.ipynb #e90e7e64
 class SshSpecInstaller(BaseSpecSparkApp):
-    "Writes a kernelspec whose kernels run on hosts reached by SSH."
+    "Writes a kernelspec whose kernels run on hosts reached by SSH"
     description = """Write a Jupyter kernel specification for kernels that run on other hosts, reached by SSH. The exit
 status is 0 if it is in its place, else 1."""
     examples = install_examples
@@ -325,8 +325,8 @@ def imported(self:SshSpecInstaller, source, kernel, launch_timeout) -> ImportedS
 
 # %% ../nbs/32_cli.ipynb #29a2afca
 def installed(
-    name: str # as in `jupyter kernelspec list`
-) -> tuple: # its directory; the contents of its kernel.json
+    name:str # As in `jupyter kernelspec list`
+) -> tuple: # Its directory; the contents of its kernel.json
     "A kernelspec of this machine; ValueError if there is none of that name"
     known = KernelSpecManager()
     try: spec = known.get_kernel_spec(name)
@@ -385,7 +385,7 @@ def start(self:SshSpecInstaller):
 
 # %% ../nbs/32_cli.ipynb #e601a6d7
 class SshSpecImporter(SshSpecInstaller):
-    "Makes a kernelspec of an Enterprise Gateway, or any other, one whose kernels run on hosts reached by SSH."
+    "Makes a kernelspec of an Enterprise Gateway, or any other, one whose kernels run on hosts reached by SSH"
     description = """Import a kernelspec of Enterprise Gateway or Gateway Provisioners:
 
     jupyter ssh-spec import DIR
@@ -426,13 +426,13 @@ One under another name, for yourself, and on other hosts than it says:
 
 # %% ../nbs/32_cli.ipynb #8cc43e79
 def install_command(
-    python: str, # the interpreter on the hosts
-    host = None # a `Host`; None: not known here
-) -> str: # for a shell, maybe with a few words after it
-    "How ipykernel gets to a host."
+    python:str, # The interpreter on the hosts
+    host = None # A `Host`; None: not known here
+) -> str: # For a shell, maybe with a few words after it
+    "How ipykernel gets to a host"
     if '/' not in python:
         return install_command('~/k/bin/python', host) + ", then repeat this with --replace --python '~/k/bin/python'"
-    def there(path): # for the shell of the host
+    def there(path): # For the shell of the host
         home, rest = re.fullmatch(r'(~/|\$HOME/|\$\{HOME\}/)?(.*)', path).groups()
         return ('~/' if home else '') + shlex.quote(rest)
     venv = python.rpartition('/bin/')[0]
@@ -444,11 +444,11 @@ def install_command(
 
 # %% ../nbs/32_cli.ipynb #dfc6a36a
 def try_it(
-    name: str, # the kernelspec's
-    display_name: str, # what menus call it
-    kernels: Path # the directory it is in
-) -> str: # a command, maybe with a few words after it
-    "How to start a kernel with the first application of Jupyter's that is installed here."
+    name:str, # The kernelspec's
+    display_name:str, # What menus call it
+    kernels:Path # The directory it is in
+) -> str: # A command, maybe with a few words after it
+    "How to start a kernel with the first application of Jupyter's that is installed here"
     choose = f', and choose {display_name!r}'
     execute = f' --kernel_name={name} NOTEBOOK.ipynb'
     ways = dict(console=f' --kernel {name}', lab=choose, notebook=choose, execute=execute)
@@ -458,11 +458,11 @@ def try_it(
     return ('' if there else 'pip install jupyter-console && ') + f'{path}jupyter {app}{ways[app]}'
 
 def next_steps(
-    target: Path, # the kernelspec's directory
-    spec: Spec, # what was installed
-    hosts: list # the hosts that it may run on
+    target:Path, # The kernelspec's directory
+    spec:Spec, # What was installed
+    hosts:list # The hosts that it may run on
 ) -> str:
-    "What to do now, for people."
+    "What to do now, for people"
     away = [o for o in hosts if str(o) != 'localhost']
     need,here = f'Every host needs {spec.needed()}',not away and 'remote_hosts' in spec.config
     if 'ipykernel' in spec.lang.needs:
@@ -486,7 +486,7 @@ One kernel each on eight hosts:
     hosts = Int(3, min=2, max=50, help='How many hosts to start, 2 to 50.').tag(config=True)
     aliases = {'hosts': 'SshDemo.hosts'}
 
-    def load_config_file(self, suppress_errors=True): "No settings of the user's apply."
+    def load_config_file(self, suppress_errors=True): "No settings of the user's apply"
 
     def start(self):
         super().start()
@@ -496,7 +496,7 @@ One kernel each on eight hosts:
 
 # %% ../nbs/32_cli.ipynb #6a07df05
 class SshProvisionerApp(StrictApp):
-    "Kernelspecs for hosts reached by SSH."
+    "Kernelspecs for hosts reached by SSH"
     name = 'jupyter-ssh-spec'
     description = 'Make kernel specifications for kernels that run on other hosts, reached by SSH.'
     examples = """
@@ -520,7 +520,7 @@ jupyter ssh-spec ps                what is running where?
                 raise Refused(f'there is no subcommand {o!r}{meant} See jupyter ssh-spec --help')
         super(StrictApp, self).parse_command_line(argv)
 
-    def load_config_file(self, suppress_errors=True): "Its subcommands do."
+    def load_config_file(self, suppress_errors=True): "Its subcommands do"
 
     def start(self):
         super().start()
@@ -529,7 +529,7 @@ jupyter ssh-spec ps                what is running where?
 
 # %% ../nbs/32_cli.ipynb #4045d285
 def main(argv=None):
-    "The console script `jupyter-ssh-spec`."
+    "The console script `jupyter-ssh-spec`"
     try:
         try: SshProvisionerApp.launch_instance(argv)
         finally: print(end='', flush=True)
@@ -566,7 +566,7 @@ def printable(text:str) -> str:
 
 def duration(
     seconds, # None: unknown
-) -> str: # e.g. '3 min'
+) -> str: # E.g. '3 min'
     "A time for people"
     if seconds is None: return '?'
     for unit,n in (('d', 86400), ('h', 3600), ('min', 60)):
@@ -602,7 +602,7 @@ class Progress:
 
 # %% ../nbs/33_operator_commands.ipynb #28aac847
 class OperatorApp(StrictApp):
-    "A command that asks hosts."
+    "A command that asks hosts"
     words, short = 10_000, {}
     remote_hosts = List(Unicode(), config=True, help="""The hosts to ask, [user@]host[:port] or aliases of the OpenSSH
         client configuration. Repeat the option, or separate them by commas. Empty: those of the kernelspec, of
@@ -713,7 +713,7 @@ def checked_as_json(reports) -> list: return [vars(o) | dict(usable=o.usable) fo
 
 # %% ../nbs/33_operator_commands.ipynb #36dcf5a2
 class SshCheck(OperatorApp):
-    "Whether hosts can run kernels."
+    "Whether hosts can run kernels"
     name = 'jupyter-ssh-spec-check'
     description = """Find out whether hosts can run kernels, all at once:
 
@@ -741,7 +741,7 @@ jupyter ssh-spec check --json | jq '.hosts[] | select(.usable | not)'
 
 # %% ../nbs/33_operator_commands.ipynb #ed893adc
 class SshSetup(OperatorApp):
-    "Makes a Python environment with ipykernel on hosts."
+    "Makes a Python environment with ipykernel on hosts"
     name = 'jupyter-ssh-spec-setup'
     description = """Make a virtual environment with ipykernel on hosts, all at once, and check them:
 
@@ -813,7 +813,7 @@ def show_kernels(found, size):
 
 # %% ../nbs/33_operator_commands.ipynb #fe73cd6c
 class SshPs(OperatorApp):
-    "What runs on hosts."
+    "What runs on hosts"
     name = 'jupyter-ssh-spec-ps'
     description = """List the kernels on hosts, of every host application of this login, those that were killed
 included:
@@ -841,7 +841,7 @@ jupyter ssh-spec ps --json | jq '.kernels[] | select(.orphan)'
 
 # %% ../nbs/33_operator_commands.ipynb #44f1b6a9
 class SshLogs(OperatorApp):
-    "Shows the log of a kernel."
+    "Shows the log of a kernel"
     name = 'jupyter-ssh-spec-logs'
     description = """Show what a kernel wrote to its log on its host, also after it has ended:
 
@@ -873,7 +873,7 @@ jupyter ssh-spec logs 3f2a -f -n 100
 
 # %% ../nbs/33_operator_commands.ipynb #89755f9c
 class SshStop(OperatorApp):
-    "Ends kernels."
+    "Ends kernels"
     name = 'jupyter-ssh-spec-stop'
     description = """End kernels, of whichever host application:
 
@@ -929,7 +929,7 @@ def tell(self:SshStop, done, lost):
 
 # %% ../nbs/33_operator_commands.ipynb #bf14da86
 class SshDrain(OperatorApp):
-    "Keeps new kernels from hosts."
+    "Keeps new kernels from hosts"
     name = 'jupyter-ssh-spec-drain'
     description = """Let no new kernels come to hosts, of any host application of this login:
 
@@ -952,7 +952,7 @@ all hosts are marked, else 1."""
         return int(any(done.values()))
 
 class SshUndrain(SshDrain):
-    "Lets kernels come to hosts again."
+    "Lets kernels come to hosts again"
     name, on = 'jupyter-ssh-spec-undrain', False
     description = """Let kernels come again to hosts that were drained:
 

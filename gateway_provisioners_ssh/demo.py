@@ -20,31 +20,31 @@ from .mock_ssh import MockHosts
 from .specs import Spec
 
 log = logging.getLogger(__name__)
-log.addHandler(logging.NullHandler())  # the board shows what goes wrong
+log.addHandler(logging.NullHandler()) # the board shows what goes wrong
 
 # %% ../nbs/30_demo.ipynb #3f035f71
 class Board:
-    "Notes, and a table of kernels below them."
-    columns = dict(kernel=6, host=6, id=8, pid=7, state=11, started=16, notebook=9)  # name: width in characters
+    "Notes, and a table of kernels below them"
+    columns = dict(kernel=6, host=6, id=8, pid=7, state=11, started=16, notebook=9) # name: width in characters
 
     def __init__(self,
-        out,             # text stream
-        live=None,       # redraw in place; by default if `out` is a terminal that can
-        n: int=3         # kernels to come
+        out, # Text stream
+        live=None, # Redraw in place; by default if `out` is a terminal that can
+        n:int=3 # Kernels to come
     ):
         self.out, self.rows, self.drawn = out, {}, 0
         fits = n+4 <= shutil.get_terminal_size().lines
         self.live = out.isatty() and os.environ.get('TERM', 'dumb') != 'dumb' and fits if live is None else live
 
-    def note(self, text: str):
-        "A line above the table."
+    def note(self, text:str):
+        "A line above the table"
         self._erase()
         if self.live: text = fill(text, shutil.get_terminal_size().columns-1, break_on_hyphens=False)
         print(text, file=self.out)
         self._draw()
 
-    def set(self, name: str, **values):
-        "Change some columns of the row `name`, and show it."
+    def set(self, name:str, **values):
+        "Change some columns of the row `name`, and show it"
         if not self.rows and not self.live: print(self._line({o: o for o in self.columns}), file=self.out)
         row = self.rows.setdefault(name, dict(kernel=name))
         new = {k: v for k, v in values.items() if row.get(k) != v}
@@ -57,17 +57,17 @@ class Board:
 
 # %% ../nbs/30_demo.ipynb #d9c71c78
 @patch
-def _line(self: Board, row):
+def _line(self:Board, row):
     text = '  '.join(f'{str(row.get(o, "")):<{w}}' for o, w in self.columns.items()).rstrip()
     return text[:shutil.get_terminal_size().columns-1] if self.live else text
 
 @patch
-def _erase(self: Board):
+def _erase(self:Board):
     if self.drawn: print(f'\x1b[{self.drawn}A\x1b[J', end='', file=self.out)
     self.drawn = 0
 
 @patch
-def _draw(self: Board):
+def _draw(self:Board):
     if self.live and self.rows:
         lines = ['', *map(self._line, [{o: o for o in self.columns}, *self.rows.values()])]
         print('\n'.join(lines), file=self.out)
@@ -75,22 +75,22 @@ def _draw(self: Board):
     self.out.flush()
 
 # %% ../nbs/30_demo.ipynb #ced014a5
-class Failed(Exception): "Something that the demo promises did not happen."
+class Failed(Exception): "Something that the demo promises did not happen"
 
-def expect(ok, what: str):
-    "Raise `Failed` unless `ok`."
+def expect(ok, what:str):
+    "Raise `Failed` unless `ok`"
     if not ok: raise Failed(what)
 
 class DemoKernel:
-    "One kernel and its row of the table."
-    def __init__(self, board: Board, name: str, specs: KernelSpecManager, config: Config):
+    "One kernel and its row of the table"
+    def __init__(self, board:Board, name:str, specs:KernelSpecManager, config:Config):
         self.board, self.name = board, name
         self.km = AsyncKernelManager(kernel_name='ssh_python', kernel_spec_manager=specs, config=config, log=log)
         self.kc = None
 
     def show(self, **values): self.board.set(self.name, **values)
 
-    async def start(self, user: str):
+    async def start(self, user:str):
         self.show(state='starting')
         begun = time.monotonic()
         await self.km.start_kernel(env=os.environ | dict(KERNEL_USERNAME=user))
@@ -107,8 +107,8 @@ class DemoKernel:
 
 # %% ../nbs/30_demo.ipynb #d3f56836
 @patch
-async def run(self: DemoKernel, code: str) -> tuple[str, str]:  # what it printed or returned; name of the error or ''
-    "Execute `code`."
+async def run(self:DemoKernel, code:str) -> tuple[str, str]: # What it printed or returned; name of the error or ''
+    "Execute `code`"
     said = []
     def hear(msg):
         c = msg['content']
@@ -118,36 +118,36 @@ async def run(self: DemoKernel, code: str) -> tuple[str, str]:  # what it printe
     return ''.join(said), reply['content'].get('ename', '')
 
 @patch
-async def restart(self: DemoKernel):
+async def restart(self:DemoKernel):
     self.show(state='restarting')
     begun = time.monotonic()
     await self.km.restart_kernel()
     await self._ready(begun)
 
 @patch
-async def stop(self: DemoKernel):
+async def stop(self:DemoKernel):
     if self.kc: self.kc.stop_channels()
     if self.km.has_kernel: await self.km.shutdown_kernel(now=not self.kc)
     self.show(state='stopped')
 
 # %% ../nbs/30_demo.ipynb #5a3102b8
-NOTEBOOK = [  # cell, its output; {host} is the host's address
+NOTEBOOK = [ # cell, its output; {host} is the host's address
     ('import os\nprint("hello from", os.environ["SSH_CONNECTION"].split()[2])', 'hello from {host}\n'),
     ('def primes(n): return [p for p in range(2, n) if all(p % d for d in range(2, p))]\nprimes(30)',
         '[2, 3, 5, 7, 11, 13, 17, 19, 23, 29]'),
     ('total = sum(primes(2000))\ntotal', '277050')]
 
 @patch
-async def notebook(self: DemoKernel, address: str):  # of the host it should run on
-    "Run the cells one after the other and check their outputs."
+async def notebook(self:DemoKernel, address:str): # of the host it should run on
+    "Run the cells one after the other and check their outputs"
     for i, (code, want) in enumerate(NOTEBOOK, 1):
         said, error = await self.run(code)
         expect((said, error) == (want.format(host=address), ''), f'cell {i} on {self.host} said {said!r} {error}')
         self.show(notebook=f'{i}/{len(NOTEBOOK)} cells')
 
 @patch
-async def stuck(self: DemoKernel):
-    "Have the kernel run for ever, and interrupt it; the seconds until it was free again."
+async def stuck(self:DemoKernel):
+    "Have the kernel run for ever, and interrupt it; the seconds until it was free again"
     job = asyncio.ensure_future(self.run('while True: pass'))
     while self.board.rows[self.name]['state'] != 'busy' and not job.done(): await asyncio.sleep(.01)
     await asyncio.sleep(.5)
@@ -160,7 +160,7 @@ async def stuck(self: DemoKernel):
 
 # %% ../nbs/30_demo.ipynb #8c4f4990
 async def together(*coros):
-    "Run `coros` side by side until all are done or one has failed, and then none is running any more."
+    "Run `coros` side by side until all are done or one has failed, and then none is running any more"
     tasks = [asyncio.ensure_future(o) for o in coros]
     try: await asyncio.gather(*tasks)
     finally:
@@ -169,7 +169,7 @@ async def together(*coros):
 
 # %% ../nbs/30_demo.ipynb #b167a269
 def listening() -> set[int]:
-    "The TCP ports on which this process listens."
+    "The TCP ports on which this process listens"
     mine = set()
     for o in Path('/proc/self/fd').iterdir():
         with suppress(OSError): mine.add(os.readlink(o))
@@ -178,12 +178,12 @@ def listening() -> set[int]:
     return {int(r[1].rpartition(':')[2], 16) for r in rows if r[3] == '0A' and f'socket:[{r[9]}]' in mine}
 
 async def disconnect():
-    "End the SSH connections of this process, and its server for launch messages; no other kernel may need them."
+    "End the SSH connections of this process, and its server for launch messages; no other kernel may need them"
     from gateway_provisioners_ssh import provisioner
     await provisioner.close_shared()
 
-async def remains(hosts, logs: Path, ports: set[int], cleanup_timeout: float=10.) -> list[str]:
-    "What is left after at most `cleanup_timeout` seconds, in which connections close."
+async def remains(hosts, logs:Path, ports:set[int], cleanup_timeout:float=10.) -> list[str]:
+    "What is left after at most `cleanup_timeout` seconds, in which connections close"
     end = time.monotonic() + cleanup_timeout
     while True:
         left = [f'process {pid} on {h.name}: {cmd}' for h in hosts for pid, cmd in h.processes().items()]
@@ -194,8 +194,8 @@ async def remains(hosts, logs: Path, ports: set[int], cleanup_timeout: float=10.
 
 # %% ../nbs/30_demo.ipynb #b641db4f
 @contextmanager
-def own_environment(tmp: Path):
-    "Variables without the user's settings for this package; Jupyter's runtime files go below `tmp`."
+def own_environment(tmp:Path):
+    "Variables without the user's settings for this package; Jupyter's runtime files go below `tmp`"
     old = dict(os.environ)
     for k in old:
         if k.startswith(('GP_', 'EG_', 'KERNEL_')): del os.environ[k]
@@ -206,17 +206,17 @@ def own_environment(tmp: Path):
         os.environ.update(old)
 
 def python_env() -> dict[str, str]:
-    "What makes the hosts' Python find what this one finds."
+    "What makes the hosts' Python find what this one finds"
     res = {k: os.environ[k] for k in ('PYTHONPATH',) if k in os.environ}
     return res | (dict(PYTHONUSERBASE=site.getuserbase()) if site.ENABLE_USER_SITE else {})
 
 # %% ../nbs/30_demo.ipynb #6bec2aa7
 async def act(
-    board: Board,
-    tmp: Path,        # an empty directory
-    n: int=3          # hosts, each with a kernel
+    board:Board,
+    tmp:Path, # An empty directory
+    n:int=3 # Hosts, each with a kernel
 ):
-    "Hosts, kernels, notebook, and the search for what is left. Raises `Failed` at the first thing that is wrong."
+    "Hosts, kernels, notebook, and the search for what is left. Raises `Failed` at the first thing that is wrong"
     async with AsyncExitStack() as stack:
         hosts = await stack.enter_async_context(MockHosts(n, env=python_env()))
         at = [f'{h.name} at {h.address}:{h.port}' for h in hosts]
@@ -238,8 +238,8 @@ async def act(
         board.note('All stopped. Left behind on the hosts and here: no process, no file, no port')
 
 # %% ../nbs/30_demo.ipynb #12b15b69
-async def play(board: Board, kernels: list[DemoKernel], addresses: dict[str, str]):
-    "Start all, run the notebook on each, interrupt one, restart one."
+async def play(board:Board, kernels:list[DemoKernel], addresses:dict[str, str]):
+    "Start all, run the notebook on each, interrupt one, restart one"
     await together(*(k.start('demo') for k in kernels))
     found = [k.host for k in kernels]
     expect(set(found) == set(addresses), f'the kernels are on {found}, not one on each host')
@@ -258,11 +258,11 @@ async def play(board: Board, kernels: list[DemoKernel], addresses: dict[str, str
 
 # %% ../nbs/30_demo.ipynb #9a544f09
 async def show(
-    out=None,         # text stream; by default standard output
-    n: int=3,         # hosts
-    timeout: float=120.  # seconds for everything
-) -> int:             # exit status
-    "Run the demo in the current event loop."
+    out=None, # Text stream; by default standard output
+    n:int=3, # Hosts
+    timeout:float=120. # Seconds for everything
+) -> int: # Exit status
+    "Run the demo in the current event loop"
     board, begun = Board(out or sys.stdout, n=n), time.monotonic()
     if lacks := Spec(python=sys.executable).missing():
         board.note('The demo cannot run: ' + '; '.join(lacks))
@@ -275,8 +275,8 @@ async def show(
     board.note(f'Failed: {problem}' if problem else f'Done in {time.monotonic()-begun:.1f} s')
     return int(bool(problem))
 
-def demo(out=None, n: int=3) -> int:  # exit status
-    "Run the demo; the command `jupyter ssh-spec demo`. Ctrl-C and SIGTERM end it, cleaned up."
+def demo(out=None, n:int=3) -> int: # Exit status
+    "Run the demo; the command `jupyter ssh-spec demo`. Ctrl-C and SIGTERM end it, cleaned up"
     async def run():
         me = asyncio.current_task()
         for o in (signal.SIGINT, signal.SIGTERM):

@@ -45,13 +45,13 @@ def _name(text, entry):
 @dataclass(frozen=True)
 class Host:
     "One entry of `remote_hosts`"
-    name: str # a host name, an address, or an alias of the OpenSSH client configuration
-    user: str|None = None # the user to log in as, if the entry says so
-    port: int|None = None # the port of the SSH server, if the entry says so
+    name:str # A host name, an address, or an alias of the OpenSSH client configuration
+    user:str|None = None # The user to log in as, if the entry says so
+    port:int|None = None # The port of the SSH server, if the entry says so
 
     @classmethod
     def parse(cls,
-        entry: str # `[user@]host[:port]`; an IPv6 address with a port, or a user, stands in brackets
+        entry:str # `[user@]host[:port]`; an IPv6 address with a port, or a user, stands in brackets
     ) -> 'Host':
         "The `Host` an entry names; ValueError says what is wrong with it"
         text = entry.strip()
@@ -115,20 +115,20 @@ def _parse_entries(entries):
     return _parsed(tuple(o for word in words for o in (_read_list(word) if word.startswith('@') else [word])))
 
 def parse_hosts(
-    entries: str|Iterable[str] # entries as a list, or separated by commas, or both
-) -> list[Host]: # in order, repetitions kept
+    entries:str|Iterable[str] # Entries as a list, or separated by commas, or both
+) -> list[Host]: # In order, repetitions kept
     "The hosts that `entries` name; ValueError names the first entry that is wrong, or says that there is none"
     return list(_parse_entries(entries)[0])
 
 def host_names(
-    entries: str|Iterable[str] # as for `parse_hosts`
-) -> list[str]: # the same, as canonical text
+    entries:str|Iterable[str] # As for `parse_hosts`
+) -> list[str]: # The same, as canonical text
     "The names of the hosts that `entries` name"
     return list(_parse_entries(entries)[1])
 
 # %% ../nbs/01_hosts.ipynb #09ddf54e
 def own_address(
-    addr: str # an IPv4 or IPv6 address
+    addr:str # An IPv4 or IPv6 address
 ) -> bool:
     "Whether `addr` is an address of this machine"
     ip = ipaddress.ip_address(addr.partition('%')[0])
@@ -173,12 +173,12 @@ def _matches_any(patterns, text):
 @dataclass
 class _Lookup:
     "One reading of the configuration for a host"
-    original: str # the name of the entry
-    name: str # the name now, canonical in the last reading
-    opts: dict # keyword: words
-    final: bool = False
-    canonical: bool = False
-    again: bool = False # whether a section asks for a last reading
+    original:str # The name of the entry
+    name:str # The name now, canonical in the last reading
+    opts:dict # Keyword: words
+    final:bool = False
+    canonical:bool = False
+    again:bool = False # Whether a section asks for a last reading
 
     def get(self, key, default=''): return ' '.join(self.opts.get(key, [])) or default
 
@@ -294,21 +294,21 @@ def canonicalize(self:_Lookup):
 @dataclass(frozen=True)
 class Route:
     "Where, as whom and through what a `Host` is reached"
-    hostname: str # the name or address to connect to
-    port: int = 22 # the port of the SSH server
-    user: str|None = None # the user to log in as; None: the user of this process
-    identity_files: tuple[str,...] = () # private keys to try, in order
-    certificate_files: tuple[str,...] = () # certificates that belong to them
-    identities_only: bool = False # try no other keys, even if an agent offers them
-    identity_agent: str|None = None # socket of the agent; None: SSH_AUTH_SOCK; '': use none
-    proxy_jump: tuple[Host,...] = () # the hosts to go through, first hop first
-    proxy_command: str|None = None # a shell command that speaks to the server, tokens expanded
-    known_hosts: tuple[str,...] = () # files with host keys, the user's first
-    host_key_alias: str|None = None # the name to look for in them instead of `hostname`
-    address_family: str = 'any' # any, inet or inet6
-    bind_address: str|None = None # the address of this machine to connect from
-    compression: bool = False # compress what is sent
-    ssh_command: str = '' # the command that goes there
+    hostname:str # The name or address to connect to
+    port:int = 22 # The port of the SSH server
+    user:str|None = None # The user to log in as; None: the user of this process
+    identity_files:tuple[str,...] = () # Private keys to try, in order
+    certificate_files:tuple[str,...] = () # Certificates that belong to them
+    identities_only:bool = False # Try no other keys, even if an agent offers them
+    identity_agent:str|None = None # Socket of the agent; None: SSH_AUTH_SOCK; '': use none
+    proxy_jump:tuple[Host,...] = () # The hosts to go through, first hop first
+    proxy_command:str|None = None # A shell command that speaks to the server, tokens expanded
+    known_hosts:tuple[str,...] = () # Files with host keys, the user's first
+    host_key_alias:str|None = None # The name to look for in them instead of `hostname`
+    address_family:str = 'any' # `any`, `inet` or `inet6`
+    bind_address:str|None = None # The address of this machine to connect from
+    compression:bool = False # Compress what is sent
+    ssh_command:str = '' # The command that goes there
 
 # %% ../nbs/01_hosts.ipynb #c91fcccd
 def _file(text, o):
@@ -336,10 +336,10 @@ def _ssh_command(host, config):
     return shlex.join(['ssh', *options, f'{host.user}@{host.name}' if host.user else host.name])
 
 def route(
-    host: Host, # an entry of `remote_hosts`
-    user: str|None = None, # the user where neither entry nor configuration name one
-    port: int = 22, # the port where neither entry nor configuration name one
-    config: str|None = None # the configuration file; None: the user's, then the system's
+    host:Host, # An entry of `remote_hosts`
+    user:str|None = None, # The user where neither entry nor configuration name one
+    port:int = 22, # The port where neither entry nor configuration name one
+    config:str|None = None # The configuration file; None: the user's, then the system's
 ) -> Route:
     "The way to `host` that OpenSSH would take. Reads files, may run `Match exec` commands: call it in a thread"
     if user and not _USER.fullmatch(user): raise ValueError(f'{user!r} is not a user name to log in with')
@@ -361,12 +361,12 @@ def route(
 
 # %% ../nbs/01_hosts.ipynb #7e0f8fec
 def hops(
-    host: Host, # an entry of `remote_hosts`
-    user: str|None = None, # as for `route`
-    port: int = 22, # as for `route`
-    config: str|None = None, # as for `route`
-    _seen: tuple = ()
-) -> list[Route]: # the first to connect to comes first, `host` itself last
+    host:Host, # An entry of `remote_hosts`
+    user:str|None = None, # As for `route`
+    port:int = 22, # As for `route`
+    config:str|None = None, # As for `route`
+    _seen:tuple = ()
+) -> list[Route]: # The first to connect to comes first, `host` itself last
     "The route of every hop on the way to `host`"
     if host in _seen:
         circle = ' -> '.join(map(str, (*_seen, host)))
@@ -379,7 +379,7 @@ def hops(
 # %% ../nbs/01_hosts.ipynb #028ae826
 @patch
 def is_local(self:Host,
-    config: str|None = None # as for `route`
+    config:str|None = None # As for `route`
 ) -> bool:
     "Whether this is a bare name or address of this machine. May ask the name service: call it in a thread"
     if self.user is not None or self.port is not None: return False

@@ -525,7 +525,7 @@ async def run_there(
     script:str, # For `/bin/sh`
     *words:str, # Its `$1` and so on
     timeout:float=900, # Seconds
-) -> tuple: # status, output
+) -> tuple: # Status, output
     "Run a command on a host, independent of the connection; what it leaves there is its effect only"
     session = await conn.session()
     name = f'{session.hello["cache"]}/setup-{secrets.token_hex(4)}.log'

@@ -56,7 +56,7 @@ def sites_of(
 class WatchedHost:
     "What is known of a host"
     site:Site # How it is reached; has this host alone
-    state:str='connecting' # or `up`, `silent`, `down`
+    state:str='connecting' # Or `up`, `silent`, `down`
     trouble:Trouble|None=None # Why it is down
     report:dict=field(default_factory=dict) # The agent's last event `load`
     kernels:list=field(default_factory=list) # of `RunningKernel`, when the host was heard last
@@ -244,7 +244,7 @@ class Overview:
 
 # %% ../nbs/34_page.ipynb #fa5f702f
 @patch
-def own_kernels(self:Overview) -> dict: # id -> manager
+def own_kernels(self:Overview) -> dict: # Id -> manager
     "The kernels of this server that run on hosts"
     managers = {o: self.app.kernel_manager.get_kernel(o) for o in self.app.kernel_manager.list_kernel_ids()}
     own = {k: o for k,o in managers.items() if isinstance(o.provisioner, DistributedProvisioner)}
@@ -266,7 +266,7 @@ async def refresh(self:Overview):
     self.problems = problems
 
 @patch
-async def notebooks(self:Overview) -> dict: # id of a kernel -> str
+async def notebooks(self:Overview) -> dict: # Id of a kernel -> str
     "The notebooks, or whatever else a session belongs to, of kernels"
     manager = getattr(self.app, 'session_manager', None)
     if manager is None: return {}
@@ -275,7 +275,7 @@ async def notebooks(self:Overview) -> dict: # id of a kernel -> str
 
 # %% ../nbs/34_page.ipynb #6ed39863
 @patch
-def kernels_by_host(self:Overview, own) -> dict: # entry -> list of `RunningKernel`, the oldest first
+def kernels_by_host(self:Overview, own) -> dict: # Entry -> list of `RunningKernel`, the oldest first
     "What is on each host, and where kernels of this server were that are on none"
     found = {h.name: list(h.kernels) for h in self.watcher.hosts.values()}
     seen = {k.id: (name, k) for name,ks in found.items() for k in ks if k.id in own}
@@ -285,7 +285,7 @@ def kernels_by_host(self:Overview, own) -> dict: # entry -> list of `RunningKern
     return {name: sorted(ks, key=lambda o: -(o.age or 0)) for name,ks in found.items()}
 
 @patch
-async def rows(self:Overview) -> dict: # key -> row, in the order of the page: hosts, then their kernels
+async def rows(self:Overview) -> dict: # Key -> row, in the order of the page: hosts, then their kernels
     "All that there is to show"
     own,hosts = self.own_kernels(),dict(self.watcher.hosts)
     names = await self.notebooks() if own else {}

@@ -50,7 +50,7 @@ class _Reception(asyncio.Protocol):
         self.transport,self.peer = transport,str((transport.get_extra_info('peername') or ('?',))[0])
         self.timer = asyncio.get_running_loop().call_later(self.server.timeout, self.refuse, 'it took too long')
         if self.server._listening: self.server._admit(self)
-        else: self.drop()  # accepted just before the server closed
+        else: self.drop() # accepted just before the server closed
 
     def data_received(self, data):
         self.buf += data
@@ -59,7 +59,7 @@ class _Reception(asyncio.Protocol):
     def eof_received(self):
         answer = self.server._judge(bytes(self.buf), self.peer)
         self.end()
-        if answer: self.transport.write(answer)  # asyncio closes when this is sent, since None is returned
+        if answer: self.transport.write(answer) # asyncio closes when this is sent, since None is returned
 
     def connection_lost(self, exc):
         if self.open and self.buf: self.server.refusals.note('it broke off before its end', self.peer)
@@ -127,7 +127,7 @@ class ResponseServer:
         self.port,self.retries,self.addr_any,self.timeout,self.max_open = port,retries,addr_any,timeout,max_open
         self.log = log or logging.getLogger(__name__)
         self.refusals = Refusals(self.log)
-        self._listening,self._open,self._expected = {},{},{}  # by address, by peer, by kernel id
+        self._listening,self._open,self._expected = {},{},{} # by address, by peer, by kernel id
 
 # %% ../nbs/04_response.ipynb #85b5a041
 @patch
@@ -201,7 +201,7 @@ class Expectation:
         same = self.server._expected.get(self.launch.kernel_id, [])
         if self in same: same.remove(self)
         if not same: self.server._expected.pop(self.launch.kernel_id, None)
-        if not self.future.cancel() and not self.future.cancelled(): self.future.exception()  # else asyncio logs it
+        if not self.future.cancel() and not self.future.cancelled(): self.future.exception() # else asyncio logs it
 
     def __enter__(self): return self
     def __exit__(self, *_): self.forget()

@@ -24,21 +24,21 @@ PACKAGE = Path(str(files('gateway_provisioners_ssh'))) # launchers and templates
 # %% ../nbs/28_specs.ipynb #67ab1404
 @dataclass(frozen=True)
 class Language:
-    "What the kernelspecs of one language have in common."
-    name: str # as users write it
-    language: str # as `kernel.json` has it
-    files: dict # place in the kernelspec: place in the package
-    argv: tuple # the command without Spark
-    spark_argv: tuple # the command with Spark
-    env: dict = field(default_factory=dict) # environment without Spark
-    spark_env: dict = field(default_factory=dict) # environment with Spark
-    encryption: tuple = () # protections of the transport that the kernel offers
-    debugger: bool = False # whether the kernel speaks the debugger protocol
-    logos: str = '' # the directory with its logo-*.png
-    needs: tuple = () # names of the checks in `NEEDS`, without Spark
-    on_hosts: str = '' # what every host needs besides Python and Spark, for people
-    build: str = '' # name of the function in `BUILDS` that makes what cannot be copied
-    python_env: str = '' # the variable by which an interpreter that was asked for reaches the launcher
+    "What the kernelspecs of one language have in common"
+    name:str # As users write it
+    language:str # As `kernel.json` has it
+    files:dict # Place in the kernelspec: place in the package
+    argv:tuple # The command without Spark
+    spark_argv:tuple # The command with Spark
+    env:dict = field(default_factory=dict) # Environment without Spark
+    spark_env:dict = field(default_factory=dict) # Environment with Spark
+    encryption:tuple = () # Protections of the transport that the kernel offers
+    debugger:bool = False # Whether the kernel speaks the debugger protocol
+    logos:str = '' # The directory with its logo-*.png
+    needs:tuple = () # Names of the checks in `NEEDS`, without Spark
+    on_hosts:str = '' # What every host needs besides Python and Spark, for people
+    build:str = '' # Name of the function in `BUILDS` that makes what cannot be copied
+    python_env:str = '' # The variable by which an interpreter that was asked for reaches the launcher
 
 # %% ../nbs/28_specs.ipynb #027f1401
 _ID,_PORTS = ('--kernel-id', '{kernel_id}'),('--port-range', '{port_range}')
@@ -71,11 +71,11 @@ LANGUAGES = {o.name.lower(): o for o in (
 # %% ../nbs/28_specs.ipynb #88affbc3
 @dataclass(frozen=True)
 class Cluster:
-    "A kind of Spark cluster, recognized by its master."
-    name: str # for messages
-    master: str # regular expression for the whole master URL
-    form: str # the same for people
-    options: str = '' # what `spark-submit` needs besides the master
+    "A kind of Spark cluster, recognized by its master"
+    name:str # For messages
+    master:str # Regular expression for the whole master URL
+    form:str # The same for people
+    options:str = '' # What `spark-submit` needs besides the master
 
 _AT = r'(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):\d{1,5}'
 CLUSTERS = (
@@ -84,18 +84,18 @@ CLUSTERS = (
     Cluster('local', r'local(\[(\d+|\*)(,\d+)?\])?', 'local[*]'))
 
 def cluster(
-    master: str # e.g. 'yarn', 'spark://10.0.0.4:7077' or 'local[*]'
+    master:str # E.g. 'yarn', 'spark://10.0.0.4:7077' or 'local[*]'
 ) -> Cluster:
-    "The kind of cluster that `master` names; ValueError lists the forms known."
+    "The kind of cluster that `master` names; ValueError lists the forms known"
     for o in CLUSTERS:
         if re.fullmatch(o.master, master): return o
     raise ValueError(f'Spark master {master!r} is not one of {", ".join(o.form for o in CLUSTERS)}')
 
 def spark_opts(
-    master: str|None, # None: what Spark itself takes for its default
-    extra: str = '' # more options, as one would type them
+    master:str|None, # None: what Spark itself takes for its default
+    extra:str = '' # More options, as one would type them
 ) -> str:
-    "The options of `spark-submit`, as `kernel.json` has them."
+    "The options of `spark-submit`, as `kernel.json` has them"
     where = [f'--master {master}', cluster(master).options] if master else []
     options = [*where, '--name ${KERNEL_ID:-ERROR__NO__KERNEL_ID}', extra.strip(), '${KERNEL_EXTRA_SPARK_OPTS}']
     return ' '.join(filter(None, options))
@@ -106,19 +106,19 @@ KERNEL_CLASS = 'ipykernel.ipkernel.IPythonKernel'
 
 @dataclass
 class Spec:
-    "The options of one kernelspec."
-    language: str = 'Python' # a key of `LANGUAGES`, in any case
-    kernel_name: str = '' # its directory; empty: from language and Spark
-    display_name: str = '' # its name for people; empty: from language and Spark
-    spark: bool = False # whether `spark-submit` starts the kernel
-    spark_master: str = 'yarn'
-    spark_home: str = '/opt/spark' # Spark's directory on the hosts
-    spark_init_mode: str = 'lazy' # one of `MODES`
-    extra_spark_opts: str = '' # more options of `spark-submit`, as one would type them
-    python: str = '' # the interpreter on the hosts; empty: `python`, or with Spark the one that runs this
-    kernel_class: str = KERNEL_CLASS # for Python
-    launch_timeout: int = 30 # seconds
-    config: dict = field(default_factory=dict) # more of the provisioner's options, e.g. remote_hosts
+    "The options of one kernelspec"
+    language:str = 'Python' # A key of `LANGUAGES`, in any case
+    kernel_name:str = '' # Its directory; empty: from language and Spark
+    display_name:str = '' # Its name for people; empty: from language and Spark
+    spark:bool = False # Whether `spark-submit` starts the kernel
+    spark_master:str = 'yarn'
+    spark_home:str = '/opt/spark' # Spark's directory on the hosts
+    spark_init_mode:str = 'lazy' # One of `MODES`
+    extra_spark_opts:str = '' # More options of `spark-submit`, as one would type them
+    python:str = '' # The interpreter on the hosts; empty: `python`, or with Spark the one that runs this
+    kernel_class:str = KERNEL_CLASS # For Python
+    launch_timeout:int = 30 # Seconds
+    config:dict = field(default_factory=dict) # More of the provisioner's options, e.g. remote_hosts
     doubts = () # what the user should look at once it is written
 
     def __post_init__(self):
@@ -140,7 +140,7 @@ def check_line(what, value):
 
 @patch
 def check(self:Spec):
-    "Refuse what no kernelspec can work with: a ValueError names the option and the value."
+    "Refuse what no kernelspec can work with: a ValueError names the option and the value"
     def need(ok, what):
         if not ok: raise ValueError(what)
     need(re.fullmatch(r'[a-z0-9][a-z0-9._-]*', self.kernel_name), f'kernel name {self.kernel_name!r}: a directory name '
@@ -171,7 +171,7 @@ def pythonpath(self:Spec):
 
 @patch
 def values(self:Spec,
-    target: str # the kernelspec's directory
+    target:str # The kernelspec's directory
 ) -> dict:
     "What `<name>` in the templates stands for"
     opts = spark_opts(self.spark_master, self.extra_spark_opts) if self.spark else spark_opts(None)
@@ -181,9 +181,9 @@ def values(self:Spec,
 # %% ../nbs/28_specs.ipynb #f92a81b5
 @patch
 def kernel_json(self:Spec,
-    target: str # the directory of the kernelspec, on this machine; hosts get its files when a kernel starts
+    target:str # The directory of the kernelspec, on this machine; hosts get its files when a kernel starts
 ) -> dict:
-    "The contents of `kernel.json`."
+    "The contents of `kernel.json`"
     lang,values = self.lang,self.values(target)
     argv,env = (lang.spark_argv, lang.spark_env) if self.spark else (lang.argv, lang.env)
     def filled(text): return re.sub('<([a-z_]+)>', lambda m: values[m[1]], text)
@@ -216,8 +216,8 @@ def missing_modules(python, *modules):
 
 # %% ../nbs/28_specs.ipynb #3aaa4212
 def not_here(
-    spec, # with the interpreter
-    needed: str = '' # what the kernelspec needs in it
+    spec, # With the interpreter
+    needed:str = '' # What the kernelspec needs in it
 ) -> str: # '' if there is nothing to say
     "What to say of an interpreter that does not run on this machine; one that was asked for may be on the hosts only"
     home,python = os.path.expanduser('~/'),spec.python
@@ -268,7 +268,7 @@ NEEDS = dict(ipykernel=need_ipykernel, python=need_python, irkernel=need_irkerne
 
 @patch
 def missing(self:Spec) -> list[str]:
-    "What the kernel will need and this machine lacks, each with the command that installs it."
+    "What the kernel will need and this machine lacks, each with the command that installs it"
     names = dict.fromkeys((*self.lang.needs, *(('spark', 'java') if self.spark else ())))
     return [o for o in (NEEDS[name](self) for name in names) if o]
 
@@ -280,10 +280,10 @@ def needed(self:Spec) -> str:
 
 # %% ../nbs/28_specs.ipynb #4a9fec2a
 def build_toree(
-    spec: Spec, # the kernelspec to be
-    place: Path # its directory so far
-) -> list[str]: # warnings
-    "Put the Toree kernel and its launcher, compiled for the Spark at `spec.spark_home`, into `lib`."
+    spec:Spec, # The kernelspec to be
+    place:Path # Its directory so far
+) -> list[str]: # Warnings
+    "Put the Toree kernel and its launcher, compiled for the Spark at `spec.spark_home`, into `lib`"
     (lib := place/'lib').mkdir(exist_ok=True)
     try:
         toree = find_toree_assembly()
@@ -299,11 +299,11 @@ BUILDS = dict(toree=build_toree)
 
 # %% ../nbs/28_specs.ipynb #bb83f0ce
 def place(
-    build: Callable, # fills the empty directory that it is given; what it returns is passed on
-    target: Path, # the kernelspec's directory
-    replace: bool = False # whether one that is there gives way
+    build:Callable, # Fills the empty directory that it is given; what it returns is passed on
+    target:Path, # The kernelspec's directory
+    replace:bool = False # Whether one that is there gives way
 ):
-    "Make `target` by `build`, whole or not at all; FileExistsError if it is there already and `replace` is not given."
+    "Make `target` by `build`, whole or not at all; FileExistsError if it is there already and `replace` is not given"
     target = Path(target)
     if os.path.lexists(target) and not replace:
         raise FileExistsError(f'{target} exists already; --replace puts the new kernelspec in its place')
@@ -325,8 +325,8 @@ def place(
 
 # %% ../nbs/28_specs.ipynb #4602e59f
 def copy_files(
-    sources: dict, # place below `to`: file
-    to: Path # a directory
+    sources:dict, # Place below `to`: file
+    to:Path # A directory
 ):
     for name,source in sources.items():
         (to/name).parent.mkdir(parents=True, exist_ok=True)
@@ -336,10 +336,10 @@ def write_json(path, value): path.write_text(json.dumps(value, indent=2, ensure_
 
 @patch
 def write(self:Spec,
-    place: Path, # an empty directory
-    target: Path # where the kernelspec will be
-) -> list[str]: # warnings
-    "Fill a directory with the files of this kernelspec."
+    place:Path, # An empty directory
+    target:Path # Where the kernelspec will be
+) -> list[str]: # Warnings
+    "Fill a directory with the files of this kernelspec"
     logos = {o.name: o for o in (PACKAGE/self.lang.logos).glob('logo-*')}
     copy_files({k: PACKAGE/v for k,v in (self.lang.files | (RUN_SH if self.spark else {})).items()} | logos, place)
     write_json(place/'kernel.json', self.kernel_json(target))
@@ -347,9 +347,9 @@ def write(self:Spec,
 
 @patch
 def install(self:Spec,
-    kernels: Path, # the `kernels` directory to install into
-    replace: bool = False # whether an existing kernelspec of this name gives way
-) -> tuple[Path, list[str]]: # the kernelspec's directory, and warnings
+    kernels:Path, # The `kernels` directory to install into
+    replace:bool = False # Whether an existing kernelspec of this name gives way
+) -> tuple[Path, list[str]]: # The kernelspec's directory, and warnings
     "Write this kernelspec below `kernels`; OSError if that cannot be done, and then nothing is left or replaced"
     target = Path(os.path.abspath(kernels))/self.kernel_name
     warnings = place(lambda new: self.write(new, target), target, replace)

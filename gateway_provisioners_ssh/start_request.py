@@ -51,7 +51,7 @@ def check_text(value:str):
 def check_request(
     argv:list[str], # The command
     env:dict[str,str], # Variables as they are: the start request's, and those of this package
-    spec_env:dict[str,str]={}, # kernel.json's `env`: `${NAME}` and `${NAME:-default}` mean the host's environment
+    spec_env:dict[str,str]={}, # `env` of kernel.json: `${NAME}` and `${NAME:-default}` mean the host's environment
     cwds:list[str]=[], # Directories to try, in order
 ):
     "Raise `ValueError` for a start request that no host can carry out"

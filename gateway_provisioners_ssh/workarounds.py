@@ -14,7 +14,7 @@ from .background import spawn_task
 # %% ../nbs/26_jupyter_client_workarounds.ipynb #da008d4d
 def pending_starts(
     km, # A `KernelManager`, or None
-) -> dict: # kernel id -> task; empty where there is no `MultiKernelManager`
+) -> dict: # Kernel id -> task; empty where there is no `MultiKernelManager`
     "The starts and shutdowns that the `MultiKernelManager` above `km` has under way"
     pending = getattr(getattr(km, 'parent', None), '_pending_kernels', None)
     return pending if isinstance(pending, dict) else {}
