@@ -102,6 +102,7 @@ def _is_given_up(self:NonblockingSocket, e):
     self.timed_out |= e.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
     return self.timed_out
 
+# %% ../nbs/05_channels.ipynb #5d3e0c14
 @patch
 def send(self:NonblockingSocket, data):
     "Take all of `data`; the loop writes it"
@@ -244,6 +245,7 @@ class _Inbox:
         if len(data) > n: self.parts.appendleft(data[n:])
         return data[:n]
 
+# %% ../nbs/05_channels.ipynb #5d3e0c12
 class _WindowCondition(threading.Condition):
     "The condition that a channel notifies when its window opens"
     def __init__(self, lock, wake):

@@ -28,5 +28,6 @@ def missing_package(
     e:ImportError, # What importing it raised
 ) -> str:
     "What to do where the Python of the host application lacks a package, or has one that is too old"
-    return (f'no kernel can be started on any host: {sys.executable}, which runs this application, lacks a package ({e}). '
-        f'Install what is needed: {sys.executable} -m pip install paramiko "pycryptodomex>=3.22"')
+    return (f'no kernel can be started on any host: {sys.executable}, which runs this application, '
+        f'lacks a package ({e}). Install what is needed: '
+        f'{sys.executable} -m pip install paramiko "pycryptodomex>=3.22"')

@@ -252,7 +252,8 @@ def _about(self:LaunchAttempt):
 async def spawn(self:LaunchAttempt, keys:LaunchKeys):
     "The process of the launcher; raises `Refusal`, `AgentClosed`"
     request,options,target = self.request,self.options,self.target
-    room,log = dict(max_kernels=self.limit, **vars(request.need)),f'{options.kernel_log_dir}/kernel-{request.kernel_id}.log'
+    room = dict(max_kernels=self.limit, **vars(request.need))
+    log = f'{options.kernel_log_dir}/kernel-{request.kernel_id}.log'
     async def started():
         return await spawn(target.agent, target.conn.wait_connected, log, self.user, about=self._about(),
             title=f'kernel {request.kernel_id} of {request.user}', room={k: v for k,v in room.items() if v},
@@ -323,19 +324,19 @@ async def explain_failure(self:LaunchAttempt,
 # %% ../nbs/25_launch_attempt.ipynb #c5b64424
 async def finish(
     coro, # A coroutine that may have to wait for a host
-    patience:float, # Seconds
+    timeout:float, # Seconds
 ):
     "Wait for `coro`, which goes on as a task when the time is over"
-    await asyncio.wait({spawn_task(coro)}, timeout=patience)
+    await asyncio.wait({spawn_task(coro)}, timeout=timeout)
 
 @patch
 async def roll_back(self:LaunchAttempt,
     spawning, # A task: `spawn`, done or not
-    patience:float, # Seconds to wait for it
+    timeout:float, # Seconds to wait for it
 ):
     "End what was started, and leave no log"
     async def end(): await (await spawning).release(keep_log=False)
-    await asyncio.shield(finish(end(), patience))
+    await asyncio.shield(finish(end(), timeout))
 
 # %% ../nbs/25_launch_attempt.ipynb #94ced26c
 @patch

@@ -32,7 +32,8 @@ def watch_link(
 @dataclass(eq=False)
 class _Watched:
     "One connection, and what is known of it"
-    session:object # `last_received`: when something came last; `idle_timeout`: what its agent was told; `heartbeat(idle_timeout)` tells it anew and asks for an answer
+    session:object # `last_received`: time of the last frame; `idle_timeout`: what the agent was last sent;
+                   # `heartbeat(idle_timeout)`: sends a new one and asks for an answer
     timeout:float # Seconds that an answer may take
     answered:object # Function, called when an answer was there in time
     silent:object # Function, called once when it was not

@@ -15,8 +15,8 @@ from jupyter_core.utils import ensure_async
 from .background import background, in_thread, spawn_task
 from .errors import LaunchError
 from .hosts import Host
-from .operators import HOST_ERRORS, KernelLog, RunningKernel, Site, Trouble, as_trouble, kernels_on, read_log
-from .operators import site, size, stop
+from .operators import HOST_ERRORS, KernelLog, RunningKernel, Site, Trouble, as_trouble
+from .operators import kernels_on, read_log, site, size, stop
 from .provisioner import DistributedProvisioner, shared
 from .remote import AgentClosed, Refusal
 from .settings import SettingError, settings

@@ -242,7 +242,8 @@ def _join(self:Tunnel, end):
     if not end.known:
         t = end.target
         bounds = dict(buffer=t.buffer, spool=t.spool)
-        self.session.tell(dict(op='open', s=end.number, token=end.token, port=t.port, id=t.kernel, user=t.user, **bounds))
+        self.session.tell(dict(op='open', s=end.number, token=end.token,
+            port=t.port, id=t.kernel, user=t.user, **bounds))
         end.known = True
     self.session.mux.add(end)
     end.settle()

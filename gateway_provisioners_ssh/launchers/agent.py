@@ -1331,7 +1331,7 @@ class Sender:
     def __init__(self, memory, spool=0, directory=''):
         self.memory,self.spool,self.directory = memory,spool,directory
         self.gone,self.kept = deque(),deque() # Parts that were sent, and that were not
-        self.base,self.sent,self.end,self.over = 0,0,0,False # Numbers of the first byte of each, and of the next to come
+        self.base,self.sent,self.end,self.over = 0,0,0,False # Numbers of the first of each, and of the next byte
         self.file,self.filed,self.taken = None,0,0 # How many bytes were written to the file, and read from it
 
     def room(self, spool=False): # int
