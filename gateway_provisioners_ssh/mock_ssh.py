@@ -28,7 +28,7 @@ log.addHandler(logging.NullHandler()) # paramiko calls a dropped connection an e
 
 # %% ../nbs/07_mock_ssh.ipynb #8edf68d9
 class Lane(Forwarder):
-    "What comes in goes out at the peer in order, `host.latency` seconds later, never while `host.frozen`"
+    "Passes bytes to the peer in order, `host.latency` seconds later, never while `host.frozen`"
     def __init__(self, host, peer=None):
         super().__init__(peer)
         self.host, self.queue, self.timer = host, deque(), None
@@ -42,7 +42,7 @@ class Lane(Forwarder):
         self.run()
 
     def run(self):
-        "Let out all that is due; come back for the rest"
+        "Pass on all that is due; set a timer for the rest"
         if self.timer: self.timer.cancel()
         self.timer = None
         while self.queue and self.peer and not self.host.frozen:
@@ -95,7 +95,7 @@ class MockConnection(Lane):
         self.closed.set_result(None)
 
     async def serve(self):
-        "Have paramiko's server at the other end"
+        "Run paramiko's server at the other end"
         if self.served: return
         self.served, (near, far) = True, socket.socketpair()
         _, peer = await self.host.loop.create_connection(lambda: Lane(self.host, self), sock=far)
@@ -108,7 +108,7 @@ class MockConnection(Lane):
         self.run()
 
     def cut(self):
-        "End the connection now, with a reset; what was under way is lost"
+        "End the connection now, with a reset; data under way is lost"
         self.transport.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.transport.abort()
 
@@ -172,7 +172,7 @@ def now_ticks() -> int:
 
 # %% ../nbs/07_mock_ssh.ipynb #0ac81e6b
 async def exited(proc:subprocess.Popen) -> int: # As of `Popen.returncode`
-    "The status of `proc`, once it has ended"
+    "The exit status of `proc`, once it has ended"
     try: fd = os.pidfd_open(proc.pid)
     except (AttributeError, OSError): return await in_thread(proc.wait) # no such call here
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
@@ -362,7 +362,7 @@ def new_key() -> paramiko.Ed25519Key:
 
 # %% ../nbs/07_mock_ssh.ipynb #6bc8beab
 class Startable:
-    "A context manager, plain or async, of what has `start` and `stop`"
+    "A context manager, plain or async, for a class with `start` and `stop`"
     def __enter__(self): return self.start()
     def __exit__(self, *args): self.stop()
     async def __aenter__(self): return await asyncio.to_thread(self.start)
@@ -380,7 +380,7 @@ class MockHost(Startable):
         password:str|None=None, # That may log in; none: only keys
         users:set[str]|None=None, # Who may log in; `None`: any name. Commands always run as the current user
         max_sessions:int=10, # Open sessions a connection, as sshd's `MaxSessions`
-        max_startups:int=10, # Connections not yet logged in; sshd drops some from this number on, this all
+        max_startups:int=10, # Connections not yet logged in; above it sshd drops some, this all
         forwarding:bool=True, # As `AllowTcpForwarding`
         noise:str='', # Printed by the login shell before a command's own output, as by a chatty .cshrc
         shell:str='/bin/sh', # Login shell
@@ -391,9 +391,9 @@ class MockHost(Startable):
         self.user, self.given_home, self.env, self.id = user or this_user(), home, env or {}, uuid.uuid4().hex
         self.client_key, self.host_key, self.loop, self.listener = client_key or new_key(), new_key(), None, None
         self.links, self.transports, self.sessions, self.lock = set(), set(), set(), threading.Lock()
-        self.commands, self.seen = [], Counter() # every command that was executed; totals of what happened
+        self.commands, self.seen = [], Counter() # every command that was executed; totals of events by name
         self.latency, self.frozen, self.hanging, self.auth, self.stopping = 0., False, False, True, False
-        self.key = self.host_key # that it shows; `host_key` is the one that clients were told of
+        self.key = self.host_key # shown to clients; `host_key` is the one in their known_hosts
 
     @property
     def entry(self) -> str: return f'{self.user}@{self._bracketed}:{self.port}' # For `remote_hosts`
@@ -419,7 +419,7 @@ def processes(self:MockHost) -> dict[int, str]:
 
 @patch
 def count(self:MockHost, what:str):
-    "One more of `what` in `seen`"
+    "Add one to `what` in `seen`"
     with self.lock: self.seen[what] += 1
 
 # %% ../nbs/07_mock_ssh.ipynb #8912b175
@@ -477,7 +477,7 @@ def _arrived(self:MockHost, conn:MockConnection):
 
 @patch
 def _resume(self:MockHost):
-    "Serve those that came meanwhile; let out what was held back"
+    "Serve the connections that came meanwhile; pass on the data held back"
     for o in list(self.links):
         if o.peer: o.run(); o.peer.run()
         elif not (self.hanging or self.frozen or o.transport.is_closing()): spawn_task(o.serve())
@@ -485,7 +485,7 @@ def _resume(self:MockHost):
 # %% ../nbs/07_mock_ssh.ipynb #629569f8
 @patch
 def accept(self:MockHost):
-    "Take connections again, those that hung included"
+    "Accept connections again, and serve those that hung"
     async def listen():
         self.hanging = False
         if not self.listener:
@@ -516,7 +516,7 @@ def drop(self:MockHost):
 # %% ../nbs/07_mock_ssh.ipynb #d029e1be
 @patch
 def stop(self:MockHost):
-    "End all: connections, forwards, and every process that was started through this host, wherever it has gone to"
+    "End connections, forwards, and every process that was started through this host, in any session"
     if not self.loop: return
     self.stopping, links = True, set(self.links)
     self.refuse()
@@ -551,7 +551,7 @@ def freeze(self:MockHost): self.frozen = True
 
 @patch
 def thaw(self:MockHost):
-    "Let the bytes flow again"
+    "End `freeze`: pass on data again"
     self.frozen = False
     call_in_loop(self._resume)
 
@@ -564,7 +564,7 @@ def refuse_auth(self:MockHost): self.auth = False
 
 @patch
 def power_off(self:MockHost):
-    "Gone, with all that ran on it; `heal` boots it again"
+    "Refuse connections and kill all processes; `heal` starts the host again"
     self.refuse()
     self.drop()
     kill_marked(self.id, self.since)

@@ -24,7 +24,7 @@ class NoPython(AgentClosed):
     "The host has no Python that can run the agent"
 
 class Refusal(RuntimeError):
-    "The agent did not do what it was asked; the message is the host's"
+    "The agent refused a request; the message is the agent's"
 
 @lru_cache(maxsize=None)
 def agent_source() -> tuple: # Compressed file, version
@@ -151,7 +151,7 @@ async def request(self:AgentSession,
         await self.greeting(user)
         try: return await self._request(op, data, user, arguments)
         except AgentClosed:
-            if self.closed or not retry: raise # else it had nothing to do and ended just then
+            if self.closed or not retry: raise # the agent was idle and ended just then
 
 @patch
 async def _request(self:AgentSession, op, data, user, arguments):
@@ -211,7 +211,7 @@ async def local_session(
 ) -> AgentSession:
     "A started session with the agent of this machine"
     ours,theirs = socket.socketpair()
-    command = f'exec 3<&0; ( {COMMAND} ) <&3 3<&- &' # not our child, for it may outlive us
+    command = f'exec 3<&0; ( {COMMAND} ) <&3 3<&- &' # no child of this process, which it may outlive
     options = dict(stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
     with theirs: p = await asyncio.create_subprocess_exec('/bin/sh', '-c', command, **options)
     reader,writer = await asyncio.open_connection(sock=ours)
@@ -232,7 +232,7 @@ class Tree:
     root:str # The directory here
     name:str # 64 hex digits
     files:tuple # `(path below root, mode)`
-    agent_socket:bool # Whether its launcher reports to an agent's socket, or knows of the network only
+    agent_socket:bool # Whether its launcher can report to an agent's socket, not only by the network
     templates:bool # Whether its launcher can be forked from a template
 
 _not_sent = re.compile(r'(^|/)(__pycache__|\.[^/]*)(/|$)|^kernel\.json$|^logo-[^/]*$')
@@ -269,7 +269,7 @@ async def ship(self:AgentSession,
     tree:Tree,
     user:str='', # See `request`
 ) -> str: # Its directory on the host
-    "See to it that the host has the files of `tree`; raises `Refusal`, or `AgentClosed`"
+    "Send the files of `tree` unless the host has them; raises `Refusal`, or `AgentClosed`"
     hello,key = await self.greeting(user),(user, tree.name)
     if tree.name not in hello['trees']:
         if key not in self.transfers:
@@ -305,14 +305,14 @@ class RemoteProcess:
         self.sessions,self.id,self.log,self.user,self.pid,self.pgid = sessions,id,log,user,pid,pgid
         self.returncode,self.lost = None,False # `lost`: the exit code is unknown
         self.stopped = False # By an operator, so that it is not to be started again
-        self.cold = '' # Why it was not forked from a template, where one was wanted and cannot be had
+        self.cold = '' # Why it was not forked from a template although one was wanted
         self.exited,self.report = (asyncio.get_running_loop().create_future() for _ in range(2))
         self._agent_ended,self._follower = asyncio.Event(),None
 
     def __repr__(self): return f'RemoteProcess(pid={self.pid}, returncode={self.returncode})'
 
     def follow(self):
-        "Learn of the end, over whatever connections there will be; returns `self`"
+        "Watch for the end of the process, over this connection and later ones; returns `self`"
         if self._follower is None: self._follower = asyncio.create_task(self._follow())
         return self
 
@@ -329,7 +329,7 @@ async def _follow(self:RemoteProcess):
             try: await asyncio.wait({session.over, agent_ended, self.exited}, return_when=asyncio.FIRST_COMPLETED)
             finally: agent_ended.cancel()
         except AgentClosed: await asyncio.sleep(0)
-        except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # the host could not even ask
+        except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # the agent cannot watch it at present
         finally: session.processes.pop((self.user, self.id), None)
 
 # %% ../nbs/09_remote.ipynb #36328fd5
@@ -340,7 +340,7 @@ def on_agent_end(self:RemoteProcess):
 
 @patch
 def on_event(self:RemoteProcess, event:str, m:dict):
-    "Take what the agent tells of it"
+    "Handle an event of the agent about the process"
     fields,status = m.get('fields' if event == 'report' else 'report'),m.get('status')
     if isinstance(fields, dict): _resolve(self.report, fields)
     if event == 'stopped': self.stopped = True

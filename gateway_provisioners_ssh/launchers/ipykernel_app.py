@@ -77,7 +77,7 @@ def _sql_context(session):
     import warnings
     from pyspark.sql import SQLContext
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # it is deprecated, for which the user has no use
+        warnings.simplefilter('ignore') # the user cannot act on its deprecation
         return SQLContext.getOrCreate(session.sparkContext)
 
 SPARK_NAMES = dict(

@@ -94,7 +94,7 @@ def source_paths() -> list:
     return sorted({o for o in (*directories, *modules, *others) if isinstance(o, str)})
 
 def stamps(paths) -> list: # None for a path that does not exist
-    "Values that change when a file or directory changes, for each path"
+    "A value for each path, which differs when the file or directory has changed"
     return [_stamp(o) for o in paths]
 
 def _stamp(path):
