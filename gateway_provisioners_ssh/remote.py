@@ -90,7 +90,7 @@ def feed(self:AgentSession, data:bytes):
         for message,rest in self.decoder.feed(data): self._received(message, rest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         said = bytes(self.decoder.buffer[:2000]).decode("utf-8", "replace")
-        self.close(f'it wrote what no agent writes ({type(e).__name__}): {said!r}')
+        self.close(f'it sent what is no frame ({type(e).__name__}): {said!r}')
 
 @patch
 def close(self:AgentSession, why:str=''):

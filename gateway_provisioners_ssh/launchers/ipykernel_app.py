@@ -107,7 +107,7 @@ def check_reachable(
         try: return socket.create_connection((host.strip('[]'), int(port)), timeout=3).close()
         except TimeoutError: return
         except (OSError, ValueError) as e: errors.append(f'{at}: {getattr(e, "strerror", None) or e}')
-    raise ConnectionError(f'nobody answers at {", ".join(errors)}: is {master} the master, and is it up?')
+    raise ConnectionError(f'no Spark master answers at {", ".join(errors)}: is {master} the master, and is it up?')
 
 def check_accepted(
     session, # A `SparkSession`
