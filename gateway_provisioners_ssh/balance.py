@@ -71,7 +71,7 @@ class Claim:
 def takes_reports(
     rule:type, # The class of a load balancer
 ) -> bool:
-    "Whether its `order` takes what hosts said last"
+    "Whether its `order` takes the reports of hosts"
     return hasattr(rule, 'order') and 'reports' in inspect.signature(rule.order).parameters
 
 class Ledger:
@@ -212,7 +212,7 @@ BUILT_IN['least-load'] = LeastLoad
 
 # %% ../nbs/22_least_load.ipynb #3928ed59
 class HostReports:
-    "What connected hosts have said last; used in one event loop"
+    "The last reports of connected hosts; used in one event loop"
     lease = 300 # Seconds for which a host reports its load after it was asked
     def __init__(self): self.sessions,self.reports,self.asked = {},{},{}
 
@@ -260,7 +260,7 @@ class HostChoice:
         reports:HostReports|None=None, # What hosts said last
         need:Need=Need(), # What the kernel must find on its host
         last:str='', # The only host of a pinned kernel; that of a kernel that restarts
-        avoid_last:bool=False, # Whether `last` has lost the kernel, and so comes after those that have room
+        avoid_last:bool=False, # Whether `last` has lost the kernel, and so comes after those with free capacity
         backing_off=lambda host: False, # See `backing_off_last`
         rounds:int=8, # How often an exact balancer may choose again; 0 if its choice cannot be exact
     ):

@@ -124,7 +124,7 @@ def call_in_loop(self:NonblockingSocket, f):
 # %% ../nbs/05_channels.ipynb #b2452746
 @patch
 def _flush(self:NonblockingSocket):
-    "Write what the socket takes; come back when it takes more"
+    "Write what the socket accepts; the rest when it is writable again"
     if self.closed: return
     was_full = self.full
     try:

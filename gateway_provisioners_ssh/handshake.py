@@ -19,7 +19,7 @@ PROTOCOL = json.loads((files('gateway_provisioners_ssh')/'launchers'/'protocol.j
 class HandshakeError(ValueError):
     "Something from outside was refused; the text is a fixed reason, never content"
     def __init__(self,
-        reason:str, # What is wrong, in words fixed in this module
+        reason:str, # What is wrong: a text that is fixed in this module
         authenticated:bool=False, # Had the sender proved that it holds the launch's secret?
     ):
         super().__init__(reason)
@@ -160,7 +160,7 @@ def ticket(
 def ticket_fields(self:LaunchKeys,
     by_network:bool, # May the launcher have to report by the network? Then it needs key and secret
 ) -> dict:
-    "What the ticket says; the agent adds its socket and a token. Blocks while a key is made, if one is needed"
+    "The content of the ticket; the agent adds its socket and a token. Blocks while a key is made, if one is needed"
     fields = RedactedDict(version=PROTOCOL['version'], encrypt=self.encrypt)
     if by_network: fields.update(psk=base64.b64encode(self._psk).decode(), key=self._spki)
     if self.connection: fields.update(connection=dict(self.connection))

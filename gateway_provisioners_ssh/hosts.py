@@ -32,7 +32,7 @@ def _port(text, entry):
     return int(text) if ok else _refuse(entry, f'port {text!r} is not a number from 1 to 65535')
 
 def _name(text, entry):
-    "A host name as it is, or an IPv6 address in its shortest form"
+    "A host name unchanged, or an IPv6 address in its shortest form"
     if ':' in text:
         if '%' in text: _refuse(entry, 'an IPv6 address with a zone is not supported')
         try: return str(ipaddress.IPv6Address(text))
@@ -53,7 +53,7 @@ class Host:
     def parse(cls,
         entry:str # `[user@]host[:port]`; an IPv6 address with a port, or a user, stands in brackets
     ) -> 'Host':
-        "The `Host` an entry names; ValueError says what is wrong with it"
+        "The `Host` that an entry names; raises `ValueError` with the entry and the reason"
         text = entry.strip()
         user, at, rest = text.rpartition('@')
         if at and not user: _refuse(entry, 'the user name before @ is missing')
@@ -92,7 +92,7 @@ def _read_list(word):
     return found
 
 def _repeat(word):
-    "An entry as often as its weight says"
+    "An entry, repeated by its weight"
     entry, star, weight = word.partition('*')
     number = weight.strip()
     ok = number.isascii() and number.isdecimal() and len(weight) < 4 and 0 < int(number) <= 100
@@ -117,7 +117,7 @@ def _parse_entries(entries):
 def parse_hosts(
     entries:str|Iterable[str] # Entries as a list, or separated by commas, or both
 ) -> list[Host]: # In order, repetitions kept
-    "The hosts that `entries` name; ValueError names the first entry that is wrong, or says that there is none"
+    "The hosts that `entries` name; raises `ValueError` for the first invalid entry, or if there is none"
     return list(_parse_entries(entries)[0])
 
 def host_names(
@@ -293,7 +293,7 @@ def canonicalize(self:_Lookup):
 # %% ../nbs/01_hosts.ipynb #da532a20
 @dataclass(frozen=True)
 class Route:
-    "Where, as whom and through what a `Host` is reached"
+    "Address, user, keys and jump hosts with which a `Host` is reached"
     hostname:str # The name or address to connect to
     port:int = 22 # The port of the SSH server
     user:str|None = None # The user to log in as; None: the user of this process
@@ -320,7 +320,7 @@ def _files(words, o):
     return tuple(dict.fromkeys(_file(w, o) for w in words if w.lower()!='none'))
 
 def _agent(text, o):
-    "The agent's socket: as the variable says, none, or a path"
+    "The agent's socket from `SSH_AUTH_SOCK` or another variable, none, or a path"
     if text=='SSH_AUTH_SOCK': return None
     if text.lower()=='none': return ''
     return os.environ.get(text[1:], '') if re.fullmatch(r'\$\w+', text) else _file(text, o)
@@ -407,7 +407,7 @@ class Login:
 
 # %% ../nbs/01_hosts.ipynb #d1368130
 class HostError(OSError):
-    "A host that cannot be used; the message says what failed and what to do"
+    "A host that cannot be used; the message has host, user, what failed and what to do"
     def __init__(self, host, user, what, fix=''):
         self.host,self.user,self.what,self.fix = str(host),user,what,fix
         super().__init__(f'host {host} (user {user}): {what}' + (f'. {fix}' if fix else ''))

@@ -50,7 +50,7 @@ def hint(
 
 # %% ../nbs/25_launch_attempt.ipynb #060469c7
 def launch_error(conn, what:str, status:int=500) -> LaunchError:
-    "The error that says `what` failed on the host of a connection"
+    "The error for `what` failed on the host of a connection"
     return LaunchError(f'host {conn.host} (user {conn.user}): {what}', status)
 
 class NoRoom(HostError):

@@ -39,7 +39,7 @@ class Site:
     settings:HostSettings
     command:str='python' # What a kernel's command begins with
     is_python:bool=True # Whether that is a Python that needs ipykernel
-    users:tuple=() # With impersonation: whose kernels are meant besides those of the login
+    users:tuple=() # With impersonation: users whose kernels count besides those of the login
     pool:Pool=field(default_factory=Pool)
 
     @property
@@ -526,7 +526,7 @@ async def run_there(
     *words:str, # Its `$1` and so on
     timeout:float=900, # Seconds
 ) -> tuple: # Status, output
-    "Run a command on a host, independent of the connection; what it leaves there is its effect only"
+    "Run a command on a host, independent of the connection, and remove its log and record"
     session = await conn.session()
     name = f'{session.hello["cache"]}/setup-{secrets.token_hex(4)}.log'
     argv = ['/bin/sh', '-c', script, 'sh', *words]

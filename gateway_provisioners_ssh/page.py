@@ -54,12 +54,12 @@ def sites_of(
 # %% ../nbs/34_page.ipynb #c41bcfa7
 @dataclass(eq=False)
 class WatchedHost:
-    "What is known of a host"
+    "The state of a host, for the page"
     site:Site # How it is reached; has this host alone
     state:str='connecting' # Or `up`, `silent`, `down`
     trouble:Trouble|None=None # Why it is down
     report:dict=field(default_factory=dict) # The agent's last event `load`
-    kernels:list=field(default_factory=list) # of `RunningKernel`, when the host was heard last
+    kernels:list=field(default_factory=list) # of `RunningKernel`, as of the last report
     logs:dict=field(default_factory=dict) # The agent's id of a kernel -> its CPU time at the last look, the last lines
 
     @property

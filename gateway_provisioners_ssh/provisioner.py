@@ -160,7 +160,7 @@ def choose_hosts(self:DistributedProvisioner, request:StartRequest) -> HostChoic
     def backing_off(host): return app.pool.backing_off(Host.parse(host), login)
     if pinned: return HostChoice(app.ledger, [pinned], last=pinned, backing_off=backing_off)
     hosts,balancer = host_names(self.remote_hosts),load_balancer(self.load_balancing_algorithm)
-    rounds = 0 if self.impersonation_enabled else 8 # each user has an agent of their own, which knows its kernels only
+    rounds = 0 if self.impersonation_enabled else 8 # each user has an agent of their own, which counts only its kernels
     return HostChoice(app.ledger, hosts, balancer, app.reports, request.need, str(self.conn.host) if self.conn else '',
         self.avoid_last_host, backing_off, rounds)
 
@@ -449,7 +449,7 @@ async def kill(self:DistributedProvisioner, restart=False):
 # %% ../nbs/27_provisioner.ipynb #b83b4a08
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
-    "Forget the process and remove what it left on its host"
+    "Stop following the process, and remove its files on the host"
     if start := self.starting:
         start.cancelled = True
         await background().run(self._cancel_start(start))

@@ -30,7 +30,7 @@ class Refusal(RuntimeError):
 def agent_source() -> tuple: # Compressed file, version
     "What is sent to a host"
     text = (files('gateway_provisioners_ssh')/'launchers/agent.py').read_bytes()
-    text = re.sub(rb'(?m)^#.*$', b'', text) # what nbdev writes at the head of each cell; the numbers of the lines stay
+    text = re.sub(rb'(?m)^#.*$', b'', text) # nbdev's comments at the head of cells; the lines keep their numbers
     return zlib.compress(text, 9),hashlib.sha256(text).hexdigest()[:12]
 
 # %% ../nbs/09_remote.ipynb #9839b1e9
@@ -195,9 +195,9 @@ async def answers(self:AgentSession,
 
 @patch
 def heartbeat(self:AgentSession,
-    idle_timeout:float, # What the agent is told, as in `AgentSession`
+    idle_timeout:float, # The new idle timeout, as in `AgentSession`
 ):
-    "Send a ping without waiting for the answer; when it has come, `last_received` says so"
+    "Send a ping without waiting for the answer, which updates `last_received`"
     if self.closed: return
     self.last_number += 1
     self.idle_timeout = idle_timeout
@@ -296,7 +296,7 @@ class RemoteProcess:
     "A process that an agent has started"
     def __init__(self,
         sessions, # Coroutine function: a live `AgentSession` of the host, waiting until there is one
-        id:str, # What the agent knows it by
+        id:str, # The agent's id of it
         log:str, # The log's path on the host
         user:str='', # Whose agent has it; empty: that of the login
         pid:int=0, # Its number on the host; it leads a session and a process group of its own

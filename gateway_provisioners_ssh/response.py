@@ -85,7 +85,7 @@ def listening_socket(
     port:int, # The first port to try; 0 lets the system choose
     retries:int=0, # How many ports after it to try
 ) -> socket.socket: # Non-blocking, listening
-    "A socket that listens on `ip` at the first free port; `OSError` says which setting to change if there is none"
+    "A socket that listens on `ip` at the first free port; raises `OSError` with the setting to change"
     family, last = socket.AF_INET6 if ':' in ip else socket.AF_INET, min(port + retries, 2**16-1)
     for p in range(port, last + 1):
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -151,7 +151,7 @@ async def address(
     self:ResponseServer,
     ip:str, # An address of this machine that the launcher's host can reach; with `addr_any`, one that leads here
 ) -> str: # `ip:port`, an IPv6 address in brackets: the value of `{response_address}`
-    "Where launchers can report to, listened on from now on; `OSError` says what to change if that fails"
+    "The address for launchers to report to, listened on from now on; raises `OSError` with what to change"
     try: a = ipaddress.ip_address(ip)
     except ValueError: raise ValueError(f'{ip!r} is not an IP address: set GP_RESPONSE_IP to one') from None
     a = getattr(a, 'ipv4_mapped', None) or a

@@ -116,7 +116,7 @@ def checked(
     value,
     where:str, # Where it was written, e.g. the name of a variable
 ):
-    "What `read` makes of `value`; raises `SettingError`, which says `where` to look"
+    "`value` as `read` returns it; raises `SettingError` with the place, `where`"
     try: return read(value)
     except (ValueError, TypeError) as e: raise SettingError(f'{where}: {e}') from None
 
@@ -142,7 +142,7 @@ class Setting:
         return next((o for o in self.variables if o in os.environ), None)
 
     def from_environment(self):
-        "What the environment says, else the default; raises `SettingError`"
+        "The value from the environment, else the default; raises `SettingError`"
         var = self.set_by
         return checked(self.kind, os.environ[var] if var else self.default, var or self.name)
 

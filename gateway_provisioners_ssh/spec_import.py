@@ -50,7 +50,7 @@ PROVISIONERS = ('DistributedProcessProxy', 'distributed-provisioner', 'LocalProc
 def provisioner_stanza(
     kernel:dict, # Contents of kernel.json
 ) -> tuple: # Class or provisioner that starts the kernel, '' if none is named; the stanza
-    "What a kernelspec says of its provisioner; ValueError if that is not understood"
+    "The provisioner that a kernelspec names; raises `ValueError` if that is malformed"
     meta = kernel.get('metadata') if isinstance(kernel.get('metadata'), dict) else {}
     places = ((meta, 'process_proxy', 'class_name'), (kernel, 'process_proxy', 'class_name'),
         (meta, 'kernel_provisioner', 'provisioner_name'))
@@ -161,7 +161,7 @@ def kept_config(
 # %% ../nbs/29_spec_import.ipynb #f28ce119
 @patch
 def _relocated(self:ImportedSpec, word, target):
-    "`word`, with paths into the original's directory, wherever that was installed, as paths into `target`"
+    "`word`, with paths into the original's directory replaced by paths into `target`"
     end = '/' + LAUNCHERS.get(self.launcher, '')
     installed = [o.removesuffix(end) for o in self.kernel['argv'] if self.launcher and o.endswith(end)]
     for root in {str(self.source), *installed}: word = relocate_path(root, str(target), word)

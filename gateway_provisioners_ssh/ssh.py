@@ -122,7 +122,7 @@ def _names_host(line, name):
     return any(map(same, re.split('[ \t]', line, maxsplit=1)[0].split(',')))
 
 def _add_host_keys(keys, file, name):
-    "Add what `file` says of `name` to `keys`; of two keys of one kind the first counts"
+    "Add the host keys of `name` in `file` to `keys`; of two keys of one type the first counts"
     with suppress(FileNotFoundError, PermissionError), open(file, errors='replace') as f:
         for line in map(str.strip, f):
             entry = HostKeyEntry.from_line(line) if _names_host(line, name) else None

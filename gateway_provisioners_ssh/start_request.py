@@ -26,7 +26,7 @@ def expand_argv(
 def relocate_path(
     root:str, # A directory here
     place:str, # Where its files are on the host
-    text:str, # A word, in which `root` may stand alone, or begin paths
+    text:str, # A word, which may be `root`, or have paths below it
 ) -> str:
     "`text` with `place` instead of `root`"
     return re.sub(rf'(?<![^\s=:,"\']){re.escape(root)}(?=[/\s=:,"\']|$)', lambda _: place, text) if root else text

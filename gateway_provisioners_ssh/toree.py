@@ -98,7 +98,7 @@ def compile_launcher(
     out_dir:str|Path, # Where the jar goes; must exist
     assembly:str|Path|None=None, # Toree's jar; default: the installed apache-toree
 ) -> Path: # out_dir/toree-launcher_SCALAVERSION.jar
-    "Compile the launcher; `BuildError` says what is missing or what the compiler said"
+    "Compile the launcher; raises `BuildError` with what is missing, or the compiler's output"
     spark,java,toree = find_spark(spark_home),find_java(),find_toree_assembly(assembly)
     if (built := toree_scala(toree)) not in (None, spark.scala): raise BuildError(
         f'{toree.name} is made for Scala {built}, and the Spark {spark.version} at {spark.home} for Scala '

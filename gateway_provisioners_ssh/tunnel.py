@@ -268,7 +268,7 @@ def add(self:Tunnel, end):
 
 @patch
 def remove(self:Tunnel, end):
-    "`end` is no more: tell the host, now or with the next session"
+    "Remove `end`, and tell the host, now or in the next session"
     self.ends.pop(end.number, None)
     if end.mux: end.mux.remove(end)
     if self.session and end.known: self.session.tell(dict(s=end.number, end=''))
@@ -295,7 +295,7 @@ def close(self:Tunnel):
 class KernelPort(NamedTuple):
     "A port of a kernel, and how its streams are to be kept"
     port:int # On the loopback interface of the host
-    kernel:str # What the agent knows the kernel by
+    kernel:str # The agent's id of the kernel
     user:str = '' # Whose agent has it; empty: that of the login
     buffer:int = 4*2**20 # Bytes that each end keeps in memory
     spool:int = 2**30 # Bytes that the host keeps in a file beyond that

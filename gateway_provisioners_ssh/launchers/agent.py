@@ -128,7 +128,7 @@ def open_own_file(path, flags=os.O_RDONLY): # int or None
     os.close(fd)
 
 def remove_tree(path):
-    "Remove a directory and what is in it, as far as it is there"
+    "Remove a directory and its contents, if it exists"
     try:
         for o in os.scandir(path): remove_tree(o.path) if o.is_dir(follow_symlinks=False) else os.unlink(o.path)
         os.rmdir(path)
@@ -307,7 +307,7 @@ class Loop:
         while not self.stopped: self.step()
 
     def attempt(self, call):
-        "Call `call`; a defect in one place must not end the agent of all kernels, so `on_error` is told of it"
+        "Call `call`; a defect in one place must not end the agent of all kernels, so `on_error` gets it"
         try: call()
         except Exception: self.on_error()
 
@@ -525,7 +525,7 @@ def _close_output(self:Kernel):
 # %% ../../nbs/08_agent.ipynb #50cad211
 @patch
 def check_alive(self:Kernel):
-    "Learn of the end of a process that is not our child"
+    "Detect the end of a process that is no child of this agent"
     if self.ended: return
     if start_time(self.record['pid']) != self.record['start'] or not self.record['start']:
         status = self.read_status()
@@ -554,7 +554,7 @@ def read_status(self:Kernel): # int or None
 
 # %% ../../nbs/08_agent.ipynb #bed56ce3
 def exit_status(code): # int: as `subprocess` has it, negative for a signal
-    "What `os.waitpid` said"
+    "The exit status in a status of `os.waitpid`"
     return -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
 
 @patch
@@ -654,7 +654,7 @@ class Agent:
         except Exception: pass
 
     def run_detached(self, argv):
-        "Start a command whose end is not waited for"
+        "Start a command without waiting for its end"
         null = os.open(os.devnull, os.O_RDWR)
         try: spawn(argv, dict(PATH=os.environ.get('PATH', os.defpath)), (null, null, null))
         except Refused: pass
@@ -774,7 +774,7 @@ def adopt_kernels(self:Agent):
 
 @patch
 def take_over(self:Agent, k):
-    "Make this the agent of a kernel whose agent is gone, if no other was faster"
+    "Make this the agent of a kernel whose agent is gone, unless another has done so"
     if k.record['agent'][0] == os.getpid() or not k.owned(): return
     try: lock = os.open(k.dir, os.O_RDONLY)
     except OSError: return
@@ -986,7 +986,7 @@ class KernelStart:
             raise
 
     def running(self, pid, cold=''):
-        "The process is there; `cold` says why no template made it, where one was wanted"
+        "The process is there; `cold`: why no template made it, where one was wanted"
         self.kernel.record.update(pid=pid, start=start_time(pid), groups=[pid])
         try: self.kernel.save(must=True)
         except OSError as e:
@@ -1455,7 +1455,7 @@ class End:
     "One end of a stream; `mux` is what carries its frames, None while nothing does"
     def __init__(self, number, out):
         self.number,self.out,self.mux = number,out,None
-        self.got = self.passed = self.said = 0 # `said`: how much of `passed` the far end knows
+        self.got = self.passed = self.said = 0 # `said`: how much of `passed` was acknowledged
         self.fin,self.finished,self.why = None,False,'' # Where the other direction ends; whether this one has, and why
 
     def frame(self, most=CHUNK): # Buffers; none if there is nothing to send
@@ -1530,7 +1530,7 @@ class Mux:
         self.kick()
 
     def next(self): # Buffers; none if no end has anything to send
-        "The frame of whose turn it is"
+        "The frame of the end whose turn it is"
         while self.line:
             number = self.line.popleft()
             end = self.ends.get(number)
@@ -1994,7 +1994,7 @@ def query_gpus(env): # list of dict
 
 # %% ../../nbs/11_load.ipynb #627f616b
 def check_directory(path): # dict: `writable`, `free` bytes, `error`
-    "Whether a log can be made in `path`, and how much room there is"
+    "Whether a log can be created in `path`, and how much space is free"
     probe = fsencode('%s/.gpssh-%s' % (path, os.urandom(6).hex()))
     try:
         os.close(os.open(probe, os.O_WRONLY|os.O_CREAT|os.O_EXCL|os.O_NOFOLLOW, 0o600))
@@ -2032,7 +2032,7 @@ except Exception as e: said['error'] = '%s: %s' % (type(e).__name__, e)
 print('\\n' + json.dumps(said))'''
 
 def check_command(command, env, is_python): # dict: `found`, `error`; of a Python also what it says of itself
-    "Whether a command is there, and what it is"
+    "Whether a command exists, and for a Python its version and packages"
     from shutil import which
     home,path = env.get('HOME', '/'),env.get('PATH', os.defpath)
     for o in ('~', '$HOME', '${HOME}'):
@@ -2346,7 +2346,7 @@ def shared_environment(env): # dict
     return {k: v for k,v in env.items() if not _of_one_start.match(k)}
 
 def parse_standby(m): # tuple: command up to the launcher, modules to preload, timeout
-    "What a request says about its template; raises `Refused`"
+    "The template that a request wants; raises `Refused`"
     argv,s = m['argv'],m['standby'] if isinstance(m['standby'], dict) else {}
     script,preload,timeout = (s.get(o) for o in ('script', 'preload', 'timeout'))
     texts = lambda o: isinstance(o, list) and all(isinstance(p, str) for p in o)
@@ -2366,7 +2366,7 @@ class Template:
     def __init__(self, agent, key, command, preload, env, length): # `length`: of a kernel's command line
         self.agent,self.key,self.command,self.preload,self.env,self.length = agent,key,command,preload,env,length
         self.pid,self.ready,self.size,self.attempts = 0,False,0,0 # `size`: in pages, when it was ready
-        self.cold_reason,self.on_ready = '',[] # Why it cannot fork kernels; functions that are told that, or ''
+        self.cold_reason,self.on_ready = '',[] # Why it cannot fork kernels; functions that are called with that, or ''
         self.forks = [] # `Fork`s that wait for it; it is the turn of the first
         self.sock = self.expiry_timer = self.timer = None
 

@@ -36,7 +36,7 @@ def log(
     except OSError: pass
 
 def exit_with(e:LauncherError): # Its text is logged
-    "End this process with the one line that says why"
+    "Log the error in one line and end this process"
     log(e)
     sys.exit(e.status)
 

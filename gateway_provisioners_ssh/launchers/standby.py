@@ -21,11 +21,11 @@ KERNEL_MODULES = '''ipykernel.kernelapp ipykernel.ipkernel ipykernel.debugger ip
     tornado.platform.asyncio tornado.queues encodings.idna encodings.latin_1 xmlrpc.server'''.split()
 
 class NoTemplate(Exception):
-    "Why kernels cannot be forked from this process, in words for the user"
+    "Why kernels cannot be forked from this process, as a message to the user"
     def __init__(self, why, passes=False): super().__init__(why); self.passes = passes # Is another attempt worthwhile?
 
 def import_kernel_modules():
-    "Import what a kernel needs in its first seconds, as far as it is installed"
+    "Import those modules of `KERNEL_MODULES` that are installed"
     for name in KERNEL_MODULES:
         with suppress(ImportError): importlib.import_module(name)
 
