@@ -121,7 +121,7 @@ def load_balancers() -> dict: # Name: class, or entry point not loaded yet
 def load_balancer(
     name:str # E.g. 'round-robin'
 ) -> LoadBalancer: # The same one for a name each time
-    "The load balancer called `name`; ValueError lists the names known. `load_balancer.cache_clear()` begins anew"
+    "The load balancer called `name`; raises `ValueError`, which lists the known names"
     known = load_balancers()
     if name not in known:
         raise ValueError(f'unknown load balancing algorithm {name!r}; known are {", ".join(sorted(known))}')

@@ -13,7 +13,7 @@ from textwrap import shorten
 from fastcore.basics import patch
 from jupyter_core.application import JupyterApp, base_aliases, base_flags
 from jupyter_core.paths import SYSTEM_JUPYTER_PATH, jupyter_data_dir, jupyter_path
-from traitlets import Bool, Int, List, Set, TraitError, Unicode, default
+from traitlets import Bool, Int, List, TraitError, Unicode, default
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from traitlets.config import Config, ConfigFileNotFound, Configurable, JSONFileConfigLoader, PyFileConfigLoader
 from . import __version__
@@ -45,7 +45,7 @@ def tidy(
     flags:dict, # Options without
     words:int = 0 # How many plain words are expected
 ) -> list[str]: # Every value behind an equals sign
-    "The command line in a uniform form; `Refused` for unknown options and words"
+    "The command line in a uniform form; raises `Refused` for unknown options and words"
     out, argv, options = [], list(argv), (*aliases, *flags)
     while argv:
         word = argv.pop(0)
@@ -295,7 +295,7 @@ status is 0 if it is in its place, else 1."""
 # %% ../nbs/32_cli.ipynb #a0d9e392
 @patch
 def config_given(self:SshSpecInstaller) -> dict:
-    "The provisioner's options for the kernelspec; SettingError says which is wrong, and where it was given"
+    "The provisioner's options for the kernelspec; raises `SettingError`, which names the wrong one and its place"
     def read(option): return checked(settings[option].kind, getattr(self, option), self.given(option))
     values = dict(remote_hosts=_as_given(self.remote_hosts, read('remote_hosts')), port_range=read('port_range'))
     values |= {k: sorted(names(getattr(self, k))) for k in ('authorized_users', 'unauthorized_users')}
@@ -310,7 +310,7 @@ def _as_given(entries, hosts):
 
 @patch
 def spec(self:SshSpecInstaller) -> Spec:
-    "The kernelspec that the options describe; ValueError names what is wrong"
+    "The kernelspec that the options describe; raises `ValueError`, which names what is wrong"
     if self.from_kernel: return self.imported(*installed(self.from_kernel), self.launch_timeout)
     same = ('language', 'kernel_name', 'display_name', 'spark', 'spark_master', 'spark_home', 'spark_init_mode',
         'extra_spark_opts', 'python', 'launch_timeout')
@@ -327,7 +327,7 @@ def imported(self:SshSpecInstaller, source, kernel, launch_timeout) -> ImportedS
 def installed(
     name:str # As in `jupyter kernelspec list`
 ) -> tuple: # Its directory; the contents of its kernel.json
-    "A kernelspec of this machine; ValueError if there is none of that name"
+    "A kernelspec of this machine; raises `ValueError` if there is none of that name"
     known = KernelSpecManager()
     try: spec = known.get_kernel_spec(name)
     except NoSuchKernel:

@@ -14,7 +14,7 @@ class LaunchError(HTTPError):
     "A kernel that was not started; the message says on which host, as which user, what failed and what to do"
     def __init__(self,
         message:str,
-        status:int=500, # Of HTTP: 400 for a bad request, 403 for a user without permission, 503 where no host has free capacity
+        status:int=500, # Of HTTP: 400 a bad request, 403 a user without permission, 503 no host with free capacity
     ):
         super().__init__(status, message)
         self.message = message

@@ -84,7 +84,7 @@ def check_fields(
     optional:tuple=tuple(_checks), # Names that may be there
     authenticated:bool=False, # For the error: is the sender known to be the launch's own launcher?
 ) -> RedactedDict: # The named fields only, each of the right type and size
-    "The known fields of `fields`; `HandshakeError` names the first that is missing or malformed"
+    "The known fields of `fields`; raises `HandshakeError`, which names the first that is missing or malformed"
     known = RedactedDict((k, fields[k]) for k in dict.fromkeys((*required, *optional)) if fields.get(k) is not None)
     bad = [k for k in required if k not in known] + [k for k, v in known.items() if not _checks[k](v)]
     if bad: raise HandshakeError(f'field {bad[0]} is missing or malformed', authenticated)
@@ -96,7 +96,7 @@ def check_fields(
 def connection_info(
     fields:dict, # What `LaunchKeys.open` returned, or a connection file's content
 ) -> dict: # For `KernelManager`: `ip`, `transport`, `signature_scheme`, `key` (bytes), ports, CURVE keys if any
-    "The part of `fields` that a `KernelManager` connects with; `HandshakeError` if it is not complete and well-formed"
+    "The part of `fields` that a `KernelManager` connects with; raises `HandshakeError` if it is malformed"
     info = check_fields({k: _str(v) for k, v in fields.items()}, _connection, _curve)
     return info | dict(key=info['key'].encode())
 
@@ -104,7 +104,7 @@ def connection_info(
 def parse_message(
     raw:bytes, # All that came over one connection to the response port
 ) -> dict: # `version` 2: `kernel_id`, `enc` (32 bytes), `sealed` (bytes); `version` 1: `key`, `conn_info` (bytes)
-    "The parts of a launch message, not authenticated yet; `HandshakeError` for anything else"
+    "The parts of a launch message, not authenticated yet; raises `HandshakeError` for anything else"
     if not raw: raise HandshakeError('nothing was sent')
     if len(raw) > max_message: raise HandshakeError('the message is too long')
     msg = _object(_b64(raw.strip(), 'the message'), 'the message')
@@ -187,7 +187,7 @@ def open(
     self:LaunchKeys,
     message:dict, # From `parse_message`
 ) -> RedactedDict: # The fields that the launcher sent, checked
-    "What the launcher of this launch reported; `HandshakeError` if `message` is not from it"
+    "What the launcher of this launch reported; raises `HandshakeError` if `message` is not from it"
     if message['version'] == 1:
         if self.legacy is None: raise HandshakeError('version 1 is not allowed (GP_ALLOW_LEGACY_LAUNCHERS)')
         fields = self.legacy.open(message)
@@ -206,7 +206,7 @@ def accept(
     self:LaunchKeys,
     fields:dict, # What the agent says that the launcher of this launch reported
 ) -> RedactedDict: # The fields, checked
-    "The fields of a report that came through SSH; `HandshakeError` if they are malformed: a host may send anything"
+    "The fields of a report that came through SSH; raises `HandshakeError` if they are malformed"
     fields = check_fields(fields, _v2, tuple(_checks), True)
     if fields['kernel_id'] != self.kernel_id: raise HandshakeError('the report is for another kernel', True)
     return fields
@@ -256,7 +256,7 @@ def open(
     self:LegacyKey,
     message:dict, # From `parse_message`, version 1
 ) -> RedactedDict: # The fields that some launcher sent, checked; `kernel_id` among them
-    "What a version 1 launcher reported, its sender unproved; `HandshakeError` if it does not open or was seen before"
+    "What a version 1 launcher reported, unauthenticated; raises `HandshakeError` if it is invalid or was seen before"
     fields = self._decrypt(message) if self._key else None
     if fields is None: raise HandshakeError('the message was not encrypted to the version 1 key')
     if message['key'] in self._used: raise HandshakeError('the version 1 message was seen before')
@@ -273,7 +273,7 @@ max_reply = PROTOCOL['max_control_line'] # Bytes of a line on the control connec
 def control_nonce(
     line:bytes, # The listener's greeting: `{"version":2,"nonce":"..."}`
 ) -> bytes: # 32 bytes
-    "The nonce that a listener opens a control connection with; `HandshakeError` if it is none"
+    "The nonce that a listener opens a control connection with; raises `HandshakeError` if it is none"
     if len(line) > max_reply: raise HandshakeError('the greeting is too long')
     greeting = _object(line, 'the greeting')
     if type(greeting.get('version')) is not int or greeting['version'] != 2 or not _hex32(greeting.get('nonce')):
@@ -296,7 +296,7 @@ class ControlKey:
         nonce:bytes, # From `control_nonce`, of this connection
         request:dict, # `{'signum': N}`, 0 to ask whether the kernel lives; or `{'shutdown': 1}`
     ) -> bytes: # One line to send
-        "The signed request; `HandshakeError` if a request was signed for that nonce before"
+        "The signed request; raises `HandshakeError` if a request was signed for that nonce before"
         if len(nonce) != 32 or nonce in self._used: raise HandshakeError('the nonce is not fresh')
         self._used[nonce] = True
         if len(self._used) > 256: del self._used[next(iter(self._used))]
@@ -307,7 +307,7 @@ class ControlKey:
         nonce:bytes, # The one that the request was signed for
         line:bytes, # What the listener sent back
     ) -> dict: # `{'alive': bool}` or `{'error': str}`
-        "The listener's reply; `HandshakeError` if it is not signed for this nonce, or is no known reply"
+        "The listener's reply; raises `HandshakeError` if it is not signed for this nonce, or is no known reply"
         if len(line) > max_reply: raise HandshakeError('the reply is too long')
         reply = _object(line, 'the reply')
         text, mac = reply.get('reply'), reply.get('mac')

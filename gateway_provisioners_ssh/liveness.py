@@ -124,7 +124,7 @@ def _look(self:Pace, w, now):
     if w.asked is not None: w.asked = None; w.answered()
     if (due := self._next(w.session)) > now: self._put(w, due); return False
     w.asked = now
-    self.pause = min(1/self.rate, w.session.idle_timeout/3/len(self.watched)) # shorter while many have a timeout that is too short
+    self.pause = min(1/self.rate, w.session.idle_timeout/3/len(self.watched)) # less while timeouts are too short
     self._put(w, now+min(w.timeout, self.interval))
     w.session.heartbeat(self.told)
     return True

@@ -10,7 +10,7 @@ __all__ = ['HOST_ERRORS', 'SETUP', 'settings_of', 'Site', 'site', 'Trouble', 'as
            'run_there', 'platforms', 'download', 'bundled_pip', 'make_venv', 'setup_host', 'setup']
 
 # %% ../nbs/31_operators.ipynb #32302375
-import asyncio, os, re, secrets, shlex, socket, subprocess, sys, tempfile, time
+import asyncio, re, secrets, shlex, socket, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from .background import in_thread, with_timeout, spawn_task

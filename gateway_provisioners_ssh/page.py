@@ -42,7 +42,7 @@ def sites_of(
         except (ValueError, SettingError) as e: problems.append(str(e))
     for o in our_kernelspecs(app.kernel_spec_manager): add(kernel=o.to_dict(), name=o.display_name)
     if 'remote_hosts' in app.config.DistributedProvisioner or settings['remote_hosts'].set_by: add()
-    wholes.sort(key=lambda o: -len(o.hosts)) # the order is that of the list that was configured, not of tiles for its hosts
+    wholes.sort(key=lambda o: -len(o.hosts)) # the configured list, not tiles of its hosts, makes the order
     if other := set(running) - {str(h) for o in wholes for h in o.hosts}: add(hosts=sorted(other))
     sites = {}
     for o in wholes:

@@ -36,7 +36,7 @@ class HostApplication:
             if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
         except ImportError as e: raise LaunchError(missing_package(e)) from None
         self.pool,self.servers,self.legacy_key = Pool(),{},LegacyKey() # Connections, and receivers of launch messages
-        self.ledger,self.reports,self.observing = Ledger(),HostReports(),asyncio.Semaphore(16) # Kernels and load of hosts
+        self.ledger,self.reports,self.observing = Ledger(),HostReports(),asyncio.Semaphore(16) # Kernels, load of hosts
         self.watched,self.unconfirmed = set(),set() # Processes, and kernels that no manager has called ready yet
         self.logged_once = set() # Facts about hosts that are logged once
 

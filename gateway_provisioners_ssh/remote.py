@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from functools import lru_cache
 from importlib.resources import files
-from pathlib import Path
 from .background import in_thread, with_timeout, spawn_task
 from .launchers.agent import COMMAND, MAX_DATA, MAX_LINE, Decoder, bootstrap, encode
 
@@ -329,7 +328,7 @@ async def _follow(self:RemoteProcess):
             try: await asyncio.wait({session.over, agent_ended, self.exited}, return_when=asyncio.FIRST_COMPLETED)
             finally: agent_ended.cancel()
         except AgentClosed: await asyncio.sleep(0)
-        except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # the agent cannot watch it at present
+        except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # it cannot be watched now
         finally: session.processes.pop((self.user, self.id), None)
 
 # %% ../nbs/09_remote.ipynb #36328fd5

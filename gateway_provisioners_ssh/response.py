@@ -8,7 +8,6 @@ __all__ = ['Refusals', 'listening_socket', 'ResponseServer', 'Expectation']
 # %% ../nbs/04_response.ipynb #87b275ce
 import asyncio, errno, ipaddress, logging, socket, time
 from collections import Counter
-from contextlib import suppress
 from fastcore.basics import patch
 from .handshake import HandshakeError, LaunchKeys, max_message, parse_message
 

@@ -8,7 +8,7 @@ __all__ = ['PROVISIONERS', 'LAUNCHERS', 'ANY', 'check_kernel', 'read_kernel', 'p
 
 # %% ../nbs/29_spec_import.ipynb #c6209d16
 import json, re, shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from fastcore.basics import patch
 from .start_request import relocate_path
@@ -20,7 +20,7 @@ from .specs import (BUILDS, LANGUAGES, LISTENER, PACKAGE, PLAIN_ARGS, RUN_SH, La
 def check_kernel(
     kernel, # What kernel.json holds
 ) -> dict: # The same
-    "ValueError unless `kernel` has the structure of a kernelspec"
+    "Raise `ValueError` unless `kernel` has the structure of a kernelspec"
     def need(ok, what):
         if not ok: raise ValueError(what)
     def texts(values): return all(isinstance(o, str) for o in values)
@@ -37,7 +37,7 @@ def check_kernel(
 def read_kernel(
     source:Path, # A kernelspec's directory
 ) -> dict:
-    "The contents of its `kernel.json`; ValueError if it is none, OSError if it cannot be read"
+    "The contents of its `kernel.json`; raises `ValueError` if it is none, `OSError` if it cannot be read"
     file = Path(source)/'kernel.json'
     try: return check_kernel(json.loads(file.read_text(encoding='utf-8')))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
@@ -70,7 +70,7 @@ ANY = Language('Any', '', files={'scripts/launch_kernel.py': 'launchers/launch_k
 def launcher(
     kernel:dict, # Contents of kernel.json
 ) -> str: # A key of `LAUNCHERS`; '' for a plain kernel
-    "What starts the kernel; ValueError if it is nothing that can be replaced or wrapped"
+    "What starts the kernel; raises `ValueError` if it is nothing that can be replaced or wrapped"
     provisioner,command = provisioner_stanza(kernel)[0],' '.join(kernel['argv'])
     if provisioner not in PROVISIONERS: raise ValueError(f'its kernels are started by {provisioner}, not on hosts: '
         'only a plain kernelspec, or one of DistributedProcessProxy or distributed-provisioner, can be imported')

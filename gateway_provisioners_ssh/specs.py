@@ -9,7 +9,7 @@ __all__ = ['PACKAGE', 'PLAIN_ARGS', 'SPARK_ARGS', 'LISTENER', 'RUN_SH', 'LANGUAG
            'build_toree', 'place', 'copy_files', 'write_json']
 
 # %% ../nbs/28_specs.ipynb #97a6f2ca
-import json, os, re, shlex, shutil, stat, subprocess, sys, tempfile
+import json, os, re, shlex, shutil, subprocess, sys, tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -86,7 +86,7 @@ CLUSTERS = (
 def cluster(
     master:str # E.g. 'yarn', 'spark://10.0.0.4:7077' or 'local[*]'
 ) -> Cluster:
-    "The kind of cluster that `master` names; ValueError lists the forms known"
+    "The kind of cluster that `master` names; raises `ValueError`, which lists the forms known"
     for o in CLUSTERS:
         if re.fullmatch(o.master, master): return o
     raise ValueError(f'Spark master {master!r} is not one of {", ".join(o.form for o in CLUSTERS)}')
@@ -134,7 +134,7 @@ class Spec:
 
 # %% ../nbs/28_specs.ipynb #6c8850de
 def check_line(what, value):
-    "ValueError unless `value` is one line of text"
+    "Raise `ValueError` unless `value` is one line of text"
     if not value.strip() or any(ord(c) < 32 or ord(c) == 127 for c in value):
         raise ValueError(f'{what} {value!r} must be one line of text')
 
@@ -219,7 +219,7 @@ def not_here(
     spec, # With the interpreter
     needed:str = '' # What the kernelspec needs in it
 ) -> str: # '' if there is nothing to say
-    "The warning about an interpreter that does not run on this machine; one that was asked for may be on the hosts only"
+    "The warning about an interpreter that does not run on this machine, where it may not be needed"
     home,python = os.path.expanduser('~/'),spec.python
     if re.match(r'~|\$HOME\b|\$\{HOME\}', python): return ''
     said = f'{python!r} does not run on this machine'
@@ -303,7 +303,7 @@ def place(
     target:Path, # The kernelspec's directory
     replace:bool = False # Whether one that is there gives way
 ):
-    "Make `target` by `build`, completely or not at all; FileExistsError if it is there already and `replace` is not given"
+    "Make `target` by `build`, completely or not at all; raises `FileExistsError` if it exists, without `replace`"
     target = Path(target)
     if os.path.lexists(target) and not replace:
         raise FileExistsError(f'{target} exists already; --replace puts the new kernelspec in its place')
@@ -350,7 +350,7 @@ def install(self:Spec,
     kernels:Path, # The `kernels` directory to install into
     replace:bool = False # Whether an existing kernelspec of this name gives way
 ) -> tuple[Path, list[str]]: # The kernelspec's directory, and warnings
-    "Write this kernelspec below `kernels`; OSError if that cannot be done, and then nothing is left or replaced"
+    "Write this kernelspec below `kernels`; raises `OSError` if that fails, with nothing left or replaced"
     target = Path(os.path.abspath(kernels))/self.kernel_name
     warnings = place(lambda new: self.write(new, target), target, replace)
     return target, warnings

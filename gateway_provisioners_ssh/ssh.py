@@ -24,7 +24,7 @@ from .tunnel import StreamSession, Tunnel, why_unreachable
 # %% ../nbs/20_ssh.ipynb #9a73a7e9
 log = logging.getLogger('gateway_provisioners_ssh')
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
-if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # the errors of this module say what matters
+if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # this module's errors suffice
 
 # %% ../nbs/20_ssh.ipynb #135acba4
 def fingerprint(key) -> str: # `SHA256:...`, as `ssh-keygen -l` prints it

@@ -6,7 +6,7 @@
 __all__ = ['MAX_LINE', 'MAX_DATA', 'MAX_UNSENT', 'PROTOCOL', 'TICKET_VARIABLE', 'FILES_REMOVED', 'NO_ROOM', 'CROWDED', 'OPERATIONS', 'HOOKS', 'FIRST_STAGE', 'COMMAND', 'patch', 'encode', 'parse_line', 'Decoder', 'expand', 'fsencode', 'Refused', 'private_directory', 'write_file', 'open_own_file', 'remove_tree', 'Log', 'start_time', 'signal_groups', 'lead_session', 'spawn', 'Loop', 'FrameStream', 'LineServer', 'LineConnection', 'operation', 'hook', 'call_hooks', 'Kernel', 'exit_status', 'Agent', 'list_trees', 'Client', 'KernelStart', 'bootstrap', 'Peer', 'login_environment', 'hand_over', 'main', 'WINDOW', 'CHUNK', 'ALONE', 'TOO_MUCH', 'NOT_KEPT', 'PROBE_TIMEOUT', 'MAX_STREAMS', 'LOOPBACK', 'Sender', 'nameless_file', 'StreamDecoder', 'End', 'Mux', 'KernelEnd', 'Streams', 'kernel_ip', 'LOAD_INTERVAL', 'ChildTask', 'control_groups', 'cores', 'memory', 'host_load', 'parse_gpus', 'query_gpus', 'check_directory', 'check_ports', 'check_connection', 'check_command', 'measure', 'find_logs', 'Follower', 'drained', 'load_event', 'free_gpus', 'FORK_TIMEOUT', 'IMPORT_TIMEOUT', 'MAX_TEMPLATES', 'adopt_descendants', 'shared_environment', 'parse_standby', 'command_line_size', 'Template', 'Fork', 'parent_of']
 
 # %% ../../nbs/08_agent.ipynb #dd636d0d
-import binascii, builtins, errno, fcntl, heapq, io, json, os, re, select, selectors, signal, socket, struct, sys, time
+import binascii, builtins, errno, fcntl, heapq, json, os, re, selectors, signal, socket, struct, sys, time
 
 # %% ../../nbs/08_agent.ipynb #a494b3a4
 MAX_LINE = MAX_DATA = 2**20 # Bytes of a frame's line, and of the data after it

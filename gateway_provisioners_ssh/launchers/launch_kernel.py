@@ -19,7 +19,7 @@ OPTIONS = dict(curve=dict(action='store_true', help='the kernel takes CURVE keys
 def split_command(
     argv:list, # Words of a command line
 ) -> tuple: # Parsed options; the kernel's command
-    "The launcher's options and the kernel's command; `LauncherError` if one is missing"
+    "The launcher's options and the kernel's command; raises `LauncherError` if one is missing"
     i = argv.index('--') if '--' in argv else len(argv)
     parser = Arguments('Start any Jupyter kernel for a remote host application; its command stands after --', **OPTIONS)
     args,command = parser.parse_args(argv[:i]),argv[i+1:]
@@ -32,7 +32,7 @@ def exec_kernel(
     command:list, # Words; `{connection_file}` in them is replaced
     file:str, # Path of the connection file
 ):
-    "Replace this process by `command`; `LauncherError` if it cannot be run"
+    "Replace this process by `command`; raises `LauncherError` if it cannot be run"
     for name in ('SIGPIPE', 'SIGXFSZ'):
         if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_DFL)
     try: os.execvp(command[0], [o.replace('{connection_file}', file) for o in command])

@@ -39,7 +39,7 @@ def set_variables():
 def import_preload(
     preload:list, # Names of modules
 ):
-    "Import the modules that the kernelspec names; `NoTemplate` if one fails"
+    "Import the modules that the kernelspec names; raises `NoTemplate` if one fails"
     for name in preload:
         try: importlib.import_module(name)
         except BaseException as e: raise NoTemplate(f'preload of {name} fails: {type(e).__name__}: {e}') from None
@@ -57,7 +57,7 @@ def check_forkable(
     printed='', # What was written to standard output and error by the imports
     known=(0, 1, 2), # Descriptors that may be open
 ):
-    "`NoTemplate` if forks of this process would share what kernels must not share"
+    "Raise `NoTemplate` if forks of this process would share what kernels must not share"
     if not all(map(os.path.isabs, sys.path)): raise NoTemplate('a directory of sys.path is relative')
     if printed: raise NoTemplate(f'what is imported prints: {" ".join(printed.split())[:200]}')
     if others := threading.enumerate()[1:]: raise NoTemplate(f'what is imported starts a thread: {others[0].name}')
@@ -108,7 +108,7 @@ def check_unchanged(
     before:dict, # Stamps by path, from before the imports
     began:int, # When the imports began, in nanoseconds
 ):
-    "`NoTemplate` if something changed while it was imported, so that the version in memory is unknown"
+    "Raise `NoTemplate` if something changed while it was imported, so that the version in memory is unknown"
     for path,now in zip(paths, seen):
         if now != before.get(path, now) or now and now[1] >= began:
             raise NoTemplate(f'{path} has changed while it was imported', True)
