@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 # %% ../nbs/05_channels.ipynb #0a1fbd51
 HOOKS = {
-    'Transport._send_user_message': 'senders of channel messages wait in it while new keys are agreed; a loop must not',
+    'Transport._send_user_message': 'senders of channel messages wait in it during a key exchange; a loop must not',
     'Transport._send_message': 'it sends what was held back meanwhile',
-    'Transport.clear_to_send': 'the event that says whether keys are settled',
+    'Transport.clear_to_send': 'the event that is set while no key exchange is under way',
     'Transport.clear_to_send_lock': 'the lock under which that changes',
     'Transport.active': 'whether messages can still be sent',
     'Transport.sock': 'the socket below a channel, which may be full',
@@ -26,11 +26,11 @@ HOOKS = {
     'Channel.remote_chanid': 'the number in messages that paramiko cannot make, such as `exit-signal`',
     'Channel.lock': 'the lock of the condition below',
     'Channel.out_buffer_cv': 'the condition that is notified when the window opens',
-    'Channel.in_buffer': 'the buffer of what arrives, which copies all of it twice; ours takes its place',
+    'Channel.in_buffer': 'the buffer of what arrives, which copies all of it twice; it is replaced',
     'Channel.eof_received': 'whether the peer has said that no more comes',
-    'Agent._connect': 'it speaks with an SSH agent at a socket of our choice',
+    'Agent._connect': 'it connects to an SSH agent at a given socket',
     'SSHClient._agent': 'the agent whose keys are offered',
-    'transport._join_lingering_threads': 'this exit handler ends connections before their users can say goodbye',
+    'transport._join_lingering_threads': 'this exit handler ends connections before their users can close them',
 }
 
 def check_hooks(owners):
@@ -102,6 +102,7 @@ def _is_given_up(self:NonblockingSocket, e):
     self.timed_out |= e.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
     return self.timed_out
 
+# %% ../nbs/05_channels.ipynb #5d3e0c14
 @patch
 def send(self:NonblockingSocket, data):
     "Take all of `data`; the loop writes it"
@@ -123,7 +124,7 @@ def call_in_loop(self:NonblockingSocket, f):
 # %% ../nbs/05_channels.ipynb #b2452746
 @patch
 def _flush(self:NonblockingSocket):
-    "Write what the socket takes; come back when it takes more"
+    "Write what the socket accepts; the rest when it is writable again"
     if self.closed: return
     was_full = self.full
     try:
@@ -162,7 +163,7 @@ def _close_socket(self:NonblockingSocket):
 
 # %% ../nbs/05_channels.ipynb #f0778b24
 class _KeysSettled(threading.Event):
-    "The event that says that keys are settled; `then` is called, with paramiko's lock held, whenever they are"
+    "Set while no key exchange is under way; `then` is called, with paramiko's lock held, whenever it is set"
     def __init__(self, then):
         super().__init__()
         self.then = then
@@ -217,7 +218,7 @@ class Client(paramiko.SSHClient):
 
 # %% ../nbs/05_channels.ipynb #c9521e80
 class _DataEvent:
-    "What a channel's buffer takes for a `threading.Event`"
+    "Takes the place of the `threading.Event` of a channel's buffer"
     def __init__(self, wake): self.set = wake
     def clear(self): pass
     def is_set(self): return False
@@ -237,13 +238,14 @@ class _Inbox:
         "At least one byte where `read_ready`, none at the end; raises `PipeTimeout`"
         if self.old.read_ready() or not self.parts: return self.old.read(n, timeout)
         data = self.parts.popleft()
-        if self.parts and len(data) + len(self.parts[0]) <= n: # each step above is dear, a copy is not
+        if self.parts and len(data) + len(self.parts[0]) <= n: # each step above costs more than a copy
             parts,size = [data],len(data)
             while self.parts and (size := size + len(self.parts[0])) <= n: parts.append(self.parts.popleft())
             data = b''.join(parts)
         if len(data) > n: self.parts.appendleft(data[n:])
         return data[:n]
 
+# %% ../nbs/05_channels.ipynb #5d3e0c12
 class _WindowCondition(threading.Condition):
     "The condition that a channel notifies when its window opens"
     def __init__(self, lock, wake):
@@ -257,7 +259,7 @@ def listen_to(
     chan, # A `paramiko.Channel`; calls on it no longer block
     wake, # Function, called in any thread whenever the channel has data, room, or an end
 ):
-    "Have a channel tell what changes, instead of a thread that waits for it"
+    "Have a channel call `wake` when something changes, so that no thread waits for it"
     chan.settimeout(0.0)
     chan.out_buffer_cv = _WindowCondition(chan.lock, wake)
     chan.in_buffer = _Inbox(chan.in_buffer, wake)

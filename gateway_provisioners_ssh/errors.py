@@ -14,7 +14,7 @@ class LaunchError(HTTPError):
     "A kernel that was not started; the message says on which host, as which user, what failed and what to do"
     def __init__(self,
         message:str,
-        status:int=500, # Of HTTP: 400 for a bad request, 403 for a user who may not, 503 where no host has room
+        status:int=500, # Of HTTP: 400 a bad request, 403 a user without permission, 503 no host with free capacity
     ):
         super().__init__(status, message)
         self.message = message
@@ -27,6 +27,7 @@ class LaunchError(HTTPError):
 def missing_package(
     e:ImportError, # What importing it raised
 ) -> str:
-    "What to do where the Python of the host application lacks a package, or has one that is too old"
-    return (f'no kernel can be started on any host: {sys.executable}, which runs this application, lacks a package ({e}). '
-        f'Install what is needed: {sys.executable} -m pip install paramiko "pycryptodomex>=3.22"')
+    "The message for a package that the host application's Python lacks, or has in a version that is too old"
+    return (f'no kernel can be started on any host: {sys.executable}, which runs this application, '
+        f'lacks a package ({e}). Install what is needed: '
+        f'{sys.executable} -m pip install paramiko "pycryptodomex>=3.22"')

@@ -50,11 +50,11 @@ def hint(
 
 # %% ../nbs/25_launch_attempt.ipynb #060469c7
 def launch_error(conn, what:str, status:int=500) -> LaunchError:
-    "The error that says `what` failed on the host of a connection"
+    "The error for `what` failed on the host of a connection"
     return LaunchError(f'host {conn.host} (user {conn.user}): {what}', status)
 
 class NoRoom(HostError):
-    "A host that is up and has no room for the kernel"
+    "A host that is up and has no free capacity for the kernel"
     def __init__(self, host, user, what):
         fix = f'Kernels may come again after: jupyter ssh-spec undrain {host}' if 'drained' in what else ''
         super().__init__(host, user, what, fix)
@@ -81,10 +81,10 @@ def as_launch_error(
 
 # %% ../nbs/25_launch_attempt.ipynb #1e3f6d82
 class LaunchTarget(NamedTuple):
-    "A host that can be used for a start, and the way back from it"
+    "A host that can be used for a start, and how its launcher reports"
     conn:object # The connection
     agent:object # Its session with the host's agent, which has answered just now
-    tunnel:bool # Whether all bytes go through the connection
+    tunnel:bool # Whether kernel traffic goes through the connection
     tree:object # The kernelspec's files; None if it has none
     server:object # Where a launch message by the network arrives; None where the launcher reports to the agent
     address:str # The value of `{response_address}`
@@ -107,7 +107,7 @@ class LaunchAttempt:
         deadline:float, # Until when: a value of `time.monotonic()`
         limit:int|None=None, # How many kernels the host may have, this one included
         encrypt:bool=False, # Whether the kernel must encrypt its channels
-        last:Launched|None=None, # Of a restart: the kernel that was, whose key is used again, and on its host its ports
+        last:Launched|None=None, # Of a restart: the previous kernel, whose key is used again, and on its host its ports
         log=None, # A `logging.Logger`
     ):
         self.app,self.options,self.request,self.host,self.deadline,self.limit = app,options,request,host,deadline,limit
@@ -199,11 +199,11 @@ async def _way_back(self:LaunchAttempt, conn, tunnel, tree):
 
 # %% ../nbs/25_launch_attempt.ipynb #67dc02c3
 def template_options(
-    argv:list, # The command, in the words of the host
+    argv:list, # The command, with paths of the host
     tree, # The kernelspec's files
     options, # `standby`, `standby_timeout`, `preload`
 ) -> dict|None:
-    "What an agent has to know to fork the kernel from a template; None if it is to be started cold"
+    "What an agent needs to fork the kernel from a template; None if it is to be started cold"
     script = next((i for i,o in enumerate(argv) if o.endswith('/launch_ipykernel.py')), 0)
     if not (options.standby and tree and tree.templates and script): return None
     if not re.search(r'(^|/)python[0-9.]*$', argv[0]) or not all(o.startswith('-') for o in argv[1:script]): return None
@@ -243,7 +243,7 @@ async def start_message(self:LaunchAttempt, keys:LaunchKeys) -> dict:
 # %% ../nbs/25_launch_attempt.ipynb #701a98c9
 @patch
 def _about(self:LaunchAttempt):
-    "What the agent tells operators of the kernel"
+    "What the agent shows to operators about the kernel"
     request,application = self.request,os.path.basename(sys.argv[0]) or 'python'
     return dict(kernel=request.kernel_id, user=request.user, spec=request.spec.display_name,
         application=f'{application} on {socket.gethostname()}, pid {os.getpid()}')
@@ -252,7 +252,8 @@ def _about(self:LaunchAttempt):
 async def spawn(self:LaunchAttempt, keys:LaunchKeys):
     "The process of the launcher; raises `Refusal`, `AgentClosed`"
     request,options,target = self.request,self.options,self.target
-    room,log = dict(max_kernels=self.limit, **vars(request.need)),f'{options.kernel_log_dir}/kernel-{request.kernel_id}.log'
+    room = dict(max_kernels=self.limit, **vars(request.need))
+    log = f'{options.kernel_log_dir}/kernel-{request.kernel_id}.log'
     async def started():
         return await spawn(target.agent, target.conn.wait_connected, log, self.user, about=self._about(),
             title=f'kernel {request.kernel_id} of {request.user}', room={k: v for k,v in room.items() if v},
@@ -286,7 +287,7 @@ async def await_report(self:LaunchAttempt,
     silent, # A task: `until_silent`
     keys:LaunchKeys,
 ):
-    "The process and the checked fields of its report; raises what came instead"
+    "The process and the checked fields of its report; raises the error that came first"
     agent,message = self.target.agent,expected.future if expected else asyncio.get_running_loop().create_future()
     await first_of({spawning, silent}, self.left)
     if not spawning.done(): raise AgentClosed(_broke) if silent.done() else asyncio.TimeoutError
@@ -295,7 +296,7 @@ async def await_report(self:LaunchAttempt,
     def reported(): return message.done() or process.report.done()
     await first_of(outcomes|{silent}, self.left)
     if agent.closed and not process.exited.done() and not reported():
-        await first_of(outcomes, min(self.options.connect_timeout, self.left)) # another session may bring it
+        await first_of(outcomes, min(self.options.connect_timeout, self.left)) # it may come over another session
     if not reported():
         if not process.exited.done() and (agent.closed or silent.done()): raise AgentClosed(_broke)
         raise await self.explain_failure(process, expected.crowded_out if expected else 0)
@@ -323,19 +324,19 @@ async def explain_failure(self:LaunchAttempt,
 # %% ../nbs/25_launch_attempt.ipynb #c5b64424
 async def finish(
     coro, # A coroutine that may have to wait for a host
-    patience:float, # Seconds
+    timeout:float, # Seconds
 ):
     "Wait for `coro`, which goes on as a task when the time is over"
-    await asyncio.wait({spawn_task(coro)}, timeout=patience)
+    await asyncio.wait({spawn_task(coro)}, timeout=timeout)
 
 @patch
 async def roll_back(self:LaunchAttempt,
     spawning, # A task: `spawn`, done or not
-    patience:float, # Seconds to wait for it
+    timeout:float, # Seconds to wait for it
 ):
     "End what was started, and leave no log"
     async def end(): await (await spawning).release(keep_log=False)
-    await asyncio.shield(finish(end(), patience))
+    await asyncio.shield(finish(end(), timeout))
 
 # %% ../nbs/25_launch_attempt.ipynb #94ced26c
 @patch

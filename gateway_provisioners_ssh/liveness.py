@@ -31,8 +31,9 @@ def watch_link(
 # %% ../nbs/06_liveness.ipynb #5f061887
 @dataclass(eq=False)
 class _Watched:
-    "One connection, and what is known of it"
-    session:object # `last_received`: when something came last; `idle_timeout`: what its agent was told; `heartbeat(idle_timeout)` tells it anew and asks for an answer
+    "One connection that is watched, and the state of its heartbeat"
+    session:object # `last_received`: time of the last frame; `idle_timeout`: what the agent was last sent;
+                   # `heartbeat(idle_timeout)`: sends a new one and asks for an answer
     timeout:float # Seconds that an answer may take
     answered:object # Function, called when an answer was there in time
     silent:object # Function, called once when it was not
@@ -40,7 +41,7 @@ class _Watched:
 
 # %% ../nbs/06_liveness.ipynb #86953d5c
 class Pace:
-    "How often hosts are asked for a sign of life, and those that are down for a new connection; lives in an event loop"
+    "The pace of heartbeats, and of attempts to connect to hosts that are down; used in one event loop"
     shortest,rate,together,patience,max_rest,retries = 5,8,8,30,30,10
     def __init__(self,
         clock=time.monotonic, # Function: seconds
@@ -51,16 +52,16 @@ class Pace:
 
     @property
     def interval(self):
-        "Seconds between two heartbeats of a host, as things are"
+        "Seconds between two heartbeats of a host at present"
         return max(self.shortest, len(self.watched)/self.rate)
 
     @property
     def told(self):
-        "Seconds without a word after which an agent may give its client up"
+        "The idle timeout to send to agents, in seconds"
         return max(self.patience, 4*self.interval)
 
     def rest(self,
-        failures:int, # Attempts in vain, one after the other
+        failures:int, # Failed attempts in succession
     ) -> float: # Seconds
         "The pause before the next attempt to connect"
         longest = max(self.max_rest, len(self.down)/self.retries)
@@ -74,7 +75,7 @@ def watch(self:Pace,
     answered,
     silent,
 ):
-    "Ask the host of `session` for signs of life, until `unwatch`"
+    "Send heartbeats to the host of `session`, until `unwatch`"
     w = self.watched[session] = _Watched(session, timeout, answered, silent)
     self._put(w, self._next(session))
     self._arm()
@@ -92,7 +93,7 @@ def _put(self:Pace, w, when):
 
 @patch
 def _arm(self:Pace):
-    "Come back when the first is due, and not before the next heartbeat may be sent"
+    "Set the timer for the first that is due, not before the next heartbeat may be sent"
     if not self.due: return
     when = max(self.due[0][0], self.free)
     if self.timer and self.timer[0] <= when: return
@@ -103,7 +104,7 @@ def _arm(self:Pace):
 # %% ../nbs/06_liveness.ipynb #51696149
 @patch
 def _tick(self:Pace):
-    "Look at those that are due, until enough of them had to be asked"
+    "Check those that are due, until enough of them had to be asked"
     self.timer,now,asked = None,self.clock(),0
     try:
         while self.due and self.due[0][0] <= now and asked < self.together:
@@ -115,7 +116,7 @@ def _tick(self:Pace):
 
 @patch
 def _look(self:Pace, w, now):
-    "See whether the host answered, and whether it is to be asked again; returns whether it was"
+    "Check whether the host answered, and ask it again if that is due; returns whether it was asked"
     if w.asked is not None and w.session.last_received < w.asked:
         if now < w.asked+w.timeout: self._put(w, w.asked+w.timeout)
         else: self.unwatch(w.session); w.silent()
@@ -123,7 +124,7 @@ def _look(self:Pace, w, now):
     if w.asked is not None: w.asked = None; w.answered()
     if (due := self._next(w.session)) > now: self._put(w, due); return False
     w.asked = now
-    self.pause = min(1/self.rate, w.session.idle_timeout/3/len(self.watched)) # shorter while many were told too little
+    self.pause = min(1/self.rate, w.session.idle_timeout/3/len(self.watched)) # less while timeouts are too short
     self._put(w, now+min(w.timeout, self.interval))
     w.session.heartbeat(self.told)
     return True

@@ -24,17 +24,17 @@ from .hosts import this_user
 
 # %% ../nbs/07_mock_ssh.ipynb #eae7cf53
 log = logging.getLogger(__name__)
-log.addHandler(logging.NullHandler())  # paramiko calls a dropped connection an error; here it is the purpose
+log.addHandler(logging.NullHandler()) # paramiko calls a dropped connection an error; here it is the purpose
 
 # %% ../nbs/07_mock_ssh.ipynb #8edf68d9
 class Lane(Forwarder):
-    "What comes in goes out at the peer in order, `host.latency` seconds later, never while `host.frozen`"
+    "Passes bytes to the peer in order, `host.latency` seconds later, never while `host.frozen`"
     def __init__(self, host, peer=None):
         super().__init__(peer)
         self.host, self.queue, self.timer = host, deque(), None
 
     def data_received(self, data): self.put(super().data_received, data)
-    def eof_received(self): pass  # the end of one direction ends the connection
+    def eof_received(self): pass # the end of one direction ends the connection
     def connection_lost(self, exc): self.put(super().connection_lost, exc)
 
     def put(self, f, *args):
@@ -42,7 +42,7 @@ class Lane(Forwarder):
         self.run()
 
     def run(self):
-        "Let out all that is due; come back for the rest"
+        "Pass on all that is due; set a timer for the rest"
         if self.timer: self.timer.cancel()
         self.timer = None
         while self.queue and self.peer and not self.host.frozen:
@@ -56,7 +56,7 @@ class Lane(Forwarder):
 # %% ../nbs/07_mock_ssh.ipynb #32ceb36a
 class ServerSocket(NonblockingSocket):
     "The socket of paramiko's server; the functions in `after` are called before the next message is read"
-    def __init__(self, sock, after: deque):
+    def __init__(self, sock, after:deque):
         super().__init__(sock, poll_interval=10)
         self.after = after
     def recv(self, n):
@@ -95,7 +95,7 @@ class MockConnection(Lane):
         self.closed.set_result(None)
 
     async def serve(self):
-        "Have paramiko's server at the other end"
+        "Run paramiko's server at the other end"
         if self.served: return
         self.served, (near, far) = True, socket.socketpair()
         _, peer = await self.host.loop.create_connection(lambda: Lane(self.host, self), sock=far)
@@ -108,15 +108,15 @@ class MockConnection(Lane):
         self.run()
 
     def cut(self):
-        "End the connection now, with a reset; what was under way is lost"
+        "End the connection now, with a reset; data under way is lost"
         self.transport.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.transport.abort()
 
 # %% ../nbs/07_mock_ssh.ipynb #22d97b73
 MARK = 'MOCK_SSH_HOST'
 
-def stat(pid: int) -> tuple[int, int]|None:  # `None`: there is no process, or nothing of it but its exit status
-    "The parent's pid, and the start in clock ticks since boot, of the process `pid`."
+def stat(pid:int) -> tuple[int, int]|None: # `None`: there is no process, or nothing of it but its exit status
+    "The parent's pid, and the start in clock ticks since boot, of the process `pid`"
     proc = Path(f'/proc/{pid}')
     try:
         f = (proc/'stat').read_bytes().rpartition(b') ')[2].split()
@@ -124,21 +124,21 @@ def stat(pid: int) -> tuple[int, int]|None:  # `None`: there is no process, or n
     except (OSError, IndexError): return None
 
 def environs() -> dict[int, bytes|None]:
-    "The environment of every other process: `None` if it may not be read, empty for one that is just in `exec`."
+    "The environment of every other process: `None` if it may not be read, empty for one that is just in `exec`"
     res = {os.getpid(): None}
     def unseen(): return [int(o) for o in os.listdir('/proc') if o.isdigit() and int(o) not in res]
-    while new := unseen():  # again: what forked and ended meanwhile has left a child
+    while new := unseen(): # again: what forked and ended meanwhile has left a child
         for pid in new:
             try: res[pid] = Path(f'/proc/{pid}/environ').read_bytes()
             except OSError: res[pid] = None
     return res
 
-def cmdline(pid: int) -> list[str]:  # empty: there is no process, or it is just in `exec`
+def cmdline(pid:int) -> list[str]: # Empty: there is no process, or it is just in `exec`
     try: return Path(f'/proc/{pid}/cmdline').read_bytes().decode(errors='replace').split('\0')[:-1]
     except OSError: return []
 
-def marked(mark: str, envs: dict[int, bytes]|None=None) -> set[int]:
-    "The pids of the live processes whose environment holds `mark`, and of their descendants."
+def marked(mark:str, envs:dict[int, bytes]|None=None) -> set[int]:
+    "The pids of the live processes whose environment holds `mark`, and of their descendants"
     envs = envs or environs()
     res = {o for o, env in envs.items() if mark.encode() in (env or b'')}
     parents = {o: st[0] for o in envs if o not in res and (st := stat(o))}
@@ -147,11 +147,11 @@ def marked(mark: str, envs: dict[int, bytes]|None=None) -> set[int]:
 
 # %% ../nbs/07_mock_ssh.ipynb #4a2580a9
 def kill_marked(
-    mark: str,
-    since: int=0,       # clock ticks since boot; no process with the mark is older
-    timeout: float=10.  # seconds
-) -> int:               # how many were killed
-    "Kill every process that carries `mark`, and return when they are dead."
+    mark:str,
+    since:int=0, # Clock ticks since boot; no process with the mark is older
+    timeout:float=10. # Seconds
+) -> int: # How many were killed
+    "Kill every process that carries `mark`, and return when they are dead"
     killed, bare, start = set(), {}, time.monotonic()
     while (now := time.monotonic()) < start + timeout:
         envs = environs()
@@ -160,21 +160,21 @@ def kill_marked(
             (st := stat(o)) and st[1] >= since and os.path.exists(f'/proc/{o}/exe'))}
         in_exec = [o for o in bare if os.path.exists(f'/proc/{o}/exe') and not cmdline(o)]
         if not (left or in_exec) and all(t < now - 1 for t in bare.values()): break
-        for pid in sorted(left - killed, key=lambda o: (stat(o) or (0, 0))[1]):  # the oldest, an agent say, first
+        for pid in sorted(left - killed, key=lambda o: (stat(o) or (0, 0))[1]): # the oldest, an agent say, first
             with suppress(ProcessLookupError, PermissionError): os.kill(pid, signal.SIGKILL)
         killed |= left
         time.sleep(.002)
     return len(killed)
 
 def now_ticks() -> int:
-    "The time in clock ticks since boot, as `stat` gives it."
+    "The time in clock ticks since boot, as `stat` gives it"
     return int(time.clock_gettime(time.CLOCK_BOOTTIME)*os.sysconf('SC_CLK_TCK'))
 
 # %% ../nbs/07_mock_ssh.ipynb #0ac81e6b
-async def exited(proc: subprocess.Popen) -> int:  # as of `Popen.returncode`
-    "The status of `proc`, once it has ended."
+async def exited(proc:subprocess.Popen) -> int: # As of `Popen.returncode`
+    "The exit status of `proc`, once it has ended"
     try: fd = os.pidfd_open(proc.pid)
-    except (AttributeError, OSError): return await in_thread(proc.wait)  # no such call here
+    except (AttributeError, OSError): return await in_thread(proc.wait) # no such call here
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(fd, ended.set)
     try: await ended.wait()
@@ -213,7 +213,7 @@ class Session(asyncio.Protocol):
         if not self.input.is_closing(): self.input.write(data)
     def eof_received(self):
         self.input.close()
-        return True  # it can still answer
+        return True # it can still answer
     def pause_writing(self):
         for o in self.outputs.values(): o.pause_reading()
     def resume_writing(self):
@@ -228,7 +228,7 @@ class Session(asyncio.Protocol):
 
 # %% ../nbs/07_mock_ssh.ipynb #41d508d0
 @patch
-async def run(self: Session):
+async def run(self:Session):
     "Join the command to its channel, in the loop, once the client has been told that it runs"
     self.io, loop, proc = ChannelTransport(self.chan, self), self.host.loop, self.proc
     self.io.pause_reading()
@@ -245,8 +245,8 @@ async def run(self: Session):
 
 # %% ../nbs/07_mock_ssh.ipynb #2401e737
 class Server(paramiko.ServerInterface):
-    "What one connection may do on a `MockHost`."
-    def __init__(self, conn: MockConnection):
+    "What one connection may do on a `MockHost`"
+    def __init__(self, conn:MockConnection):
         self.host, self.conn, self.opened, self.env, self.forwards = conn.host, conn, {}, {}, {}
 
     @property
@@ -277,22 +277,22 @@ class Server(paramiko.ServerInterface):
 
 # %% ../nbs/07_mock_ssh.ipynb #d4dd3f33
 @patch
-def check_channel_env_request(self: Server, channel, name, value):
+def check_channel_env_request(self:Server, channel, name, value):
     name, value = name.decode(), value.decode()
     if not (ok := name == 'LANG' or name.startswith('LC_')): return False
     self.env[name] = value
     return ok
 
 @patch
-def check_channel_shell_request(self: Server, channel): return self._run(channel, ['-' + Path(self.host.shell).name])
+def check_channel_shell_request(self:Server, channel): return self._run(channel, ['-' + Path(self.host.shell).name])
 
 @patch
-def check_channel_exec_request(self: Server, channel, command):
+def check_channel_exec_request(self:Server, channel, command):
     self.host.commands.append(command.decode(errors='replace'))
     return self._run(channel, [Path(self.host.shell).name, '-c', command])
 
 @patch
-def _run(self: Server, channel, argv):
+def _run(self:Server, channel, argv):
     if self.host.stopping: return False
     try: session = Session(self.host, channel, argv, self.host.login_env(self.conn, self.env))
     except (OSError, ValueError): return False
@@ -303,7 +303,7 @@ def _run(self: Server, channel, argv):
 
 # %% ../nbs/07_mock_ssh.ipynb #095f0375
 @patch
-def check_channel_direct_tcpip_request(self: Server, chanid, origin, destination):
+def check_channel_direct_tcpip_request(self:Server, chanid, origin, destination):
     if not self.host.forwarding: return ssh.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
     try: sock = socket.create_connection(destination, timeout=3)
     except OSError: return ssh.OPEN_FAILED_CONNECT_FAILED
@@ -312,7 +312,7 @@ def check_channel_direct_tcpip_request(self: Server, chanid, origin, destination
 
 # %% ../nbs/07_mock_ssh.ipynb #26b0ef0d
 @patch
-def check_port_forward_request(self: Server, address, port):
+def check_port_forward_request(self:Server, address, port):
     if not self.host.forwarding: return False
     try: sock = socket.create_server(('127.0.0.1', port), backlog=128)
     except (OSError, OverflowError): return False
@@ -323,17 +323,17 @@ def check_port_forward_request(self: Server, address, port):
     return port
 
 @patch
-def cancel_port_forward_request(self: Server, address, port): call_in_loop(self.unlisten, (address, port))
+def cancel_port_forward_request(self:Server, address, port): call_in_loop(self.unlisten, (address, port))
 
 @patch
-def unlisten(self: Server, *forwards):  # all, if none is named
+def unlisten(self:Server, *forwards): # All, if none is named
     for o in forwards or list(self.forwards):
         if sock := self.forwards.pop(o, None):
             self.host.loop.remove_reader(sock)
             sock.close()
 
 @patch
-def _connected(self: Server, listener, address, port):
+def _connected(self:Server, listener, address, port):
     async def offer(sock, peer):
         open_channel = self.conn.ssh.open_channel
         try: chan = await in_thread(open_channel, 'forwarded-tcpip', (address, port), peer[:2], timeout=30)
@@ -347,14 +347,14 @@ def _connected(self: Server, listener, address, port):
 def in_loop(coro): return asyncio.run_coroutine_threadsafe(coro, background().loop)
 
 def call_in_loop(f, *args):
-    "`f(*args)` run in the background loop; its result, here. An awaitable result is awaited there first."
+    "`f(*args)` run in the background loop; its result, here. An awaitable result is awaited there first"
     async def run():
         res = f(*args)
         return await res if asyncio.iscoroutine(res) else res
     return in_loop(run()).result(30)
 
 def new_key() -> paramiko.Ed25519Key:
-    "A fresh Ed25519 key pair."
+    "A fresh Ed25519 key pair"
     pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     key = paramiko.Ed25519Key.from_private_key(io.StringIO(pem.decode()))
     key.pem = pem
@@ -362,7 +362,7 @@ def new_key() -> paramiko.Ed25519Key:
 
 # %% ../nbs/07_mock_ssh.ipynb #6bc8beab
 class Startable:
-    "A context manager, plain or async, of what has `start` and `stop`"
+    "A context manager, plain or async, for a class with `start` and `stop`"
     def __enter__(self): return self.start()
     def __exit__(self, *args): self.stop()
     async def __aenter__(self): return await asyncio.to_thread(self.start)
@@ -372,59 +372,59 @@ class Startable:
 class MockHost(Startable):
     "An SSH server on a loopback address of this machine"
     def __init__(self,
-        name: str='mock',            # for messages and the names of threads
-        address: str='127.0.0.1',    # to listen on; Linux has all of 127.0.0.0/8 to choose from
-        port: int=0,                 # 0: one that is free
-        user: str|None=None,         # in `entry`; the name of the current user if not given
-        client_key=None,             # the key that may log in; a new one if not given
-        password: str|None=None,     # that may log in; none: only keys
-        users: set[str]|None=None,   # who may log in; `None`: any name. Commands always run as the current user
-        max_sessions: int=10,        # open sessions a connection, as sshd's `MaxSessions`
-        max_startups: int=10,        # connections not yet logged in; sshd drops some from this number on, this all
-        forwarding: bool=True,       # as `AllowTcpForwarding`
-        noise: str='',               # printed by the login shell before a command's own output, as by a chatty .cshrc
-        shell: str='/bin/sh',        # login shell
-        home: str|None=None,         # home directory; a temporary one, removed by `stop`, if not given
-        env: dict|None=None,         # more environment for the commands
+        name:str='mock', # For messages and the names of threads
+        address:str='127.0.0.1', # To listen on; Linux has all of 127.0.0.0/8 to choose from
+        port:int=0, # 0: one that is free
+        user:str|None=None, # In `entry`; the name of the current user if not given
+        client_key=None, # The key that may log in; a new one if not given
+        password:str|None=None, # That may log in; none: only keys
+        users:set[str]|None=None, # Who may log in; `None`: any name. Commands always run as the current user
+        max_sessions:int=10, # Open sessions a connection, as sshd's `MaxSessions`
+        max_startups:int=10, # Connections not yet logged in; above it sshd drops some, this all
+        forwarding:bool=True, # As `AllowTcpForwarding`
+        noise:str='', # Printed by the login shell before a command's own output, as by a chatty .cshrc
+        shell:str='/bin/sh', # Login shell
+        home:str|None=None, # Home directory; a temporary one, removed by `stop`, if not given
+        env:dict|None=None, # More environment for the commands
     ):
         store_attr('name,address,port,password,users,max_sessions,max_startups,forwarding,noise,shell')
         self.user, self.given_home, self.env, self.id = user or this_user(), home, env or {}, uuid.uuid4().hex
         self.client_key, self.host_key, self.loop, self.listener = client_key or new_key(), new_key(), None, None
         self.links, self.transports, self.sessions, self.lock = set(), set(), set(), threading.Lock()
-        self.commands, self.seen = [], Counter()  # every command that was executed; totals of what happened
+        self.commands, self.seen = [], Counter() # every command that was executed; totals of events by name
         self.latency, self.frozen, self.hanging, self.auth, self.stopping = 0., False, False, True, False
-        self.key = self.host_key  # that it shows; `host_key` is the one that clients were told of
+        self.key = self.host_key # shown to clients; `host_key` is the one in their known_hosts
 
     @property
-    def entry(self) -> str: return f'{self.user}@{self._bracketed}:{self.port}'  # for `remote_hosts`
+    def entry(self) -> str: return f'{self.user}@{self._bracketed}:{self.port}' # For `remote_hosts`
     @property
     def _bracketed(self): return f'[{self.address}]' if ':' in self.address else self.address
     @property
-    def connections(self) -> int: return len(self.links)  # that are open now
+    def connections(self) -> int: return len(self.links) # Number of those that are open now
     def __repr__(self): return f'{type(self).__name__}({self.name!r}, {self.entry!r})'
 
 # %% ../nbs/07_mock_ssh.ipynb #9cdac8a5
 @patch(as_prop=True)
-def known_hosts_line(self: MockHost) -> str:
+def known_hosts_line(self:MockHost) -> str:
     return f'[{self.address}]:{self.port} {self.host_key.get_name()} {self.host_key.get_base64()}'
 
 @patch(as_prop=True)
-def channels(self: MockHost) -> int:  # that are open now
+def channels(self:MockHost) -> int: # Number of those that are open now
     return sum(len(o.server.channels) for o in list(self.links) if o.server)
 
 @patch
-def processes(self: MockHost) -> dict[int, str]:
-    "Pid and command line of every live process that was started through this host."
+def processes(self:MockHost) -> dict[int, str]:
+    "Pid and command line of every live process that was started through this host"
     return {pid: shlex.join(c) for pid in sorted(marked(self.id)) if (c := cmdline(pid))}
 
 @patch
-def count(self: MockHost, what: str):
-    "One more of `what` in `seen`."
+def count(self:MockHost, what:str):
+    "Add one to `what` in `seen`"
     with self.lock: self.seen[what] += 1
 
 # %% ../nbs/07_mock_ssh.ipynb #8912b175
 @patch
-def _bound(self: MockHost):
+def _bound(self:MockHost):
     sock = socket.socket(socket.AF_INET6 if ':' in self.address else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, 'SO_REUSEPORT'): sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -433,8 +433,8 @@ def _bound(self: MockHost):
     return sock
 
 @patch
-def start(self: MockHost) -> MockHost:
-    "Listen. Raises `OSError` if the address or port cannot be had."
+def start(self:MockHost) -> MockHost:
+    "Listen. Raises `OSError` if the address or port cannot be had"
     self.keeper = self._bound()
     self.port, self.stopping = self.keeper.getsockname()[1], False
     self.home = self.given_home or tempfile.mkdtemp(prefix=f'mock-ssh-{self.name}-')
@@ -445,7 +445,7 @@ def start(self: MockHost) -> MockHost:
 
 # %% ../nbs/07_mock_ssh.ipynb #5a079920
 @patch
-def _bins(self: MockHost) -> Path:  # where `python` is this interpreter
+def _bins(self:MockHost) -> Path: # Where `python` is this interpreter
     bins = Path(sys.executable).parent
     if (bins/'python').exists() or self.given_home: return bins
     (own := Path(self.home)/'bin').mkdir(exist_ok=True)
@@ -454,8 +454,8 @@ def _bins(self: MockHost) -> Path:  # where `python` is this interpreter
     return own
 
 @patch
-def login_env(self: MockHost, conn: MockConnection, more: dict) -> dict:
-    "The environment of a login through `conn`; with a TMPDIR of its own it has an agent of its own."
+def login_env(self:MockHost, conn:MockConnection, more:dict) -> dict:
+    "The environment of a login through `conn`; with a TMPDIR of its own it has an agent of its own"
     (tmp := Path(self.home)/'.tmp').mkdir(exist_ok=True)
     user, ends = conn.ssh.get_username(), [*map(str, conn.remote), *map(str, conn.local)]
     login = dict(LANG='C.UTF-8', USER=user, LOGNAME=user, HOME=self.home, SHELL=self.shell, TMPDIR=str(tmp),
@@ -465,7 +465,7 @@ def login_env(self: MockHost, conn: MockConnection, more: dict) -> dict:
 
 # %% ../nbs/07_mock_ssh.ipynb #e3f1e8de
 @patch
-def _arrived(self: MockHost, conn: MockConnection):
+def _arrived(self:MockHost, conn:MockConnection):
     self.links.add(conn)
     self.count('connections')
     strangers = sum(not (o.transport.is_closing() or o.ssh and o.ssh.is_authenticated()) for o in self.links)
@@ -476,16 +476,16 @@ def _arrived(self: MockHost, conn: MockConnection):
     elif not (self.hanging or self.frozen): spawn_task(conn.serve())
 
 @patch
-def _resume(self: MockHost):
-    "Serve those that came meanwhile; let out what was held back"
+def _resume(self:MockHost):
+    "Serve the connections that came meanwhile; pass on the data held back"
     for o in list(self.links):
         if o.peer: o.run(); o.peer.run()
         elif not (self.hanging or self.frozen or o.transport.is_closing()): spawn_task(o.serve())
 
 # %% ../nbs/07_mock_ssh.ipynb #629569f8
 @patch
-def accept(self: MockHost):
-    "Take connections again, those that hung included."
+def accept(self:MockHost):
+    "Accept connections again, and serve those that hung"
     async def listen():
         self.hanging = False
         if not self.listener:
@@ -495,28 +495,28 @@ def accept(self: MockHost):
     call_in_loop(listen)
 
 @patch
-def refuse(self: MockHost):
-    "Refuse new connections."
+def refuse(self:MockHost):
+    "Refuse new connections"
     def close():
         if self.listener: self.listener.close()
         self.listener = None
     call_in_loop(close)
 
 @patch
-def hang(self: MockHost):
-    "Accept new connections and say nothing."
+def hang(self:MockHost):
+    "Accept new connections and say nothing"
     self.accept()
     self.hanging = True
 
 @patch
-def drop(self: MockHost):
-    "Reset every connection."
+def drop(self:MockHost):
+    "Reset every connection"
     call_in_loop(lambda: [o.cut() for o in list(self.links)])
 
 # %% ../nbs/07_mock_ssh.ipynb #d029e1be
 @patch
-def stop(self: MockHost):
-    "End all: connections, forwards, and every process that was started through this host, wherever it has gone to."
+def stop(self:MockHost):
+    "End connections, forwards, and every process that was started through this host, in any session"
     if not self.loop: return
     self.stopping, links = True, set(self.links)
     self.refuse()
@@ -532,11 +532,11 @@ def stop(self: MockHost):
 
 # %% ../nbs/07_mock_ssh.ipynb #a3ff31b9
 @patch
-def client(self: MockHost,
-    timeout: float=5.,       # seconds, for each stage of connecting
-    **kw                     # for `SSHClient.connect`
+def client(self:MockHost,
+    timeout:float=5., # Seconds, for each stage of connecting
+    **kw # For `SSHClient.connect`
 ) -> paramiko.SSHClient:
-    "A plain paramiko client, connected, that knows the host's key."
+    "A plain paramiko client, connected, that knows the host's key"
     c = paramiko.SSHClient()
     c.get_host_keys().add(f'[{self.address}]:{self.port}', self.host_key.get_name(), self.host_key)
     login = dict(pkey=self.client_key, username=self.user, look_for_keys=False, allow_agent=False,
@@ -547,31 +547,31 @@ def client(self: MockHost,
 
 # %% ../nbs/07_mock_ssh.ipynb #634a8f79
 @patch
-def freeze(self: MockHost): self.frozen = True
+def freeze(self:MockHost): self.frozen = True
 
 @patch
-def thaw(self: MockHost):
-    "Let the bytes flow again."
+def thaw(self:MockHost):
+    "End `freeze`: pass on data again"
     self.frozen = False
     call_in_loop(self._resume)
 
 @patch
-def delay(self: MockHost, seconds: float): self.latency = seconds  # one way; a round trip takes twice as long
+def delay(self:MockHost, seconds:float): self.latency = seconds # one way; a round trip takes twice as long
 @patch
-def wrong_key(self: MockHost): self.key = new_key()  # for the connections to come
+def wrong_key(self:MockHost): self.key = new_key() # for the connections to come
 @patch
-def refuse_auth(self: MockHost): self.auth = False
+def refuse_auth(self:MockHost): self.auth = False
 
 @patch
-def power_off(self: MockHost):
-    "Gone, with all that ran on it; `heal` boots it again."
+def power_off(self:MockHost):
+    "Refuse connections and kill all processes; `heal` starts the host again"
     self.refuse()
     self.drop()
     kill_marked(self.id, self.since)
 
 @patch
-def heal(self: MockHost):
-    "End all faults."
+def heal(self:MockHost):
+    "End all faults"
     self.latency, self.auth, self.key = 0., True, self.host_key
     self.thaw()
     self.accept()
@@ -580,9 +580,9 @@ def heal(self: MockHost):
 class MockHosts(Startable):
     "A sequence of `n` mock hosts, and the files of a client that knows them"
     def __init__(self,
-        n: int=3,        # hosts, named mock1 to mockN
-        base: int=11,    # the last number of the first address: 127.0.0.11, 127.0.0.12, ...
-        **options        # of each `MockHost`
+        n:int=3, # Hosts, named mock1 to mockN
+        base:int=11, # The last number of the first address: 127.0.0.11, 127.0.0.12, ...
+        **options # of each `MockHost`
     ): self.n, self.base, self.options, self.hosts = n, base, options, []
 
     def __len__(self): return len(self.hosts)
@@ -590,12 +590,12 @@ class MockHosts(Startable):
     def __repr__(self): return f'{type(self).__name__}({self.hosts})'
 
     @property
-    def aliases(self) -> list[str]: return [o.name for o in self.hosts]  # for `remote_hosts` together with `config`
+    def aliases(self) -> list[str]: return [o.name for o in self.hosts] # For `remote_hosts` together with `config`
     @property
-    def entries(self) -> list[str]: return [o.entry for o in self.hosts]  # for `remote_hosts` without it
+    def entries(self) -> list[str]: return [o.entry for o in self.hosts] # For `remote_hosts` without it
 
     def start(self) -> 'MockHosts':
-        "Start the hosts and write the files; all or nothing."
+        "Start the hosts and write the files; all or nothing"
         self.dir = Path(tempfile.mkdtemp(prefix='mock-ssh-'))
         self.config, self.known_hosts, self.key_file = (self.dir/o for o in ('config', 'known_hosts', 'id_ed25519'))
         self.client_key = new_key()
@@ -608,13 +608,13 @@ class MockHosts(Startable):
         except BaseException: self.stop(); raise
         return self
 
-    def new_host(self, i: int, address: str) -> MockHost:
+    def new_host(self, i:int, address:str) -> MockHost:
         return MockHost(f'mock{i+1}', address, client_key=self.client_key, **self.options)
 
 # %% ../nbs/07_mock_ssh.ipynb #2be53807
 @patch
-def stop(self: MockHosts):
-    "Stop the hosts and remove the files."
+def stop(self:MockHosts):
+    "Stop the hosts and remove the files"
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, self.dir, ignore_errors=True)
         for o in self.hosts: stack.callback(o.stop)
@@ -622,7 +622,7 @@ def stop(self: MockHosts):
     atexit.unregister(self.stop)
 
 @patch
-def _write(self: MockHosts):
+def _write(self:MockHosts):
     self.key_file.touch(0o600)
     self.key_file.write_bytes(self.client_key.pem)
     self.known_hosts.write_text(''.join(f'{o.known_hosts_line}\n' for o in self.hosts))

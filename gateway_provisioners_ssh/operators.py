@@ -10,7 +10,7 @@ __all__ = ['HOST_ERRORS', 'SETUP', 'settings_of', 'Site', 'site', 'Trouble', 'as
            'run_there', 'platforms', 'download', 'bundled_pip', 'make_venv', 'setup_host', 'setup']
 
 # %% ../nbs/31_operators.ipynb #32302375
-import asyncio, os, re, secrets, shlex, socket, subprocess, sys, tempfile, time
+import asyncio, re, secrets, shlex, socket, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from .background import in_thread, with_timeout, spawn_task
@@ -39,7 +39,7 @@ class Site:
     settings:HostSettings
     command:str='python' # What a kernel's command begins with
     is_python:bool=True # Whether that is a Python that needs ipykernel
-    users:tuple=() # With impersonation: whose kernels are meant besides those of the login
+    users:tuple=() # With impersonation: users whose kernels count besides those of the login
     pool:Pool=field(default_factory=Pool)
 
     @property
@@ -63,7 +63,7 @@ def site(
     python:str='', # The interpreter on the hosts; empty: that of the kernelspec, else `python`
     name:str='', # The kernelspec's, for messages
 ) -> Site:
-    "The hosts that are meant; raises `ValueError` or `SettingError`"
+    "The `Site` of these hosts; raises `ValueError` or `SettingError`"
     own = ((kernel or {}).get('metadata', {}).get('kernel_provisioner') or {}).get('config') or {}
     settings = settings_of(config, own, name)
     found = parse_hosts(list(hosts)) if hosts else parse_hosts(settings.remote_hosts)
@@ -101,7 +101,7 @@ async def on_each(
     ask, # Coroutine function of a `Host` and its live connection
     told=lambda host, result: None, # Called as each host has answered
 ) -> dict: # `Host` -> what `ask` returned, or a `Trouble`
-    "What every host says, all asked at once"
+    "The answer of every host, all asked at once"
     async def one(host):
         try:
             conn = await site.pool.connection(host, site.login)
@@ -165,7 +165,7 @@ def add_steps(report:Checked, e:Trouble|None=None):
 def size(
     n, # Bytes, or None
 ) -> str:
-    "A number of bytes for people"
+    "A number of bytes as text"
     if n is None: return '?'
     for unit in ('B', 'KiB', 'MiB', 'GiB', 'TiB'):
         if n < 1024 or unit == 'TiB': return f'{n:.0f} {unit}' if n >= 10 or unit == 'B' else f'{n:.1f} {unit}'
@@ -410,12 +410,12 @@ def matching(
     found, # Kernels, or what else has an `id`
     wanted:str, # An id, or the beginning of one
 ) -> list:
-    "Those that are meant"
+    "The kernels whose id is `wanted`, or begins with it"
     exact = [o for o in found if wanted == o.id]
     return exact or [o for o in found if o.id.startswith(wanted)] if wanted else []
 
 def the_one(found, wanted):
-    "The only one that is meant; raises `Trouble`"
+    "The only one with that id, or beginning of an id; raises `Trouble`"
     some = matching(found, wanted)
     if len(some) == 1: return some[0]
     candidates = ', '.join(f'{o.id} on {o.host}' for o in some[:5])
@@ -486,7 +486,7 @@ async def read_log(
 
 # %% ../nbs/31_operators.ipynb #14ef2d4c
 class _Heard:
-    "Takes the events of a follower from a session"
+    "Receives the events of a follower from a session"
     def __init__(self): self.queue = asyncio.Queue()
     def on_event(self, event, m): self.queue.put_nowait('' if m.get('over') else str(m.get('text', '')) or None)
     def on_agent_end(self): self.queue.put_nowait('')
@@ -525,8 +525,8 @@ async def run_there(
     script:str, # For `/bin/sh`
     *words:str, # Its `$1` and so on
     timeout:float=900, # Seconds
-) -> tuple: # status, output
-    "Run a command on a host, independent of the connection; what it leaves there is its effect only"
+) -> tuple: # Status, output
+    "Run a command on a host, independent of the connection, and remove its log and record"
     session = await conn.session()
     name = f'{session.hello["cache"]}/setup-{secrets.token_hex(4)}.log'
     argv = ['/bin/sh', '-c', script, 'sh', *words]

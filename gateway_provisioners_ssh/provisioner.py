@@ -29,16 +29,16 @@ from .workarounds import (UnconfirmedKernel, concrete, drop_manager, fail_own_re
 
 # %% ../nbs/27_provisioner.ipynb #6a0c1f7e
 class HostApplication:
-    "What the kernels of this process have in common; lives in the background loop"
+    "What the kernels of this process share; used in the background loop"
     def __init__(self):
         try:
             from gateway_provisioners_ssh.ssh import Pool
             if not find_spec('Cryptodome.Protocol.HPKE'): raise ImportError('pycryptodomex has no HPKE')
         except ImportError as e: raise LaunchError(missing_package(e)) from None
-        self.pool,self.servers,self.legacy_key = Pool(),{},LegacyKey() # Ways to hosts, and back
-        self.ledger,self.reports,self.observing = Ledger(),HostReports(),asyncio.Semaphore(16) # What is known of hosts
+        self.pool,self.servers,self.legacy_key = Pool(),{},LegacyKey() # Connections, and receivers of launch messages
+        self.ledger,self.reports,self.observing = Ledger(),HostReports(),asyncio.Semaphore(16) # Kernels, load of hosts
         self.watched,self.unconfirmed = set(),set() # Processes, and kernels that no manager has called ready yet
-        self.logged_once = set() # Of hosts: what is true for every start there
+        self.logged_once = set() # Facts about hosts that are logged once
 
     def response_server(self, *key) -> ResponseServer:
         "The server for launch messages with that first port, number of retries, and choice of addresses"
@@ -47,16 +47,16 @@ class HostApplication:
 
     async def close(self):
         "Close all connections; kernels go on"
-        for p in list(self.watched): p.forget() # or they would connect again
+        for p in list(self.watched): p.forget() # otherwise they would connect again
         await self.pool.close()
         for s in self.servers.values(): await s.close()
 
 # %% ../nbs/27_provisioner.ipynb #940be09c
 @patch
-async def leave(self:HostApplication, patience:float=2):
+async def leave(self:HostApplication, timeout:float=2):
     "When the interpreter exits: clean up after kernels that end now; true if others go on"
-    if self.unconfirmed: await asyncio.wait({o.end() for o in self.unconfirmed}, timeout=patience)
-    if self.watched: await asyncio.wait({p.exited for p in self.watched}, timeout=patience)
+    if self.unconfirmed: await asyncio.wait({o.end() for o in self.unconfirmed}, timeout=timeout)
+    if self.watched: await asyncio.wait({p.exited for p in self.watched}, timeout=timeout)
     ended = {p for p in self.watched if p.returncode is not None}
     await asyncio.gather(*(p.release(keep_log=p.returncode != 0) for p in ended))
     self.watched -= ended
@@ -79,11 +79,11 @@ async def close_shared():
 # %% ../nbs/27_provisioner.ipynb #d71314e7
 @patch
 def hear_reports(self:HostApplication,
-    hosts, # Entries; those of which nothing was heard for long are asked
+    hosts, # Entries; those whose lease has expired are asked
     login:Login,
     pythons:tuple, # Interpreters that may run the agent there
 ):
-    "Hear what all connected hosts report, and ask `hosts` to"
+    "Receive the reports of all connected hosts, and ask `hosts` to report"
     for (host,_),task in list(self.pool.conns.items()):
         conn = task.result() if task.done() and not task.cancelled() and not task.exception() else None
         if conn and conn.is_up: self.reports.attach(str(host), conn.agent)
@@ -147,7 +147,7 @@ async def pre_launch(self:DistributedProvisioner, **kwargs):
 # %% ../nbs/27_provisioner.ipynb #0ed4d13a
 @patch
 def _hear_reports(self:DistributedProvisioner, request):
-    "Learn what hosts report, where this start or the rule makes use of it"
+    "Receive the reports of hosts, if this start or the balancer uses them"
     wanted = request.need != Need() or takes_reports(type(load_balancer(self.load_balancing_algorithm)))
     hosts = host_names(self.remote_hosts) if wanted and not request.pinned else ()
     shared().hear_reports(hosts, self.login, interpreters(request.argv))
@@ -160,7 +160,7 @@ def choose_hosts(self:DistributedProvisioner, request:StartRequest) -> HostChoic
     def backing_off(host): return app.pool.backing_off(Host.parse(host), login)
     if pinned: return HostChoice(app.ledger, [pinned], last=pinned, backing_off=backing_off)
     hosts,balancer = host_names(self.remote_hosts),load_balancer(self.load_balancing_algorithm)
-    rounds = 0 if self.impersonation_enabled else 8 # each user has an agent of their own, which knows its kernels only
+    rounds = 0 if self.impersonation_enabled else 8 # each user has an agent of their own, which counts only its kernels
     return HostChoice(app.ledger, hosts, balancer, app.reports, request.need, str(self.conn.host) if self.conn else '',
         self.avoid_last_host, backing_off, rounds)
 
@@ -182,7 +182,7 @@ async def reach(self:DistributedProvisioner,
 # %% ../nbs/27_provisioner.ipynb #cf9168d8
 @patch
 async def _start(self:DistributedProvisioner, request):
-    "Start the kernel on the first host that will have it; returns its connection information"
+    "Start the kernel on the first host that accepts it; returns its connection information"
     deadline,choice,errors = time.monotonic()+request.timeout,self.choose_hosts(request),[]
     try:
         while host := choice.next():
@@ -230,7 +230,7 @@ async def _adopt(self:DistributedProvisioner, claim, launched, ip=''):
 
 @patch
 async def _retarget_forwards(self:DistributedProvisioner, conn, fields, process, ports={}):
-    "Lead ports here (those in `ports`, where given) to the kernel's; when its host is back, iopub gets there first"
+    "Forward ports here (those in `ports`, where given) to the kernel's; after a break iopub is connected first"
     try:
         for k in port_names:
             kept,first = (self.stream_buffer, self.stream_spool),k == 'iopub_port'
@@ -298,14 +298,14 @@ async def _cancel_start(self:DistributedProvisioner, start):
 
 # %% ../nbs/27_provisioner.ipynb #b7e2f318
 def _let_go(process, watchdog, claim):
-    "Follow a kernel no longer"
+    "Stop following a kernel"
     shared().watched.discard(process)
     watchdog.cancel()
     claim.release()
 
 @patch
 async def _adopt_unconfirmed(self:DistributedProvisioner, claim, launched):
-    "Take over a kernel that is ended again unless its manager confirms it"
+    "Take over a kernel, which is ended unless its manager confirms it"
     info = await self._adopt(claim, launched)
     process,watchdog,forwards = self.process,self.unreachable_watchdog,self.forwards
     async def end():
@@ -332,7 +332,7 @@ def _give_up(self:DistributedProvisioner):
 
 @patch
 async def _abandon(self:DistributedProvisioner):
-    "End a kernel that its manager will never have"
+    "End a kernel whose start its manager gave up"
     self.process,self.forwards = None,{}
     await asyncio.wait({self.unconfirmed.end()})
 
@@ -396,8 +396,8 @@ async def send_signal(self:DistributedProvisioner, signum):
 
 @patch
 async def _signal(self:DistributedProvisioner, process, signum):
-    patience = self.connect_timeout * (1 if self.conn.down_since else 4) # a host that is up may be busy
-    try: await with_timeout(process.signal(signum), patience)
+    timeout = self.connect_timeout * (1 if self.conn.down_since else 4) # a host that is up may be busy
+    try: await with_timeout(process.signal(signum), timeout)
     except asyncio.TimeoutError: await self._ask_control_port(dict(signum=int(signum)))
     except Refusal as e: raise HostError(self.conn.host, self.conn.user, str(e)) from None
 
@@ -449,7 +449,7 @@ async def kill(self:DistributedProvisioner, restart=False):
 # %% ../nbs/27_provisioner.ipynb #b83b4a08
 @patch
 async def cleanup(self:DistributedProvisioner, restart=False):
-    "Forget the process and remove what it left on its host"
+    "Stop following the process, and remove its files on the host"
     if start := self.starting:
         start.cancelled = True
         await background().run(self._cancel_start(start))
@@ -464,7 +464,7 @@ async def _cleanup(self:DistributedProvisioner, restart):
 @patch
 async def _remove_process(self:DistributedProvisioner, restart):
     process,self.process = self.process,None
-    if self.unconfirmed: self.unconfirmed.confirm() # the manager knew of it
+    if self.unconfirmed: self.unconfirmed.confirm() # the manager has the kernel
     _let_go(process, self.unreachable_watchdog, self.claim)
     self.avoid_last_host = process.lost
     if not restart: self._close_forwards()

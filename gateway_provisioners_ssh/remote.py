@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from functools import lru_cache
 from importlib.resources import files
-from pathlib import Path
 from .background import in_thread, with_timeout, spawn_task
 from .launchers.agent import COMMAND, MAX_DATA, MAX_LINE, Decoder, bootstrap, encode
 
@@ -24,13 +23,13 @@ class NoPython(AgentClosed):
     "The host has no Python that can run the agent"
 
 class Refusal(RuntimeError):
-    "The agent did not do what it was asked; the message is the host's"
+    "The agent refused a request; the message is the agent's"
 
 @lru_cache(maxsize=None)
 def agent_source() -> tuple: # Compressed file, version
     "What is sent to a host"
     text = (files('gateway_provisioners_ssh')/'launchers/agent.py').read_bytes()
-    text = re.sub(rb'(?m)^#.*$', b'', text) # what nbdev writes at the head of each cell; the numbers of the lines stay
+    text = re.sub(rb'(?m)^#.*$', b'', text) # nbdev's comments at the head of cells; the lines keep their numbers
     return zlib.compress(text, 9),hashlib.sha256(text).hexdigest()[:12]
 
 # %% ../nbs/09_remote.ipynb #9839b1e9
@@ -90,7 +89,7 @@ def feed(self:AgentSession, data:bytes):
         for message,rest in self.decoder.feed(data): self._received(message, rest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         said = bytes(self.decoder.buffer[:2000]).decode("utf-8", "replace")
-        self.close(f'it wrote what no agent writes ({type(e).__name__}): {said!r}')
+        self.close(f'it sent what is no frame ({type(e).__name__}): {said!r}')
 
 @patch
 def close(self:AgentSession, why:str=''):
@@ -151,7 +150,7 @@ async def request(self:AgentSession,
         await self.greeting(user)
         try: return await self._request(op, data, user, arguments)
         except AgentClosed:
-            if self.closed or not retry: raise # else it had nothing to do and ended just then
+            if self.closed or not retry: raise # the agent was idle and ended just then
 
 @patch
 async def _request(self:AgentSession, op, data, user, arguments):
@@ -195,9 +194,9 @@ async def answers(self:AgentSession,
 
 @patch
 def heartbeat(self:AgentSession,
-    idle_timeout:float, # What the agent is told, as in `AgentSession`
+    idle_timeout:float, # The new idle timeout, as in `AgentSession`
 ):
-    "Send a ping without waiting for the answer; when it has come, `last_received` says so"
+    "Send a ping without waiting for the answer, which updates `last_received`"
     if self.closed: return
     self.last_number += 1
     self.idle_timeout = idle_timeout
@@ -211,7 +210,7 @@ async def local_session(
 ) -> AgentSession:
     "A started session with the agent of this machine"
     ours,theirs = socket.socketpair()
-    command = f'exec 3<&0; ( {COMMAND} ) <&3 3<&- &' # not our child, for it may outlive us
+    command = f'exec 3<&0; ( {COMMAND} ) <&3 3<&- &' # no child of this process, which it may outlive
     options = dict(stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
     with theirs: p = await asyncio.create_subprocess_exec('/bin/sh', '-c', command, **options)
     reader,writer = await asyncio.open_connection(sock=ours)
@@ -232,7 +231,7 @@ class Tree:
     root:str # The directory here
     name:str # 64 hex digits
     files:tuple # `(path below root, mode)`
-    agent_socket:bool # Whether its launcher reports to an agent's socket, or knows of the network only
+    agent_socket:bool # Whether its launcher can report to an agent's socket, not only by the network
     templates:bool # Whether its launcher can be forked from a template
 
 _not_sent = re.compile(r'(^|/)(__pycache__|\.[^/]*)(/|$)|^kernel\.json$|^logo-[^/]*$')
@@ -269,7 +268,7 @@ async def ship(self:AgentSession,
     tree:Tree,
     user:str='', # See `request`
 ) -> str: # Its directory on the host
-    "See to it that the host has the files of `tree`; raises `Refusal`, or `AgentClosed`"
+    "Send the files of `tree` unless the host has them; raises `Refusal`, or `AgentClosed`"
     hello,key = await self.greeting(user),(user, tree.name)
     if tree.name not in hello['trees']:
         if key not in self.transfers:
@@ -296,7 +295,7 @@ class RemoteProcess:
     "A process that an agent has started"
     def __init__(self,
         sessions, # Coroutine function: a live `AgentSession` of the host, waiting until there is one
-        id:str, # What the agent knows it by
+        id:str, # The agent's id of it
         log:str, # The log's path on the host
         user:str='', # Whose agent has it; empty: that of the login
         pid:int=0, # Its number on the host; it leads a session and a process group of its own
@@ -305,14 +304,14 @@ class RemoteProcess:
         self.sessions,self.id,self.log,self.user,self.pid,self.pgid = sessions,id,log,user,pid,pgid
         self.returncode,self.lost = None,False # `lost`: the exit code is unknown
         self.stopped = False # By an operator, so that it is not to be started again
-        self.cold = '' # Why it was not forked from a template, where one was wanted and cannot be had
+        self.cold = '' # Why it was not forked from a template although one was wanted
         self.exited,self.report = (asyncio.get_running_loop().create_future() for _ in range(2))
         self._agent_ended,self._follower = asyncio.Event(),None
 
     def __repr__(self): return f'RemoteProcess(pid={self.pid}, returncode={self.returncode})'
 
     def follow(self):
-        "Learn of the end, over whatever connections there will be; returns `self`"
+        "Watch for the end of the process, over this connection and later ones; returns `self`"
         if self._follower is None: self._follower = asyncio.create_task(self._follow())
         return self
 
@@ -329,7 +328,7 @@ async def _follow(self:RemoteProcess):
             try: await asyncio.wait({session.over, agent_ended, self.exited}, return_when=asyncio.FIRST_COMPLETED)
             finally: agent_ended.cancel()
         except AgentClosed: await asyncio.sleep(0)
-        except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # the host could not even ask
+        except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # it cannot be watched now
         finally: session.processes.pop((self.user, self.id), None)
 
 # %% ../nbs/09_remote.ipynb #36328fd5
@@ -340,7 +339,7 @@ def on_agent_end(self:RemoteProcess):
 
 @patch
 def on_event(self:RemoteProcess, event:str, m:dict):
-    "Take what the agent tells of it"
+    "Handle an event of the agent about the process"
     fields,status = m.get('fields' if event == 'report' else 'report'),m.get('status')
     if isinstance(fields, dict): _resolve(self.report, fields)
     if event == 'stopped': self.stopped = True

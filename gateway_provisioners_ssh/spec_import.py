@@ -8,7 +8,7 @@ __all__ = ['PROVISIONERS', 'LAUNCHERS', 'ANY', 'check_kernel', 'read_kernel', 'p
 
 # %% ../nbs/29_spec_import.ipynb #c6209d16
 import json, re, shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from fastcore.basics import patch
 from .start_request import relocate_path
@@ -18,9 +18,9 @@ from .specs import (BUILDS, LANGUAGES, LISTENER, PACKAGE, PLAIN_ARGS, RUN_SH, La
 
 # %% ../nbs/29_spec_import.ipynb #ac264451
 def check_kernel(
-    kernel, # what kernel.json holds
-) -> dict: # the same
-    "ValueError unless `kernel` has the structure of a kernelspec"
+    kernel, # What kernel.json holds
+) -> dict: # The same
+    "Raise `ValueError` unless `kernel` has the structure of a kernelspec"
     def need(ok, what):
         if not ok: raise ValueError(what)
     def texts(values): return all(isinstance(o, str) for o in values)
@@ -35,9 +35,9 @@ def check_kernel(
     return kernel
 
 def read_kernel(
-    source: Path, # a kernelspec's directory
+    source:Path, # A kernelspec's directory
 ) -> dict:
-    "The contents of its `kernel.json`; ValueError if it is none, OSError if it cannot be read"
+    "The contents of its `kernel.json`; raises `ValueError` if it is none, `OSError` if it cannot be read"
     file = Path(source)/'kernel.json'
     try: return check_kernel(json.loads(file.read_text(encoding='utf-8')))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
@@ -48,9 +48,9 @@ def read_kernel(
 PROVISIONERS = ('DistributedProcessProxy', 'distributed-provisioner', 'LocalProcessProxy', 'local-provisioner', '')
 
 def provisioner_stanza(
-    kernel: dict, # contents of kernel.json
-) -> tuple: # class or provisioner that starts the kernel, '' if none is named; the stanza
-    "What a kernelspec says of its provisioner; ValueError if that is not understood"
+    kernel:dict, # Contents of kernel.json
+) -> tuple: # Class or provisioner that starts the kernel, '' if none is named; the stanza
+    "The provisioner that a kernelspec names; raises `ValueError` if that is malformed"
     meta = kernel.get('metadata') if isinstance(kernel.get('metadata'), dict) else {}
     places = ((meta, 'process_proxy', 'class_name'), (kernel, 'process_proxy', 'class_name'),
         (meta, 'kernel_provisioner', 'provisioner_name'))
@@ -68,9 +68,9 @@ ANY = Language('Any', '', files={'scripts/launch_kernel.py': 'launchers/launch_k
     argv=('<python>', '<dir>/scripts/launch_kernel.py', *PLAIN_ARGS), spark_argv=(), on_hosts='the kernel itself')
 
 def launcher(
-    kernel: dict, # contents of kernel.json
-) -> str: # a key of `LAUNCHERS`; '' for a plain kernel
-    "What starts the kernel; ValueError if it is nothing that can be replaced or wrapped"
+    kernel:dict, # Contents of kernel.json
+) -> str: # A key of `LAUNCHERS`; '' for a plain kernel
+    "What starts the kernel; raises `ValueError` if it is nothing that can be replaced or wrapped"
     provisioner,command = provisioner_stanza(kernel)[0],' '.join(kernel['argv'])
     if provisioner not in PROVISIONERS: raise ValueError(f'its kernels are started by {provisioner}, not on hosts: '
         'only a plain kernelspec, or one of DistributedProcessProxy or distributed-provisioner, can be imported')
@@ -84,10 +84,10 @@ def launcher(
 @dataclass
 class ImportedSpec(Spec):
     "A kernelspec for remote hosts, made from another one"
-    source: Path = None # its directory
-    kernel: dict = None # contents of its kernel.json
-    launch_timeout: int = 0 # seconds; 0: what the original says, if anything
-    spark_home: str = '' # Spark's directory on the hosts; empty: what the original says
+    source:Path = None # Its directory
+    kernel:dict = None # Contents of its kernel.json
+    launch_timeout:int = 0 # Seconds; 0: what the original says, if anything
+    spark_home:str = '' # Spark's directory on the hosts; empty: what the original says
 
     def __post_init__(self):
         self.changes, self.doubts, self.launcher = [], [], launcher(check_kernel(self.kernel))
@@ -121,7 +121,7 @@ def interpreter(argv, launcher):
     return next((i for i in reversed(before) if re.fullmatch(r'python[0-9.]*', names[i])), None)
 
 # %% ../nbs/29_spec_import.ipynb #d0e9ecdd
-def with_braces(value: str) -> str:
+def with_braces(value:str) -> str:
     "`value` with every `$NAME` written as `${NAME}`"
     return re.sub(r'(?<!\$)\$([A-Za-z_]\w*)', r'${\1}', value)
 
@@ -150,8 +150,8 @@ def parse_seconds(value) -> int:
         raise ValueError(f'launch_timeout {value!r} in kernel.json is not a number of seconds') from None
 
 def kept_config(
-    kernel: dict, # contents of kernel.json
-) -> tuple: # options for the provisioner; names of those left out
+    kernel:dict, # Contents of kernel.json
+) -> tuple: # Options for the provisioner; names of those left out
     "The configuration in a stanza, as far as a kernelspec may have it here"
     config = provisioner_stanza(kernel)[1].get('config') or {}
     keep = {k: v for k,v in config.items() if k in settings and settings[k].per_spec and v not in (None, '', [])}
@@ -161,7 +161,7 @@ def kept_config(
 # %% ../nbs/29_spec_import.ipynb #f28ce119
 @patch
 def _relocated(self:ImportedSpec, word, target):
-    "`word`, with paths into the original's directory, wherever that was installed, as paths into `target`"
+    "`word`, with paths into the original's directory replaced by paths into `target`"
     end = '/' + LAUNCHERS.get(self.launcher, '')
     installed = [o.removesuffix(end) for o in self.kernel['argv'] if self.launcher and o.endswith(end)]
     for root in {str(self.source), *installed}: word = relocate_path(root, str(target), word)
@@ -228,7 +228,7 @@ _order = ('argv', 'env', 'display_name', 'language', 'interrupt_mode', 'metadata
 
 @patch
 def kernel_json(self:ImportedSpec,
-    target: str, # the directory of the kernelspec, on this machine; hosts get its files when a kernel starts
+    target:str, # The directory of the kernelspec, on this machine; hosts get its files when a kernel starts
 ) -> dict:
     "The contents of `kernel.json`; fills `changes` and `doubts`"
     self.changes, self.doubts, old = [], [], self.kernel.get('metadata') or {}
@@ -257,17 +257,17 @@ _theirs = [*LAUNCHERS.values(), 'kernel.json', 'lib/toree-launcher*.jar', 'lib/t
     f'scripts/{o}.py' for o in ('ipykernel_app', 'server_listener', 'standby', 'gateway_listener'))]
 
 @patch
-def files(self:ImportedSpec) -> dict: # place in the kernelspec: file
+def files(self:ImportedSpec) -> dict: # Place in the kernelspec: file
     "The files of this package that it gets"
     lang = LANGUAGES[self.language.lower()] if self.launcher else ANY
     return {to: PACKAGE/source for to,source in (lang.files | (RUN_SH if self.spark else {})).items()}
 
 @patch
 def write(self:ImportedSpec,
-    place: Path, # an empty directory
-    target: Path, # where the kernelspec will be
-) -> list[str]: # warnings
-    "Fill a directory with the files of this kernelspec."
+    place:Path, # An empty directory
+    target:Path, # Where the kernelspec will be
+) -> list[str]: # Warnings
+    "Fill a directory with the files of this kernelspec"
     out = [o for pattern in (_theirs if self.launcher else ['kernel.json']) for o in self.source.glob(pattern)]
     def skip(d, names): return [o for o in names if o == '__pycache__' or Path(d)/o in out]
     shutil.copytree(self.source, place, ignore=skip, ignore_dangling_symlinks=True, dirs_exist_ok=True)
@@ -283,7 +283,7 @@ def write(self:ImportedSpec,
 # %% ../nbs/29_spec_import.ipynb #93616878
 @patch
 def missing(self:ImportedSpec) -> list[str]:
-    "What the kernel will need and this machine lacks, each with the command that installs it."
+    "What the kernel will need and this machine lacks, each with the command that installs it"
     if self.launcher: return Spec.missing(self)
     command = self._with_interpreter(self.kernel['argv'])[0]
     there = command == self.python or shutil.which(command) or command.startswith(('~', '$')) or '{' in command

@@ -24,7 +24,7 @@ from .tunnel import StreamSession, Tunnel, why_unreachable
 # %% ../nbs/20_ssh.ipynb #9a73a7e9
 log = logging.getLogger('gateway_provisioners_ssh')
 _paramiko_log = logging.getLogger('gateway_provisioners_ssh.paramiko')
-if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # our own errors say what matters
+if _paramiko_log.level == logging.NOTSET: _paramiko_log.setLevel(logging.CRITICAL) # this module's errors suffice
 
 # %% ../nbs/20_ssh.ipynb #135acba4
 def fingerprint(key) -> str: # `SHA256:...`, as `ssh-keygen -l` prints it
@@ -41,7 +41,7 @@ def _explain_trust(e, route):
     if isinstance(e, BadHostKeyException):
         return (f'the host key has changed: {where} now shows {e.key.get_name()} {fingerprint(e.key)}',
             f'If that is expected, this says in which file and line the old key is to be removed: {route.ssh_command}; '
-            'if not, somebody may be between you and the host')
+            'if not, another machine may be between you and the host')
     if 'not found in known_hosts' in str(e):
         return (f'the host key of {where} is unknown',
             f'Log in by hand, which shows its fingerprint and asks whether to trust it: {route.ssh_command}')
@@ -61,7 +61,7 @@ _TWO_SESSIONS = 'Tunnelling needs two sessions on a connection: MaxSessions in i
 _NO_FORWARDING = 'A launch message through a tunnel needs AllowTcpForwarding in its sshd_config'
 
 def _explain_reach(e, route, waited):
-    "The same, for failures on the way to the login and to the agent"
+    "What is wrong and what to do, for failures to reach the host or to start the agent"
     where,login,within = _where(route),_ssh_args(route),f'within {round(waited) or round(waited, 1):g} s'
     if isinstance(e, socket.gaierror):
         return (f'the name {route.hostname} is not known',
@@ -78,6 +78,8 @@ def _explain_reach(e, route, waited):
     if isinstance(e, NoPython):
         return (str(e), 'Install Python 3.6 or newer there (Debian, Ubuntu: apt-get install python3), '
             'or name one: jupyter ssh-spec install --python PATH')
+    if isinstance(e, AgentClosed) and 'no directory for sockets' in str(e):
+        return str(e), '/tmp on the host must have room, and this login must be allowed to write there'
     if isinstance(e, AgentClosed):
         silent = ('' if ': ' in str(e) else
             '. If it says nothing, the login shell of that user may be one that runs no commands, as /bin/false is')
@@ -122,7 +124,7 @@ def _names_host(line, name):
     return any(map(same, re.split('[ \t]', line, maxsplit=1)[0].split(',')))
 
 def _add_host_keys(keys, file, name):
-    "Add what `file` says of `name` to `keys`; of two keys of one kind the first counts"
+    "Add the host keys of `name` in `file` to `keys`; of two keys of one type the first counts"
     with suppress(FileNotFoundError, PermissionError), open(file, errors='replace') as f:
         for line in map(str.strip, f):
             entry = HostKeyEntry.from_line(line) if _names_host(line, name) else None
@@ -225,7 +227,7 @@ async def open_link(
             if sock: sock.close()
             if not isinstance(e, Exception): raise
             waited,dropped = time.monotonic()-begun,_dropped_before_auth(e)
-            if dropped and waited >= login.connect_timeout: e = TimeoutError() # whichever timer of paramiko's it was
+            if dropped and waited >= login.connect_timeout: e = TimeoutError() # paramiko has several timers
             busy = dropped and waited < login.connect_timeout/2
             if not (busy and tries): raise explain(e, host, route, waited) from None
         await asyncio.sleep(random.uniform(.2, .8))
@@ -278,13 +280,13 @@ class SSHConnection:
         host:Host, # The entry
         login:Login, # How to log in
         links:dict, # Live links by hops and login, shared with the other connections
-        pace:Pace, # How often to ask for signs of life and for new connections, shared as well
+        pace:Pace, # Of heartbeats and attempts to connect, shared as well
     ):
         self.host,self.login,self.links,self.pace = host,login,links,pace
         self.state,self.backoff,self.error = ConnectionState(),Backoff(pace),None # `error`: of the last attempt
         self.routes = () # The hops of the last attempt, the host itself last
         self.pythons = () # Interpreters that may run the agent, before those that every host may have
-        self.link = self.agent = None # Of now, or the last ones
+        self.link = self.agent = None # The current ones, or the last
         self.attempt = self.reconnecting = None # Tasks: one attempt, and the loop of `wait_connected`
         self.reverses,self.tunnel = {},Tunnel(self.stream_session, str(host), self.check_again)
         self.port_findings = {} # Ranges of ports, and addresses for reports -> see `port_finding`
@@ -374,7 +376,7 @@ class _SessionProtocol(asyncio.Protocol):
     def connection_made(self, transport):
         session = self.session = self.make(transport)
         self.data_received,self.eof_received = session.feed,session.eof
-        self.resume_writing = getattr(session, 'room', self.resume_writing) # sessions of streams go on writing
+        self.resume_writing = getattr(session, 'room', self.resume_writing) # sessions of streams write more
         transport.set_write_buffer_limits(0)
 
 def _session_over(chan, make): return ChannelTransport(chan, _SessionProtocol(make)).get_protocol().session
@@ -386,7 +388,7 @@ async def _new_session(self:SSHConnection, link):
     except asyncio.TimeoutError: link.close(abort=True); raise
     agent = _session_over(chan, lambda io: AgentSession(io.write, lambda: self._ended(io, link), name, self.pace.told))
     try: return await with_timeout(agent.start(self.pythons), timeout)
-    except asyncio.CancelledError: agent.close(); raise # it may have started just now
+    except asyncio.CancelledError: agent.close(); raise # the agent may have just started
     except asyncio.TimeoutError:
         raise HostError(self.host, self.user, f'the login succeeded, but no agent answered within {timeout:g} s',
             f'See what the login shell waits for: ssh {_ssh_args(self.routes[-1])} true {_TIMEOUT_SETTING}') from None
@@ -412,7 +414,7 @@ def _give_up(self:SSHConnection, agent, link):
 
 @patch
 def _ended(self:SSHConnection, io, link):
-    "The session over `io` ended: its link is of no use any more"
+    "The session over `io` ended: close its link"
     session = io.get_protocol().session
     if link.sock.timed_out: self._warn()
     self.pace.unwatch(session)
@@ -423,7 +425,7 @@ def _ended(self:SSHConnection, io, link):
 
 @patch
 def check_again(self:SSHConnection):
-    "See at once whether the connection still works, or whether there can be one again: this machine was asleep"
+    "Check at once whether the connection still works, or try again to connect, after this machine was asleep"
     self.backoff.wake.set()
     async def check(agent, link, timeout=2):
         with suppress(AgentClosed):
@@ -501,7 +503,7 @@ def port_finding(self:SSHConnection,
     ports:tuple=None, # Lowest and highest port of kernels; None: any
     response_ip:str='', # The address of this machine that launchers know, if it is not that of the connection
 ) -> asyncio.Task|None: # None: there is no connection now, or it leads over others
-    "What finds out why kernels' ports cannot be reached; the result is empty if they can"
+    "A task whose result is why kernels' ports cannot be reached, empty if they can"
     if self.port_findings.get((ports, response_ip)) is None:
         self.port_findings[ports,response_ip] = self._find_out(ports, response_ip) if self.is_up else None
     return self.port_findings[ports,response_ip]
@@ -536,7 +538,7 @@ async def _reverse(link, port):
 login_variables = 'HOME USER LOGNAME SHELL PATH LANG LANGUAGE LC_ALL LC_CTYPE TZ TMPDIR XDG_RUNTIME_DIR'.split()
 
 class LocalConnection:
-    "This machine, with the face of an `SSHConnection`"
+    "A connection to this machine, with the interface of an `SSHConnection`"
     local,proxied,backing_off,closed,down_since,pythons = True,False,False,False,None,()
     address = local_address = '127.0.0.1'
     def __init__(self, host): self.host,self.user,self.agent,self.attempt = host,this_user(),None,None

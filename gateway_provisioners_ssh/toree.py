@@ -33,7 +33,7 @@ class SparkHome:
 def find_spark(
     spark_home:str|Path, # Directory
 ) -> SparkHome:
-    "The Spark at `spark_home`; `BuildError` if there is none that can compile"
+    "The Spark at `spark_home`; raises `BuildError` if there is none that can compile"
     home = Path(spark_home)
     jars = [re.fullmatch(r'spark-core_(\d+\.\d+)-(.+)\.jar', o.name) for o in home.glob('jars/spark-core_*.jar')]
     if not any(jars): raise BuildError(f'there is no Spark at {home} (no jars/spark-core_*.jar): say where it is '
@@ -48,7 +48,7 @@ def find_spark(
 def find_java(
     env=os.environ, # JAVA_HOME wins over PATH
 ) -> str: # Path or command
-    "A Java that can compile the launcher; `BuildError` if there is none, or it is too old"
+    "A Java that can compile the launcher; raises `BuildError` if there is none, or it is too old"
     home = env.get('JAVA_HOME')
     java = shutil.which('java', path=f'{home}/bin') if home else None
     java = java or shutil.which('java', path=env.get('PATH'))
@@ -70,7 +70,7 @@ def toree_jars() -> list[Path]:
 def find_toree_assembly(
     where:str|Path|None=None, # The jar or a directory with it; default: the installed apache-toree
 ) -> Path:
-    "Toree's jar; `BuildError` if it is not there"
+    "Toree's jar; raises `BuildError` if it is not there"
     if where is None: jars = toree_jars()
     else: jars = [Path(where)] if Path(where).is_file() else sorted(Path(where).glob('toree-assembly-*.jar'))
     if jars: return jars[-1]
@@ -98,7 +98,7 @@ def compile_launcher(
     out_dir:str|Path, # Where the jar goes; must exist
     assembly:str|Path|None=None, # Toree's jar; default: the installed apache-toree
 ) -> Path: # out_dir/toree-launcher_SCALAVERSION.jar
-    "Compile the launcher; `BuildError` says what is missing or what the compiler said"
+    "Compile the launcher; raises `BuildError` with what is missing, or the compiler's output"
     spark,java,toree = find_spark(spark_home),find_java(),find_toree_assembly(assembly)
     if (built := toree_scala(toree)) not in (None, spark.scala): raise BuildError(
         f'{toree.name} is made for Scala {built}, and the Spark {spark.version} at {spark.home} for Scala '

@@ -34,7 +34,7 @@ class StreamSession(AgentSession):
         self.unsent,self.mux,self.writing,self.broken,self.resume = unsent,Mux(self.room),False,False,None
 
     def room(self):
-        "Write what there is to write, as far as it would not wait; to be called when what waited has gone out"
+        "Write frames until the queue is full; to be called when the queue has been sent"
         if self.closed or self.writing: return
         self.writing = True
         try:
@@ -45,7 +45,7 @@ class StreamSession(AgentSession):
         try:
             if 'probe' in m: self.tell(dict(probe=1))
             elif type(m.get('s')) is int:
-                if end := self.mux.ends.get(m['s']): end.received(m, data) # else it has ended here meanwhile
+                if end := self.mux.ends.get(m['s']): end.received(m, data) # otherwise the stream has ended here
             elif self.resume and isinstance(m.get('ok'), dict) and 'streams' in m['ok']:
                 self._resumed(m) # at once, as what follows is for those streams
             else: super()._received(m)
@@ -64,7 +64,7 @@ class ClientEnd(End, asyncio.Protocol):
     def __init__(self, forward):
         super().__init__(forward.tunnel.next(), Sender(forward.target.buffer))
         self.forward,self.tunnel,self.target,self.token = forward,forward.tunnel,forward.target,secrets.token_hex(16)
-        self.tr,self.behind,self.known = None,False,False # `known`: the host has heard of it
+        self.tr,self.behind,self.known = None,False,False # `known`: it was opened on the host
 
     def connection_made(self, tr):
         self.tr = tr
@@ -84,7 +84,7 @@ class ClientEnd(End, asyncio.Protocol):
     def settle(self):
         "Read as much as is kept"
         if self.tr.is_closing(): return
-        if self.forward.closed and not self.mux: return self.tr.abort() # nobody waits for this kernel any more
+        if self.forward.closed and not self.mux: return self.tr.abort() # the kernel is not wanted any more
         if not self.out.over: self.tr.resume_reading() if self.out.room() else self.tr.pause_reading()
 
     def connection_lost(self, exc):
@@ -124,7 +124,7 @@ _clock = partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, 'CLOC
 
 class SleepWatch:
     "Calls functions when this process has stood still; in the running event loop"
-    tick,most = 1,3 # Seconds between two looks, and between them at most
+    tick,most = 1,3 # Seconds between two checks; above the second value this process has stood still
     def __init__(self): self.calls,self.task = set(),None
 
     def add(self, call):
@@ -142,7 +142,7 @@ class SleepWatch:
 
 _watches = WeakKeyDictionary()
 def sleep_watch() -> SleepWatch:
-    "That of the running event loop"
+    "The `SleepWatch` of the running event loop"
     return _watches.setdefault(asyncio.get_running_loop(), SleepWatch())
 
 # %% ../nbs/19_tunnel.ipynb #26a0acc5
@@ -165,13 +165,13 @@ class Tunnel:
         return self.count
 
     def start(self):
-        "Have a session, and another whenever it ends"
+        "Open a session, and another whenever it ends"
         if self.running is None or self.running.done():
             self.attached = asyncio.get_running_loop().create_future()
             self.running = spawn_task(self._run())
 
     async def ready(self):
-        "Return when there is a session; raises what stands in its way"
+        "Return when there is a session; raises the error of an attempt that failed"
         self.start()
         await asyncio.shield(self.attached)
 
@@ -179,7 +179,7 @@ class Tunnel:
 @patch
 @contextmanager
 def used(self:Tunnel):
-    "Keep a session in the meantime, by which a kernel that is being started can be reached as soon as it is there"
+    "Keep a session while the block runs, so that a kernel that is being started can be reached as soon as it is ready"
     self.users.add(user := object())
     self.start()
     try: yield
@@ -242,7 +242,8 @@ def _join(self:Tunnel, end):
     if not end.known:
         t = end.target
         bounds = dict(buffer=t.buffer, spool=t.spool)
-        self.session.tell(dict(op='open', s=end.number, token=end.token, port=t.port, id=t.kernel, user=t.user, **bounds))
+        self.session.tell(dict(op='open', s=end.number, token=end.token,
+            port=t.port, id=t.kernel, user=t.user, **bounds))
         end.known = True
     self.session.mux.add(end)
     end.settle()
@@ -267,7 +268,7 @@ def add(self:Tunnel, end):
 
 @patch
 def remove(self:Tunnel, end):
-    "`end` is no more: tell the host, now or with the next session"
+    "Remove `end`, and tell the host, now or in the next session"
     self.ends.pop(end.number, None)
     if end.mux: end.mux.remove(end)
     if self.session and end.known: self.session.tell(dict(s=end.number, end=''))
@@ -275,7 +276,7 @@ def remove(self:Tunnel, end):
 
 @patch
 def settle(self:Tunnel):
-    "Without ports and streams a session is of no use, if that lasts"
+    "Close the session once it had neither ports nor streams for `idle` seconds"
     if self.users or self.ends or not self.session: return
     asyncio.get_running_loop().call_later(self.idle, self._leave, self.session)
 
@@ -294,7 +295,7 @@ def close(self:Tunnel):
 class KernelPort(NamedTuple):
     "A port of a kernel, and how its streams are to be kept"
     port:int # On the loopback interface of the host
-    kernel:str # What the agent knows the kernel by
+    kernel:str # The agent's id of the kernel
     user:str = '' # Whose agent has it; empty: that of the login
     buffer:int = 4*2**20 # Bytes that each end keeps in memory
     spool:int = 2**30 # Bytes that the host keeps in a file beyond that

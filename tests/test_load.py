@@ -364,7 +364,7 @@ async def test_a_host_under_load_gets_no_kernels_while_others_are_idle():
     """The load is real: programs that compute. All hosts are this machine, so each counts its own runnable processes,
     as its load average would"""
     apart = (('load=load, cores=cores(groups)', RUNNABLE), ('memory=memory(groups), clock', 'memory={}, clock'),
-             ('Agent.settle = 5,news', 'Agent.settle = .1,news'))
+             ('LOAD_INTERVAL = 5', 'LOAD_INTERVAL = .1'))
     async with contextlib.AsyncExitStack() as stack:
         hosts = {f'h{i}': await stack.enter_async_context(host_of()) for i in range(3)}
         ledger, known, rule = Ledger(), HostReports(), LeastLoad()

@@ -6,7 +6,7 @@ from jupyter_client import AsyncMultiKernelManager
 from traitlets.config import Config
 from gateway_provisioners_ssh import operators
 from gateway_provisioners_ssh.operators import check, drain, site
-from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
+from gateway_provisioners_ssh.provisioner import HostApplication, shared
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.errors import LaunchError
 from test_impersonation import kernel_of, remote as impersonated
@@ -424,10 +424,10 @@ async def test_least_load_counts_kernels_of_other_applications(remote):
 
 async def test_no_start_waits_for_figures(remote, monkeypatch):
     asked = []
-    async def never_told(self, host, request):
+    async def never_told(self, host, login, pythons):
         asked.append(host)
         await asyncio.Event().wait()
-    monkeypatch.setattr(DistributedProvisioner, '_observe', never_told)
+    monkeypatch.setattr(HostApplication, '_ask_report', never_told)
     async with remote.on('host1', 'host2', config=dict(load_balancing_algorithm='least-load')): pass
     assert set(asked) == {'host1', 'host2'}
 

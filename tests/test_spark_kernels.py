@@ -92,8 +92,8 @@ endless, short = query(10**15), query(1)''')
 async def test_wrong_master(hosts, tmp_path, spark_standalone):
     """A master that there is not: an error in the cell where the context is lazy, of the launch where it is eager, and
     soon."""
-    masters = {'lazy': ('spark://no_such_host:7077', 'nobody answers at no_such_host:7077: '),
-               'eager': ('spark://127.0.0.1:1', 'nobody answers at 127.0.0.1:1: Connection refused')}
+    masters = {'lazy': ('spark://no_such_host:7077', 'no Spark master answers at no_such_host:7077: '),
+               'eager': ('spark://127.0.0.1:1', 'no Spark master answers at 127.0.0.1:1: Connection refused')}
     for mode, (master, _) in masters.items():
         spark_spec(tmp_path, master, spark_standalone.spark_home, '--spark-init-mode', mode, '--kernel-name', mode)
     t = Timer()

@@ -41,7 +41,7 @@ def app_class(): # A template makes it before it forks
 def import_kernel_class(
     name:str, # Dotted name of an ipykernel `Kernel` subclass
 ):
-    "That class; `LauncherError` if it cannot be imported or is none"
+    "That class; raises `LauncherError` if it cannot be imported or is none"
     from ipykernel.kernelbase import Kernel
     from traitlets import import_item
     try:
@@ -55,7 +55,7 @@ def kernel_app(
     launch:LaunchContext, # Whose ports are reserved
     kernel_class:str, # Dotted name of an ipykernel `Kernel` subclass
 ): # `IPKernelApp`, not yet initialized
-    "An application that will run this launch's kernel; `LauncherError` if ipykernel is missing or too old"
+    "An application that will run this launch's kernel; raises `LauncherError` if ipykernel is missing or too old"
     pip = f'{sys.executable} -m pip install'
     try:
         import zmq
@@ -77,7 +77,7 @@ def _sql_context(session):
     import warnings
     from pyspark.sql import SQLContext
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # it is deprecated, for which the user has no use
+        warnings.simplefilter('ignore') # the user cannot act on its deprecation
         return SQLContext.getOrCreate(session.sparkContext)
 
 SPARK_NAMES = dict(
@@ -100,19 +100,19 @@ def spark_session():
 def check_reachable(
     master:str, # E.g. `spark://10.0.0.4:7077`, or several: `spark://a:7077,b:7077`
 ):
-    "`ConnectionError` if every address refuses the connection or is unknown; no answer is no error"
+    "Raise `ConnectionError` if every address refuses the connection or is unknown; no answer is no error"
     errors = []
     for at in master.removeprefix('spark://').split(','):
         host,_,port = at.rpartition(':')
         try: return socket.create_connection((host.strip('[]'), int(port)), timeout=3).close()
         except TimeoutError: return
         except (OSError, ValueError) as e: errors.append(f'{at}: {getattr(e, "strerror", None) or e}')
-    raise ConnectionError(f'nobody answers at {", ".join(errors)}: is {master} the master, and is it up?')
+    raise ConnectionError(f'no Spark master answers at {", ".join(errors)}: is {master} the master, and is it up?')
 
 def check_accepted(
     session, # A `SparkSession`
 ):
-    "`session`, if its cluster has accepted the application; `ConnectionError` if it has not"
+    "`session`, if its cluster has accepted the application; raises `ConnectionError` if it has not"
     context = session.sparkContext
     master,app = context.master,context.applicationId
     if not (master.startswith('spark://') and app.startswith('spark-application-')): return session
@@ -140,7 +140,7 @@ class Spark:
     def get(self,
         name:str, # One of `SPARK_NAMES`
     ):
-        "The object called `name`, waited for; `SparkUnavailable` if Spark could not be started"
+        "The object called `name`, waited for; raises `SparkUnavailable` if Spark could not be started"
         self.ended.wait()
         if self.error is not None: raise SparkUnavailable(f'Spark could not be started: {self.why()}') from self.error
         return SPARK_NAMES[name][1](self.session)
@@ -201,7 +201,7 @@ def start_lazily(
 def start_eagerly(
     spark:Spark, # Not started
 ) -> dict: # `SPARK_NAMES` and their objects
-    "Start Spark now; `LauncherError` if it cannot be started"
+    "Start Spark now; raises `LauncherError` if it cannot be started"
     spark.start()
     if spark.error is not None: raise LauncherError(f'Spark could not be started: {spark.why()}') from spark.error
     atexit.register(spark.session.stop)

@@ -36,7 +36,7 @@ def log(
     except OSError: pass
 
 def exit_with(e:LauncherError): # Its text is logged
-    "End this process with the one line that says why"
+    "Log the error in one line and end this process"
     log(e)
     sys.exit(e.status)
 
@@ -58,7 +58,7 @@ class Ticket:
     def take(cls,
         env=os.environ, # Loses the variable
     ):
-        "The ticket in `env`; `LauncherError` if there is none that this version understands"
+        "The ticket in `env`; raises `LauncherError` if there is none that this version understands"
         text = env.pop(TICKET, None)
         if not text: raise LauncherError(f'{TICKET} is not set: this launcher needs a host application that speaks '
             f'version {VERSION} of the launch message, such as gateway_provisioners_ssh')
@@ -91,7 +91,7 @@ class Arguments(argparse.ArgumentParser):
 
 # %% ../../nbs/12_listener.ipynb #35f5c3bd
 def parse_address(text:str) -> tuple: # `(ip, port)`
-    "Split `IP:PORT`, where an IPv6 address is in brackets; `LauncherError` for anything else"
+    "Split `IP:PORT`, where an IPv6 address is in brackets; raises `LauncherError` for anything else"
     ip,_,port = text.rpartition(':')
     ip = ip.strip('[]')
     if not (ip and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
@@ -140,7 +140,7 @@ def bind_socket(
     port:int=0, # 0: any that is free
     reuse:bool=False, # Set `SO_REUSEADDR`, which gets past TIME_WAIT and past shared reservations?
 ) -> socket.socket: # Not listening
-    "A TCP socket bound to `ip`:`port`; `OSError` if it cannot be"
+    "A TCP socket bound to `ip`:`port`; raises `OSError` if it cannot be"
     s = socket.socket()
     try:
         if reuse: s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -170,7 +170,7 @@ def reserve_ports(
     ports=None, # `range` to take them from; None: any
     former=None, # Ports to have again if possible: `shell_port` etc.
 ) -> dict: # Name of a channel: bound socket
-    "Reserve the five ports of a kernel; `LauncherError` if that is not possible"
+    "Reserve the five ports of a kernel; raises `LauncherError` if that is not possible"
     sockets,fresh,former = {},bind_fresh(ip, ports),former or {}
     try:
         for name in CHANNELS: sockets[name] = bind_former(ip, former.get(f'{name}_port')) or next(fresh)
@@ -210,7 +210,7 @@ def write_private(
     path:str, # Absolute; its directory is made if it is missing
     fields:dict, # JSON content
 ):
-    "Write `fields` to `path`, readable by its owner only and never half-written; `LauncherError` if that fails"
+    "Write `fields` to `path`, readable by its owner only and never half-written; raises `LauncherError` if that fails"
     part = f'{path}.{os.getpid()}'
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -227,7 +227,7 @@ def report_to_agent(
     message:dict, # `ip`, `pgid`, `remove`, and `fields` unless they go by the network
     timeout:float=30, # Seconds to wait for the answer
 ) -> dict: # `comm_port` and `control_key`, or nothing
-    "Report to the agent; `OSError` if it cannot be reached, `LauncherError` if the launch has been given up"
+    "Report to the agent; raises `OSError` if it cannot be reached, `LauncherError` if the launch has been given up"
     answer = b''
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(timeout)
@@ -240,7 +240,7 @@ def report_to_agent(
 
 # %% ../../nbs/12_listener.ipynb #e643a81e
 def load_hpke():
-    "The modules that seal: `HPKE`, `ECC`; `LauncherError` if pycryptodomex is missing or too old"
+    "The modules that seal: `HPKE`, `ECC`; raises `LauncherError` if pycryptodomex is missing or too old"
     sys.modules.setdefault('cffi', None)
     try:
         from Cryptodome.Protocol import HPKE
@@ -306,7 +306,7 @@ def report_by_network(
     timeout:float=30, # Seconds to wait for the answer
     alive=lambda: True, # Function: does the kernel still run? If not, the answer is not waited for
 ):
-    "Send the report; `LauncherError` unless the host application confirms the launch"
+    "Send the report; raises `LauncherError` unless the host application confirms the launch"
     message,enc = seal(ticket, kernel_id, fields)
     try: answer = _exchange(peer, message, timeout, alive)
     except OSError as e: raise LauncherError(
@@ -337,7 +337,7 @@ class LaunchContext:
         pid:int, # The kernel's process
         curve:bool=False, # Does this kernel take CURVE keys?
     ) -> dict: # The connection fields
-        "Write the connection file and share the reserved ports with the kernel; `LauncherError` if that fails"
+        "Write the connection file and share the reserved ports with the kernel; raises `LauncherError` if that fails"
         if self.ticket.encrypt and not curve:
             raise LauncherError('encrypted channels were asked for, and this kernel cannot encrypt: '
                                 'set KernelManager.transport_encryption to "disabled" or "auto"')

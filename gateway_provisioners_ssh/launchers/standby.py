@@ -21,11 +21,11 @@ KERNEL_MODULES = '''ipykernel.kernelapp ipykernel.ipkernel ipykernel.debugger ip
     tornado.platform.asyncio tornado.queues encodings.idna encodings.latin_1 xmlrpc.server'''.split()
 
 class NoTemplate(Exception):
-    "Why kernels cannot be forked from this process, in words for the user"
+    "Why kernels cannot be forked from this process, as a message to the user"
     def __init__(self, why, passes=False): super().__init__(why); self.passes = passes # Is another attempt worthwhile?
 
 def import_kernel_modules():
-    "Import what a kernel needs in its first seconds, as far as it is installed"
+    "Import those modules of `KERNEL_MODULES` that are installed"
     for name in KERNEL_MODULES:
         with suppress(ImportError): importlib.import_module(name)
 
@@ -39,7 +39,7 @@ def set_variables():
 def import_preload(
     preload:list, # Names of modules
 ):
-    "Import the modules that the kernelspec names; `NoTemplate` if one fails"
+    "Import the modules that the kernelspec names; raises `NoTemplate` if one fails"
     for name in preload:
         try: importlib.import_module(name)
         except BaseException as e: raise NoTemplate(f'preload of {name} fails: {type(e).__name__}: {e}') from None
@@ -57,7 +57,7 @@ def check_forkable(
     printed='', # What was written to standard output and error by the imports
     known=(0, 1, 2), # Descriptors that may be open
 ):
-    "`NoTemplate` if forks of this process would share what kernels must not share"
+    "Raise `NoTemplate` if forks of this process would share what kernels must not share"
     if not all(map(os.path.isabs, sys.path)): raise NoTemplate('a directory of sys.path is relative')
     if printed: raise NoTemplate(f'what is imported prints: {" ".join(printed.split())[:200]}')
     if others := threading.enumerate()[1:]: raise NoTemplate(f'what is imported starts a thread: {others[0].name}')
@@ -94,7 +94,7 @@ def source_paths() -> list:
     return sorted({o for o in (*directories, *modules, *others) if isinstance(o, str)})
 
 def stamps(paths) -> list: # None for a path that does not exist
-    "Values that change when a file or directory changes, for each path"
+    "A value for each path, which differs when the file or directory has changed"
     return [_stamp(o) for o in paths]
 
 def _stamp(path):
@@ -108,7 +108,7 @@ def check_unchanged(
     before:dict, # Stamps by path, from before the imports
     began:int, # When the imports began, in nanoseconds
 ):
-    "`NoTemplate` if something changed while it was imported, so that the version in memory is unknown"
+    "Raise `NoTemplate` if something changed while it was imported, so that the version in memory is unknown"
     for path,now in zip(paths, seen):
         if now != before.get(path, now) or now and now[1] >= began:
             raise NoTemplate(f'{path} has changed while it was imported', True)
