@@ -290,7 +290,7 @@ def test_recorded_control_request():
     assert key.request(nonce, dict(signum=2)).decode() == vector['request'] + '\n'
     kernel = SimpleNamespace(record=dict(control=dict(key=vector['key'])), ended=False, signal=signals.append)
     asked = SimpleNamespace(kernels=dict(k=kernel))
-    reply = agent.asked(asked, SimpleNamespace(nonce=nonce), vector['request'].encode())
+    reply = agent.Agent.control_request(asked, SimpleNamespace(nonce=nonce), vector['request'].encode())
     assert reply.decode() == vector['reply'] + '\n' and signals == [2]
     assert key.open_reply(nonce, reply) == dict(alive=True)
 

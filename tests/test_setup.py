@@ -1,9 +1,15 @@
 "After `jupyter ssh-spec setup` a host that had no ipykernel runs a kernel: from a package index, and without one."
-import functools, re, shlex, sysconfig, threading, zipfile
+import functools, re, shlex, shutil, sysconfig, threading, zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from kernels import running, value
-from test_operators import as_json, command, remote, sh
+from test_operators import as_json, command, remote as _remote, sh
+
+@pytest.fixture
+def remote(_remote):
+    "The environments that `setup` makes are removed again"
+    yield _remote
+    for h in _remote.lab: shutil.rmtree(h.home/'k', ignore_errors=True)
 
 @pytest.fixture
 def index(tmp_path):

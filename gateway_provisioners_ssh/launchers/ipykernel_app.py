@@ -35,6 +35,9 @@ def app_class(): # A template makes it before it forks
         def write_connection_file(self, **kw): # All ports are bound now
             self.launch.close()
             report_listening(self.launch, self.fields, os.getpid())
+        def init_shell(self):
+            super().init_shell()
+            if self.shell: self.shell.banner2 += f'This kernel runs on host {socket.gethostname()}.\n'
     return LaunchedKernelApp
 
 # %% ../../nbs/13_ipykernel.ipynb #a567d182
