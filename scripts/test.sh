@@ -57,12 +57,18 @@ notebook() {  # one from top to bottom, in a process and a home of its own
     mkdir -p "$log.home"
     if HOME=$log.home XDG_CACHE_HOME=$cache MPLBACKEND=agg timeout -k 5 600 nbdev-test "$1" >"$log" 2>&1
     then printf '%s: ok, %d s\n' "$1" $((SECONDS - t))
-    else printf '%s: FAILED after %d s\n%s\n' "$1" $((SECONDS - t)) "$(cat "$log")"; return 1
+    else printf '%s: FAILED after %d s\n%s\n' "$1" $((SECONDS - t)) "$(cat "$log")"; echo "$1" >>"$work/notebooks"
     fi
 }
-notebooks() {
+notebooks() {  # what failed beside another may have been short of time, so it is tried once more, alone, like tests (`again`)
+    local names name
     export -f notebook; export work cache=${XDG_CACHE_HOME:-$HOME/.cache}
     find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -rz | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
+    [ -e "$work/notebooks" ] || return 0
+    loud "Notebooks failed (above). Each is tried once more, alone on this machine"
+    mapfile -t names <"$work/notebooks"; rm "$work/notebooks"
+    for name in "${names[@]}"; do notebook "$name"; done
+    [ ! -e "$work/notebooks" ]
 }
 
 again() {  # what failed beside other tests may have been short of time; what fails alone, too, is broken

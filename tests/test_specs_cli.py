@@ -686,7 +686,7 @@ def reference(text):
     return None if quote else words + [word]*(word is not None)
 
 def test_splitting_agrees_with_a_reference(submit):
-    script = (PACKAGE/'kernelspecs/spark/bin/run.sh').read_text().split('only() {')[0] + (
+    script = (PACKAGE/'kernelspecs/spark/bin/run.sh').read_text().split('find_one() {')[0] + (
         '\nwhile IFS= read -r -d "" text; do ( split X "$text" 2>/dev/null '
         '&& printf "%s\\0" ${#words[@]} "${words[@]}" ) || printf "%s\\0" bad; done')
     texts = []
