@@ -278,7 +278,7 @@ async def launched(server, launch, argv, env, log, timeout=60):
             await asyncio.wait([told.future, p.report, p.exited], timeout=timeout, return_when='FIRST_COMPLETED')
             if not told.future.done() and not p.report.done():
                 # who is left may say more
-                with contextlib.suppress(AssertionError):
+                with contextlib.suppress(TimeoutError):
                     await until(lambda: not p.exited.done() or not left_of(launch.kernel_id), 5)
                 raise LaunchFailed(f'status {p.returncode} after {t}: {await p.tail(1000)}')
             fields = told.future.result() if told.future.done() else launch.accept(p.report.result())
@@ -307,7 +307,7 @@ async def launched_alone(server, launch, argv, env, log, timeout=60, report=None
             await asyncio.wait([report, exited], timeout=timeout, return_when='FIRST_COMPLETED')
             if not report.done():
                 # who is left may say more
-                with contextlib.suppress(AssertionError):
+                with contextlib.suppress(TimeoutError):
                     await until(lambda: not exited.done() or not left_of(launch.kernel_id), 5)
                 raise LaunchFailed(f'status {proc.returncode} after {t}: {log.read_text(errors="replace")[-6000:]}')
             fields = report.result()

@@ -42,13 +42,13 @@ def wait(cond, timeout=10, what='condition', pause=.02):
 
 async def until(cond, timeout=20, what='condition'):
     """Let the event loop go on until `cond()`, which may be a coroutine, is true, and return what it returned;
-    AssertionError after `timeout` seconds"""
+    TimeoutError after `timeout` seconds"""
     deadline = Deadline(timeout)
     while True:
         if inspect.isawaitable(r := cond()): r = await r
         if r: return r
-        in_time = float(deadline.timer) < deadline.timeout or not await asyncio.to_thread(deadline.passed)
-        assert in_time, f'{what}: not within {deadline.timeout:g} s'
+        if float(deadline.timer) > deadline.timeout and await asyncio.to_thread(deadline.passed):
+            raise TimeoutError(f'{what}: not within {deadline.timeout:g} s')
         await asyncio.sleep(.02)
 
 async def within(limit, attempt):

@@ -120,7 +120,7 @@ class Application:
         async def answer():   # it writes that file a moment before it listens
             with suppress(ConnectionRefusedError): return await self.request('GET', 'api', 200)
         try: return await until(answer, 60)
-        except AssertionError: raise AssertionError(self.text()) from None
+        except TimeoutError: raise AssertionError(self.text()) from None
 
     async def request(self, method, path, expect, /, **body):
         r = await AsyncHTTPClient().fetch(HTTPRequest(f'{self.at["url"]}{path}', method,

@@ -34,7 +34,7 @@ class Server:
     async def ready(self):
         "Whether it answers; false if another process was quicker to take its port"
         try: await until(lambda: self.proc.poll() is not None or self.listens(), 60, 'the server listens')
-        except AssertionError as e: raise TimeoutError(f'{e}\n{self.text()}') from None
+        except TimeoutError as e: raise TimeoutError(f'{e}\n{self.text()}') from None
         if self.proc.poll() is None:
             await self.request('GET', 'api', 200)
             return True
