@@ -111,7 +111,7 @@ class Host:
             await o.process.wait()
             await asyncio.wait([o.reading])
 
-OTHER_VERSION = ('"""What a host runs:', '"""What a host runs, in another version:')
+OTHER_VERSION = ('"""What runs on a host:', '"""What a host runs, in another version:')
 
 @contextlib.asynccontextmanager
 async def host_of(*prefix):

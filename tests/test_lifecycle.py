@@ -139,7 +139,7 @@ def test_gone_without_a_word(remote):
             f.unlink()
 
 @pytest.fixture(scope='class')
-def standard_kernel(request, installed):
+def standard_kernel(request, _remote):
     suite = super(TestStandard, request.cls)
     suite.setUpClass()
     yield
