@@ -55,7 +55,8 @@ for p in "${PYSPARK_PYTHON:-python3}" "${PYSPARK_PYTHON:-python}"; do
   "$p" -c "import sys; sys.exit(sys.version_info < (3, 8))" 2>/dev/null && exec "$p" "$@"
 done
 tried=${PYSPARK_PYTHON:-python3, python}
-echo "launch_IRkernel.R: server_listener.py needs a Python 3.8 or newer, which is neither of $tried: set PYSPARK_PYTHON to one" >&2
+missing="server_listener.py needs a Python 3.8 or newer, which is neither of $tried"
+echo "launch_IRkernel.R: $missing: set PYSPARK_PYTHON to one" >&2
 kill -TERM $R_PID'
 
 start_reporter <- function(opts, file) {
