@@ -1,7 +1,7 @@
 """What keeps the cost of many hosts down, and must not cost anything else: links that die in silence are noticed by the
 system, hosts are asked at a bounded pace, what was read once is read again when it changed. How much it costs is for
 bench_scale.py to measure. `-s` shows how long things took."""
-import base64, hashlib, heapq, hmac, socket
+import asyncio, base64, hashlib, heapq, hmac, socket
 from collections import Counter
 from types import SimpleNamespace
 import paramiko, psutil, pytest
@@ -72,9 +72,10 @@ async def test_a_link_that_the_system_gave_up_ends_for_its_reader():
     for error in TimeoutError(110, 'Connection timed out'), OSError(113, 'No route to host'):
         a, b = socket.socketpair()
         sock = NonblockingSocket(a)
-        def recv(n): raise error
-        sock.sock = SimpleNamespace(recv=recv, shutdown=a.shutdown, close=a.close)
-        assert (sock.recv(1), sock.timed_out) == (b'', True)
+        def recv_into(buffer): raise error
+        sock.sock = SimpleNamespace(recv_into=recv_into, shutdown=a.shutdown, close=a.close)
+        b.send(b'x')
+        assert (await asyncio.to_thread(sock.recv, 1), sock.timed_out) == (b'', True)
         sock.close(); b.close()
     a, b = socket.socketpair()
     sock = NonblockingSocket(a, poll_interval=.01)
