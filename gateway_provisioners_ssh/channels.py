@@ -7,7 +7,7 @@ __all__ = ['HOOKS', 'check_hooks', 'NonblockingSocket', 'Packetizer', 'Transport
            'ChannelTransport', 'send_exit', 'Forwarder', 'ChannelForwarder', 'join']
 
 # %% ../nbs/05_channels.ipynb #875e898e
-import asyncio, atexit, errno, os, paramiko, signal, socket, struct, threading
+import asyncio, atexit, errno, mmap, os, paramiko, signal, socket, struct, threading
 from collections import deque
 from contextlib import suppress
 from fastcore.basics import patch
@@ -68,8 +68,8 @@ class NonblockingSocket:
         self.loop,self.sock,self.poll_interval = asyncio.get_running_loop(),sock,poll_interval
         sock.setblocking(False)
         self.fd,self.loop_thread = sock.fileno(),threading.get_ident()
-        self.buffer = memoryview(bytearray(2**18)) # What was read from the socket, and not by paramiko: from `start`
-        self.start = self.end = 0                  # to `end`
+        self.buffer = memoryview(mmap.mmap(-1, 2**18, flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)) # Memory once it is used
+        self.start = self.end = 0 # Where the bytes in it begin and end that paramiko has not read yet
         self.arrived,self.on_read = threading.Condition(),lambda: None # Function, called in the loop after each read
         self.ended,self.error = False,None # Whether no more comes; why, if not because the peer says so
         self.stopped = self.waiting = False # Whether reading waits for room in the buffer, and writing in the system
@@ -101,7 +101,8 @@ def _read(self:NonblockingSocket):
         except OSError as e: n,self.error = 0,None if self._is_given_up(e) else e
         self.end += n
         if not n: self._end()
-        elif self.is_tcp and _quick_ack: self.sock.setsockopt(socket.IPPROTO_TCP, _quick_ack, 1)
+        elif self.is_tcp and _quick_ack:
+            with suppress(OSError): self.sock.setsockopt(socket.IPPROTO_TCP, _quick_ack, 1)
         self.arrived.notify()
     self.on_read()
 
@@ -154,9 +155,9 @@ def in_loop(self:NonblockingSocket): return threading.get_ident() == self.loop_t
 
 @patch
 def call_in_loop(self:NonblockingSocket, f):
-    "Have the loop call `f` soon; from any thread"
+    "Have the loop call `f` soon; from any thread. Returns None if the loop has ended"
     if self.in_loop(): return self.loop.call_soon(f) # without waking a loop that is awake
-    with suppress(RuntimeError): self.loop.call_soon_threadsafe(f) # the loop may have ended
+    with suppress(RuntimeError): return self.loop.call_soon_threadsafe(f)
 
 # %% ../nbs/05_channels.ipynb #b2452746
 @patch
@@ -215,7 +216,7 @@ class Packetizer(paramiko.packet.Packetizer):
         "The next message for paramiko's thread: `(type, Message)`; raises what ended the connection"
         self.transport.on_idle()
         if not self.readable: return super().read_message()
-        self.sock.call_in_loop(self._ask)
+        if not self.sock.call_in_loop(self._ask): raise EOFError('the event loop has ended')
         m = self.messages.get()
         if isinstance(m, Exception): raise m
         return m
@@ -227,7 +228,7 @@ class Packetizer(paramiko.packet.Packetizer):
 
     def close(self):
         super().close()
-        self.messages.put(EOFError()) # the loop may have ended
+        self.messages.put(EOFError()) # the loop may not get to it any more
 
 # %% ../nbs/05_channels.ipynb #f0778b23
 @patch
@@ -303,7 +304,7 @@ class Transport(paramiko.Transport):
         "Handle a message with what an open channel carries; returns whether it is one"
         if kind not in _IN_LOOP or self._expected_packet: return False
         chan = self._channels.get(message.get_int())
-        if not chan: message.rewind(); return False
+        if chan is None: message.rewind(); return False
         self._channel_handler_table[kind](chan, message)
         return True
 
