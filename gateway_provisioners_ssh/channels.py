@@ -68,7 +68,8 @@ class NonblockingSocket:
         self.loop,self.sock,self.poll_interval = asyncio.get_running_loop(),sock,poll_interval
         sock.setblocking(False)
         self.fd,self.loop_thread = sock.fileno(),threading.get_ident()
-        self.buffer = memoryview(mmap.mmap(-1, 2**18, flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)) # Memory once it is used
+        private = mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS # pages take memory once they are used
+        self.buffer = memoryview(mmap.mmap(-1, 2**18, flags=private))
         self.start = self.end = 0 # Where the bytes in it begin and end that paramiko has not read yet
         self.arrived,self.on_read = threading.Condition(),lambda: None # Function, called in the loop after each read
         self.ended,self.error = False,None # Whether no more comes; why, if not because the peer says so
