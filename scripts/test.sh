@@ -55,15 +55,14 @@ quick_java() {  # what `java` is here and on the hosts of the tests: for the man
     java=$(PATH=${PATH//$VENV\/bin:/} command -v java) || return 0
     rm -f "$classes"
     java_command "$java"
-    JAVA_HOME=$VENV timeout -k 5 600 "$VENV/bin/python" scripts/java_classes.py "$classes" >"$work/java" 2>&1 || cat "$work/java"
+    PATH=$VENV/bin:$PATH timeout -k 5 600 "$VENV/bin/python" scripts/java_classes.py "$classes" >"$work/java" 2>&1 || cat "$work/java"
     # a JVM whose class path begins otherwise goes without
     [ ! -e "$classes" ] || java_command "$java" "-XX:SharedArchiveFile=$classes"
 }
-java_command() {  # java_command JAVA OPTION...: JAVA_HOME/bin/java, which Spark starts, too
-    local java
-    java=$(readlink -f "$1"); shift
-    printf '#!/bin/sh\nexec "%s" -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xlog:disable %s "$@"\n' "$java" "${1:+\"$1\"}" \
-        >"$VENV/bin/java" && chmod +x "$VENV/bin/java"
+java_command() {  # java_command JAVA [OPTION]: what `java` is, and what Spark's own first JVM starts, if nothing says otherwise
+    local options='-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xlog:disable'
+    printf '#!/bin/sh\n[ -n "$JAVA_HOME" ] || export JAVA_HOME="%s"\nexec "%s" %s "$@"\n' \
+        "$VENV" "$(readlink -f "$1")" "$options ${2:+\"$2\"}" >"$VENV/bin/java" && chmod +x "$VENV/bin/java"
 }
 
 again() {  # what failed beside other tests may have been short of time; what fails alone, too, is broken
@@ -78,7 +77,6 @@ work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 stage "Programs" programs || { [ "${CI:-}" != true ] || exit 1; left=1; }
 stage "Python packages, in $VENV" environment
 export PATH=$VENV/bin:$PATH
-[ ! -x "$VENV/bin/java" ] || export JAVA_HOME=$VENV
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
 say "Tests"
 python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 2))}" --dist loadfile --no-loadscope-reorder "$@" || again

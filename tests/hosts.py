@@ -143,8 +143,7 @@ class SSHHost:
     def session_env(self): return dict(HOME=str(self.home), TMPDIR=str(self.tmp))
 
     def write_config(self):
-        java = {k: v for k, v in os.environ.items() if k == 'JAVA_HOME'}
-        env = (dict(PATH=f'{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin') | java | self.marks()
+        env = (dict(PATH=f'{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin') | self.marks()
                | self.session_env() | self.env)
         opts = dict(HostKey=self.host_key, PidFile=self.dir/'sshd.pid', StrictModes='no', UsePAM='no',
                     AuthorizedKeysFile=f'{self.keys}/%u', Subsystem='sftp internal-sftp') | self.listen() | self.options
