@@ -334,10 +334,9 @@ def reference(
     "A table of options"
     def code(*values): return ', '.join(f'`{o}`' for o in values)
     def line(o):
-        names = code(*(v for v in o.variables if v != f'GP_{o.older}'))
-        spec = 'yes; the host application\'s wins' if o.yields else 'yes' if o.per_spec else 'no'
-        default = code(o.default) if o.default != '' else 'empty'
+        names = [o.name, f'GP_{o.variable}', *[f'EG_{o.older}']*bool(o.older)]
+        value = f'{o.kind.form}, e.g. {code(o.example)}; default {code(o.default) if o.default != "" else "empty"}'
         what = re.sub(r'([*|])', r'\\\1', ' '.join(o.help.split()))
-        return code(o.name),names,f'{o.kind.form}, e.g. {code(o.example)}',default,spec,what
-    head = 'option','variables','value','default','in a kernelspec','what it does'
-    return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ('---',)*6, *map(line, table)])
+        return code(*names),value,what + ' **Also in a kernelspec.**'*(o.per_spec or o.yields)
+    head = 'option and variable','value','what it does'
+    return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ('---',)*3, *map(line, table)])
