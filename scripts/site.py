@@ -62,7 +62,7 @@ def target(page, link):
 def breaks(body):
     "The same HTML, where long names in text may be broken behind `_`, `.` and `/`, and short words not at all"
     def word(m):
-        if len(m[0]) > 20: return re.sub(r'(?<=[\w}])([_./,=])(?=[\w$])', r'\1<wbr>', m[0])
+        if len(m[0]) > 26: return re.sub(r'(?<=\w\w\w)([_./,=])(?=\w\w\w)', r'\1<wbr>', m[0])
         return f'<span>{m[0]}</span>' if '-' in m[0] else m[0]
     def within(m): return m[0] if '\n' in m[0] else m[1] + re.sub(r'[^\s<>]+', word, m[2])
     return re.sub(r'((?<!<pre>)<code>|<h1[^>]*>)([^<]*)', within, body)
@@ -72,12 +72,26 @@ def columns(body):
     def is_table(text): return len(re.findall(r'^\S+(?: \S+)* {2,}\S+.* {2,}\S', text, re.M)) > 1
     return re.sub(r'<pre>([^<]*)', lambda m: '<pre class=columns>' + m[1] if is_table(m[1]) else m[0], body)
 
-def widths(body): return re.sub(r'(<img [^>]*[^/>])\s*/?>\{width=(\d+)\}', r'\1 width=\2>', body)
+def pictures(body):
+    "The same HTML, where a picture has the width that Markdown gives, and leads to its full size"
+    body = re.sub(r'(<img [^>]*[^/>])\s*/?>\{width=(\d+)\}', r'\1 width=\2>', body)
+    return re.sub(r'<img [^>]*src="([^":]*)"[^>]*>', r'<a href="\1">\g<0></a>', body)
+
+def tables(body):
+    "The same HTML, where cells of sentences have the title of their column, so that a phone can show one below the other"
+    def table(m):
+        heads = re.findall(r'<th\b[^>]*>(.*?)</th>', m[0], re.S)
+        rows = [re.findall(r'<td\b.*?</td>', o, re.S) for o in m[0].split('</tr>') if '<td' in o]
+        words = re.sub('<[^>]*>', '', ''.join(map(''.join, rows)))
+        if len(heads) < 3 or len(words) < 60*len(rows): return m[0]
+        label = iter([re.sub('<[^>]*>', '', h) for _ in rows for h in heads])
+        return '<table class=sentences' + re.sub(r'<td\b', lambda _: f'<td data-label="{next(label)}"', m[0][6:])
+    return re.sub(r'<table.*?</table>', table, body, flags=re.S)
 
 def links(page, body): return re.sub(r'\b(href|src)="([^"]*)"', lambda m: f'{m[1]}="{target(page, m[2])}"', body)
 
 def polished(page, body):
-    for f in headings, breaks, columns, widths: body = f(body)
+    for f in headings, breaks, columns, pictures, tables: body = f(body)
     return links(page, body)
 
 def title(page):
@@ -129,9 +143,16 @@ blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid #ccc; color: 
   body { display: block; } main { padding: .5rem 1rem; }
   nav { width: auto; position: static; max-height: none; padding: .6rem 1rem; border-bottom: 1px solid #ddd; }
   nav > label { display: block; cursor: pointer; } nav > label::before { content: '☰ '; }
-  nav > input { display: block; position: absolute; opacity: 0; } nav > input:focus-visible + label { outline: 2px solid; }
+  nav > input { display: block; position: absolute; opacity: 0; }
+  nav > input:focus-visible + label { outline: 2px solid; }
   nav > input:not(:checked) ~ div { display: none; }
   nav li { padding: .25rem 0; } nav summary { padding: .3rem 0; }
+  .sentences, .sentences tbody, .sentences tr, .sentences td { display: block; } .sentences thead { display: none; }
+  .sentences tr { border-bottom: 2px solid #999; } .sentences td { border-bottom: 0; }
+  .sentences td:empty { display: none; }
+  .sentences td:not(:first-child)::before { content: attr(data-label) ': '; color: #777; }
+  .sentences td:first-child { background: #f6f6f6; font-weight: bold; }
+  .output_png { overflow-x: auto; } .output_png img { min-width: 30rem; }
   h1 { font-size: 1.6rem; } table { font-size: .9rem; } td, th { padding: .25rem .4rem; }
 }
 '''
