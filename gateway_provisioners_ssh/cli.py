@@ -820,7 +820,7 @@ included:
 
     jupyter ssh-spec ps [HOST...]
 
-NOW is what the kernel computes at this moment, in percent of a core. MEMORY counts what kernels share in parts. An
+NOW is what the kernel computes at this moment, in percent of a core. MEMORY divides shared pages among kernels. An
 orphan is a kernel that no host application watches. The exit status is 0 if all hosts answered, else 1."""
     examples = """
 jupyter ssh-spec ps

@@ -355,7 +355,7 @@ class RunningKernel:
     cpu:float|None # Seconds of CPU time
     busy:float|None # Cores it uses now
     rss:int|None # Bytes resident
-    pss:int|None # The same, pages that several kernels share counted in parts
+    pss:int|None # The same, with shared pages divided among their processes
     watched:bool # Whether a host application watches it
     orphan:bool # Whether none does
     since:float|None # Since when

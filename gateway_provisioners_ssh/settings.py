@@ -241,22 +241,22 @@ TABLE['Reports by the network'] = (
     Setting('response_ip', 'RESPONSE_IP', text, '', '10.0.0.1',
         """The address of this machine that launchers report to; where it is set, all of them do. Empty: the one from
         which the host is reached, for launchers that can report in no other way."""),
-    Setting('response_port', 'RESPONSE_PORT', port, 8877, '9000', 'The first port to try for that.'),
+    Setting('response_port', 'RESPONSE_PORT', port, 8877, '9000', 'The first port to try for these reports.'),
     Setting('response_port_retries', 'RESPONSE_PORT_RETRIES', number(Integer, 0, 10_000, 'ports'), 10, '3',
-        'How many more ports to try.'),
+        'How many ports after it to try.'),
     Setting('response_addr_any', 'RESPONSE_ADDR_ANY', flag, False, 'True', 'Listen for launchers on all addresses.'),
     Setting('prohibited_local_ips', 'PROHIBITED_LOCAL_IPS', regexes, '', r'10\..*',
         'Addresses of this machine that launchers must not be given, as regular expressions.'),
     Setting('allow_legacy_launchers', 'ALLOW_LEGACY_LAUNCHERS', flag, False, 'True',
-        """Accept launchers of Gateway Provisioners and Enterprise Gateway, whose messages prove nothing about their
-        sender."""))
+        """Accept launchers of Gateway Provisioners and Enterprise Gateway, whose messages are not
+        authenticated."""))
 
 # %% ../nbs/23_settings.ipynb #a89b106b
 TABLE['Kernels'] = (
     Setting('kernel_log_dir', 'KERNEL_LOG_DIR', directory, '/tmp', '/var/log/kernels',
         """The directory on the host for kernel-KERNEL_ID.log, which only the kernel's user can read."""),
     Setting('kernel_log_max_bytes', 'KERNEL_LOG_MAX_BYTES', number(Integer, 8192, 2**40, 'bytes'), 10*2**20, '99999',
-        """Bound on a kernel's log, in bytes; older output gives way."""),
+        """The greatest size of a kernel's log, in bytes; the oldest output is removed."""),
     Setting('inherited_envs', 'INHERITED_ENVS', regexes, 'JPY_SESSION_NAME', 'PROXY_.*,TZ',
         'Variables of the host application that kernels get too, besides KERNEL_*, as regular expressions.'),
     Setting('standby', 'STANDBY', flag, True, 'off',
@@ -334,10 +334,9 @@ def reference(
     "A table of options"
     def code(*values): return ', '.join(f'`{o}`' for o in values)
     def line(o):
-        names = code(*(v for v in o.variables if v != f'GP_{o.older}'))
-        spec = 'yes; the host application\'s wins' if o.yields else 'yes' if o.per_spec else 'no'
-        default = code(o.default) if o.default != '' else 'empty'
+        names = [o.name, f'GP_{o.variable}', *[f'EG_{o.older}']*bool(o.older)]
+        value = f'{o.kind.form}, e.g. {code(o.example)}; default {code(o.default) if o.default != "" else "empty"}'
         what = re.sub(r'([*|])', r'\\\1', ' '.join(o.help.split()))
-        return code(o.name),names,f'{o.kind.form}, e.g. {code(o.example)}',default,spec,what
-    head = 'option','variables','value','default','in a kernelspec','what it does'
-    return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ('---',)*6, *map(line, table)])
+        return code(*names),value,what + ' **Also in a kernelspec.**'*(o.per_spec or o.yields)
+    head = 'option and variable','value','what it does'
+    return '\n'.join(f'| {" | ".join(o)} |' for o in [head, ('---',)*3, *map(line, table)])

@@ -59,7 +59,40 @@ def target(page, link):
     if to.suffix == '.ipynb' or to.name in DOCUMENTS: to = to.with_suffix('.html')
     return os.path.relpath(to, Path(page).parent) + sep + part
 
+def breaks(body):
+    "The same HTML, where long names in text may be broken behind `_`, `.` and `/`, and short words not at all"
+    def word(m):
+        if len(m[0]) > 26: return re.sub(r'(?<=\w\w\w)([_./,=])(?=\w\w\w)', r'\1<wbr>', m[0])
+        return f'<span>{m[0]}</span>' if '-' in m[0] else m[0]
+    def within(m): return m[0] if '\n' in m[0] else m[1] + re.sub(r'[^\s<>]+', word, m[2])
+    return re.sub(r'((?<!<pre>)<code>|<h1[^>]*>)([^<]*)', within, body)
+
+def columns(body):
+    "The same HTML, where output in columns scrolls instead of being wrapped"
+    def is_table(text): return len(re.findall(r'^\S+(?: \S+)* {2,}\S+.* {2,}\S', text, re.M)) > 1
+    return re.sub(r'<pre>([^<]*)', lambda m: '<pre class=columns>' + m[1] if is_table(m[1]) else m[0], body)
+
+def pictures(body):
+    "The same HTML, where a picture has the width that Markdown gives, and leads to its full size"
+    body = re.sub(r'(<img [^>]*[^/>])\s*/?>\{width=(\d+)\}', r'\1 width=\2>', body)
+    return re.sub(r'<img [^>]*src="([^":]*)"[^>]*>', r'<a href="\1">\g<0></a>', body)
+
+def tables(body):
+    "The same HTML, where cells of sentences have the title of their column, so that a phone can show one below the other"
+    def table(m):
+        heads = re.findall(r'<th\b[^>]*>(.*?)</th>', m[0], re.S)
+        rows = [re.findall(r'<td\b.*?</td>', o, re.S) for o in m[0].split('</tr>') if '<td' in o]
+        words = re.sub('<[^>]*>', '', ''.join(map(''.join, rows)))
+        if len(heads) < 3 or len(words) < 60*len(rows): return m[0]
+        label = iter([re.sub('<[^>]*>', '', h) for _ in rows for h in heads])
+        return '<table class=sentences' + re.sub(r'<td\b', lambda _: f'<td data-label="{next(label)}"', m[0][6:])
+    return re.sub(r'<table.*?</table>', table, body, flags=re.S)
+
 def links(page, body): return re.sub(r'\b(href|src)="([^"]*)"', lambda m: f'{m[1]}="{target(page, m[2])}"', body)
+
+def polished(page, body):
+    for f in headings, breaks, columns, pictures, tables: body = f(body)
+    return links(page, body)
 
 def title(page):
     first = nbformat.read(NBS/page, 4).cells[0].source
@@ -90,21 +123,37 @@ nav { width: 15rem; flex: none; padding: 1rem; font-size: .9rem; box-sizing: bor
 nav { position: sticky; top: 0; max-height: 100vh; overflow: auto; }
 nav ul { list-style: none; margin: .2rem 0 .6rem; padding-left: .6rem; }
 nav .here a { font-weight: bold; } nav summary { cursor: pointer; }
+nav > input, nav > label { display: none; }
 main { flex: 1; min-width: 0; max-width: 62rem; padding: 1rem 1.5rem; }
-main p, main li { max-width: 50rem; }
+main p, main li { max-width: 50rem; } main p, main li, blockquote { overflow-wrap: break-word; }
+h1, h2, h3 { line-height: 1.25; overflow-wrap: break-word; } h2 { margin-top: 2.2rem; }
 a { color: #1b6ca8; }
-pre { background: #f6f6f6; padding: .6rem .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
-code { font-size: .9em; overflow-wrap: break-word; } pre code { overflow-wrap: normal; }
+pre { background: #f6f6f6; padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.4; }
+code { font-size: .9em; } code span { white-space: nowrap; } pre code { font-size: 1em; }
+pre code span { white-space: inherit; }
 .output pre { background: none; border-left: 2px solid lightsalmon; margin-left: .8rem; }
-.output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
+.output pre:not(.columns) { white-space: pre-wrap; overflow-wrap: anywhere; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .92rem; }
 td, th { border: 1px solid #ddd; padding: .3rem .6rem; vertical-align: top; text-align: left; }
+th { background: #f6f6f6; }
 img, svg { max-width: 100%; height: auto; }
 blockquote { margin: 0; padding-left: 1rem; border-left: 3px solid #ccc; color: #555; }
 .prompt { display: none; }
 @media (max-width: 50rem) {
-  body { display: block; } main { padding: 1rem; }
-  nav { width: auto; position: static; max-height: none; }
+  body { display: block; } main { padding: .5rem 1rem; }
+  nav { width: auto; position: static; max-height: none; padding: .6rem 1rem; border-bottom: 1px solid #ddd; }
+  nav > label { display: block; cursor: pointer; } nav > label::before { content: '☰ '; }
+  nav > input { display: block; position: absolute; opacity: 0; }
+  nav > input:focus-visible + label { outline: 2px solid; }
+  nav > input:not(:checked) ~ div { display: none; }
+  nav li { padding: .25rem 0; } nav summary { padding: .3rem 0; }
+  .sentences, .sentences tbody, .sentences tr, .sentences td { display: block; } .sentences thead { display: none; }
+  .sentences tr { border-bottom: 2px solid #999; } .sentences td { border-bottom: 0; }
+  .sentences td:empty { display: none; }
+  .sentences td:not(:first-child)::before { content: attr(data-label) ': '; color: #777; }
+  .sentences td:first-child { background: #f6f6f6; font-weight: bold; }
+  .output_png { overflow-x: auto; } .output_png img { min-width: 30rem; }
+  h1 { font-size: 1.6rem; } table { font-size: .9rem; } td, th { padding: .25rem .4rem; }
 }
 '''
 
@@ -114,7 +163,8 @@ def write(out, page, body, titles, heading):
     style = os.path.relpath(out/'site.css', to.parent)
     to.write_text(f'''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>{html.escape(heading)}</title><link rel=stylesheet href="{style}">
-<nav>{sidebar(page, titles)}</nav><main>{headings(links(page, body))}</main></html>''')
+<nav><input type=checkbox id=menu><label for=menu>All pages</label><div>{sidebar(page, titles)}</div></nav>
+<main>{polished(page, body)}</main></html>''')
 
 def main(out):
     "Write the site to the directory `out`"
