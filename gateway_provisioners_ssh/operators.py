@@ -14,7 +14,7 @@ import asyncio, re, secrets, shlex, socket, subprocess, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from .background import in_thread, with_timeout, spawn_task
-from .hosts import Host, HostError, Login, parse_hosts, this_user
+from .hosts import Host, HostError, parse_hosts, this_user
 from .start_request import at_home
 from .remote import AgentClosed, Refusal, spawn, tree_of
 from .response import ResponseServer
@@ -43,10 +43,7 @@ class Site:
     pool:Pool=field(default_factory=Pool)
 
     @property
-    def login(self):
-        s = self.settings
-        return Login(s.remote_user or None, s.remote_password or None, s.ssh_port, s.gss_auth, s.connect_timeout,
-            s.ssh_config or None)
+    def login(self): return self.settings.login
     @property
     def ports(self):
         lowest,highest = map(int, self.settings.port_range.split('..'))

@@ -116,12 +116,6 @@ class DistributedProvisioner(KernelProvisionerBase, HostSettings):
         self.requested = self.avoid_last_host = False # Was the end asked for; has the host lost the kernel
 
     @property
-    def login(self) -> Login:
-        "How to log in to hosts"
-        return Login(self.remote_user or None, self.remote_password or None, self.ssh_port, self.gss_auth,
-            self.connect_timeout, self.ssh_config or None)
-
-    @property
     def options(self) -> SimpleNamespace:
         "The settings as they are now, as plain values; the password is in `login` only, which does not show it"
         plain = {k: getattr(self, k) for k in settings if k != 'remote_password'}

@@ -19,7 +19,7 @@ from traitlets import Bool, CaselessStrEnum, Container, Float, Integer, List, Se
 from traitlets.config import LoggingConfigurable
 from .balance import load_balancer
 from .errors import LaunchError
-from .hosts import host_names
+from .hosts import Login, host_names
 
 # %% ../nbs/23_settings.ipynb #176536ae
 @dataclass(frozen=True)
@@ -283,6 +283,12 @@ def option_traits(
 class HostSettings(LoggingConfigurable):
     "The options of `DistributedProvisioner`"
     vars().update(option_traits(settings.values()))
+
+    @property
+    def login(self) -> Login:
+        "How to log in to hosts"
+        return Login(self.remote_user or None, self.remote_password or None, self.ssh_port, self.gss_auth,
+            self.connect_timeout, self.ssh_config or None)
 
 # %% ../nbs/23_settings.ipynb #0d3fe32b
 def misspelt(
