@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs all of them, notebooks first:  bash scripts/test.sh
+# Sets up what the tests need and runs all of them, notebooks among them:  bash scripts/test.sh
 # Arguments go to pytest. VENV names another directory than .venv-test, PYTHON another Python than python3, WORKERS how many notebooks or
-# files of tests run at a time: notebooks as many as there are cores unless it says so, files of tests one more, since they wait more than
-# they compute. With CI=true nothing may be missing; otherwise what cannot be had is said and left out. With GP_MATRIX=all, every application is
-# tried in every place (tests/test_matrix.py), and nbs/explanation/applications.json is written anew; otherwise in those that have every pair.
+# files of tests run at a time: two more than there are cores unless it says so, since they wait as well as compute. With CI=true nothing
+# may be missing; otherwise what cannot be had is said and left out. With GP_MATRIX=all, every application is tried in every place
+# (tests/test_matrix.py), and nbs/explanation/applications.json is written anew; otherwise in those that have every pair.
 # shellcheck disable=SC2317,SC2016
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 VENV=${VENV:-$PWD/.venv-test}
+unset PYTHONDONTWRITEBYTECODE   # hundreds of processes import the package
 stage() {  # stage TITLE COMMAND...: run it, and say how long it took
     local t=$SECONDS; say "$1"; shift
     "$@" || return
@@ -31,9 +32,11 @@ programs() {
 }
 environment() {
     local made
-    made=$VENV/installed-$(cat settings.ini setup.py pyproject.toml | cksum | tr ' ' -)
+    made=$VENV/installed-$(cat settings.ini setup.py pyproject.toml scripts/test.sh | cksum | tr ' ' -)
     [ ! -e "$made" ] || return 0
-    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet -e '.[dev,spark]' && server_extension && npm_packages && kerberos && quick_java && touch "$made"
+    # editable by a path alone: the other kind has each start of Python import a finder
+    venv "$VENV" && "$VENV/bin/python" -m pip install --quiet --config-settings editable_mode=compat -e '.[dev,spark]' &&
+        server_extension && npm_packages && kerberos && quick_java && touch "$made"
 }
 server_extension() {  # what an installation that is not editable brings as a data file
     mkdir -p "$VENV/etc/jupyter/jupyter_server_config.d" && cp jupyter-config/gateway_provisioners_ssh.json "$VENV/etc/jupyter/jupyter_server_config.d"
@@ -48,27 +51,18 @@ kerberos() {  # an environment with the extra `gssapi`, which needs an older par
         loud "No environment with the extra gssapi: the tests of Kerberos are skipped"
 }
 quick_java() {  # what `java` is here and on the hosts of the tests: for the many JVMs that live for seconds, and so are not worth optimizing for
-    local java
+    local java classes=$VENV/java_classes.jsa
     java=$(PATH=${PATH//$VENV\/bin:/} command -v java) || return 0
-    printf '#!/bin/sh\nexec "%s" -XX:TieredStopAtLevel=1 -XX:+UseSerialGC "$@"\n' "$(readlink -f "$java")" >"$VENV/bin/java" && chmod +x "$VENV/bin/java"
+    rm -f "$classes"
+    java_command "$java"
+    PATH=$VENV/bin:$PATH timeout -k 5 600 "$VENV/bin/python" scripts/java_classes.py "$classes" >"$work/java" 2>&1 || cat "$work/java"
+    # a JVM whose class path begins otherwise goes without
+    [ ! -e "$classes" ] || java_command "$java" "-XX:SharedArchiveFile=$classes"
 }
-notebook() {  # one from top to bottom, in a process and a home of its own
-    local t=$SECONDS log=$work/${1//\//-}.log
-    mkdir -p "$log.home"
-    if HOME=$log.home XDG_CACHE_HOME=$cache MPLBACKEND=agg timeout -k 5 600 nbdev-test "$1" >"$log" 2>&1
-    then printf '%s: ok, %d s\n' "$1" $((SECONDS - t))
-    else printf '%s: FAILED after %d s\n%s\n' "$1" $((SECONDS - t)) "$(cat "$log")"; echo "$1" >>"$work/notebooks"
-    fi
-}
-notebooks() {  # what failed beside another may have been short of time, so it is tried once more, alone, like tests (`again`)
-    local names name
-    export -f notebook; export work cache=${XDG_CACHE_HOME:-$HOME/.cache}
-    find nbs -name '*.ipynb' -not -path '*/.*' -print0 | sort -rz | xargs -0 -n 1 -P "${WORKERS:-$(nproc)}" bash -c 'notebook "$1"' bash
-    [ -e "$work/notebooks" ] || return 0
-    loud "Notebooks failed (above). Each is tried once more, alone on this machine"
-    mapfile -t names <"$work/notebooks"; rm "$work/notebooks"
-    for name in "${names[@]}"; do notebook "$name"; done
-    [ ! -e "$work/notebooks" ]
+java_command() {  # java_command JAVA [OPTION]: what `java` is, and what Spark's own first JVM starts, if nothing says otherwise
+    local options='-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:-UsePerfData -Xlog:disable'
+    printf '#!/bin/sh\n[ -n "$JAVA_HOME" ] || export JAVA_HOME="%s"\nexec "%s" %s "$@"\n' \
+        "$VENV" "$(readlink -f "$1")" "$options ${2:+\"$2\"}" >"$VENV/bin/java" && chmod +x "$VENV/bin/java"
 }
 
 again() {  # what failed beside other tests may have been short of time; what fails alone, too, is broken
@@ -80,13 +74,9 @@ again() {  # what failed beside other tests may have been short of time; what fa
 }
 
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-failed=
 stage "Programs" programs || { [ "${CI:-}" != true ] || exit 1; left=1; }
 stage "Python packages, in $VENV" environment
 export PATH=$VENV/bin:$PATH
-stage "Notebooks" notebooks || failed=1
 [ -z "${left:-}" ] || loud "Programs are missing (above): the tests that need them are skipped, and listed as such"
-[ -z "$failed" ]   || loud "Notebooks failed (above)"
 say "Tests"
-python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder "$@" || again || failed=1
-[ -z "$failed" ]
+python -m pytest tests --durations=25 -n "${WORKERS:-$(($(nproc) + 2))}" --dist loadfile --no-loadscope-reorder "$@" || again

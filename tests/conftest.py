@@ -8,28 +8,34 @@ from hosts import Client, LoopbackLab, NetLab
 from kernels import Remote, forget
 from spark import cluster_network, spark_standalone, yarn
 
+CALLER = dict(os.environ)   # of pytest, before `client` takes its place
+
 def need(reason):
     "Skip for `reason`, if there is one; under CI a missing piece is a failure"
     if reason: (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
 
-LONGEST = ('test_spark', 'test_matrix', 'test_page', 'test_faults', 'test_lifecycle', 'test_standby', 'test_operators',
-           'test_streams', 'test_scala', 'test_launchers', 'test_options', 'test_specs_cli', 'test_network',
-           'test_hosts', 'test_server', 'test_impersonation')
+LONGEST = ('test_spark', 'test_matrix', 'test_scala', 'test_page', 'test_operators', 'test_lifecycle', 'test_standby',
+           'test_faults', 'test_launchers', 'test_streams', 'test_reality', 'test_impersonation', 'test_options',
+           'test_network', 'test_specs_cli', 'test_tutorial', 'test_anykernel', 'test_project', 'test_server',
+           'test_hosts', 'test_redaction', 'test_demo', 'explanation/faults.ipynb', 'how-to/spark_standalone.ipynb',
+           'how-to/yarn_client.ipynb', 'how-to/scala.ipynb', 'how-to/from_enterprise_gateway.ipynb', 'how-to/r.ipynb')
 
-def group(file):
-    "What runs in one process: the files test_spark*.py, so that each cluster is started once, and each other file"
-    return 'test_spark' if (name := Path(file).stem).startswith('test_spark') else name
+def group(nodeid):
+    """What runs in one process: the files test_spark*.py, so that each cluster is started once, each other file, and
+    each notebook"""
+    file, _, test = nodeid.partition('::')
+    if (name := Path(file).stem) == 'test_notebooks': return test.partition('[')[2].rstrip(']')
+    return 'test_spark' if name.startswith('test_spark') else name
 
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that no process is at it alone in the end; but Scala, which computes like
-    Spark, not beside it at once"""
-    items.sort(key=lambda o: [*LONGEST, group(o.path)].index(group(o.path)))
+    "What takes longest comes first, so that no process is at it alone in the end"
+    items.sort(key=lambda o: [*LONGEST, group(o.nodeid)].index(group(o.nodeid)))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
     class Groups(LoadFileScheduling):
-        def _split_scope(self, nodeid): return group(super()._split_scope(nodeid))
+        def _split_scope(self, nodeid): return group(nodeid)
     return Groups(config, log)
 
 @pytest.fixture(scope='session', autouse=True)

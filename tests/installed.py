@@ -1,21 +1,20 @@
 """Kernels as users get them: a kernelspec written by `jupyter ssh-spec install`, started by jupyter_client on a host of
 the tests, and run cell by cell."""
-import asyncio, json, os, subprocess, sys
+import asyncio, json, os
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from traitlets.config import Config
+from forks import ssh_spec
 from kernels import running
 from pace import Timer, until, within
 
 def install(prefix, *options):
     "Write a kernelspec below `prefix`; its name, and kernel.json as it was written."
     before = set(Path(prefix).glob('share/jupyter/kernels/*'))
-    command = [str(Path(sys.executable).parent/'jupyter-ssh-spec'), 'install', '--prefix', str(prefix),
-               *map(str, options)]
-    got = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    got = ssh_spec('install', '--prefix', prefix, *options)
     assert not got.returncode, got.stderr
     made, = set(Path(prefix).glob('share/jupyter/kernels/*')) - before
     return made.name, json.loads((made/'kernel.json').read_text())

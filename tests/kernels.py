@@ -13,6 +13,7 @@ from traitlets.config import Config
 from gateway_provisioners_ssh import balance, provisioner
 from gateway_provisioners_ssh.handshake import connection_info
 from gateway_provisioners_ssh.remote import Refusal, local_session, spawn
+from forks import ssh_spec
 from pace import Timer, until, wait
 
 BIN = Path(sys.executable).parent
@@ -37,9 +38,8 @@ class Remote:
         self.install()
 
     def install(self, *options, hosts=None, name='ssh_python'):
-        subprocess.run([BIN/'jupyter-ssh-spec', 'install', '--prefix', self.prefix, '--remote-hosts',
-                        ','.join(hosts or self.lab.names), '--kernel-name', name, *options], check=True,
-                       capture_output=True, timeout=120)
+        ssh_spec('install', '--prefix', self.prefix, '--remote-hosts', ','.join(hosts or self.lab.names),
+                 '--kernel-name', name, *options, timeout=120).check_returncode()
 
     def spec(self, name, argv=None, hosts=None, env={}, **config):
         """A variation of ssh_python: `argv` changes the command (a function of it), `config` what concerns the

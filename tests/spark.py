@@ -134,7 +134,9 @@ class Cluster:
     def __exit__(self, *_): self.stop()
 
     def write_conf(self, **more):
-        "What drivers need to know: Spark's two files of settings."
+        """What drivers need to know: Spark's two files of settings. Jars come before the settings in the class path, as
+        in the JVM whose classes `quick_java` of scripts/test.sh has kept."""
+        more |= {f'spark.{o}.extraClassPath': f'{self.pip_spark}/jars/*' for o in ('driver', 'executor')}
         (self.conf/'spark-defaults.conf').write_text(''.join(f'{k} {v}\n' for k,v in {**self.defaults, **more}.items()))
         (self.conf/'spark-env.sh').write_text(''.join(f'export {k}={quote(v)}\n' for k,v in self.spark_env.items()))
 

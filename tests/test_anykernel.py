@@ -5,7 +5,8 @@ from pathlib import Path
 import psutil, pytest
 from conftest import need
 from gateway_provisioners_ssh.errors import LaunchError
-from kernels import BIN, Remote, forget, interrupt, kill, running, value
+from forks import ssh_spec
+from kernels import Remote, forget, interrupt, kill, running, value
 from pace import Timer, until, within
 from installed import interrupted, run
 
@@ -27,8 +28,7 @@ def remote(hosts, tmp_path, monkeypatch):
         return d
     def take(name, *options, hosts=()):
         where = [f'--remote-hosts={o}' for o in hosts or r.lab.names[:2]]
-        got = subprocess.run([BIN/'jupyter-ssh-spec', 'install', '--prefix', r.prefix, '--from-kernel', name, *where,
-                              *options], capture_output=True, text=True)
+        got = ssh_spec('install', '--prefix', r.prefix, '--from-kernel', name, *where, *options)
         r.said, r.status = got.stderr+got.stdout, got.returncode
         r.taken = r.specs_dir/f'ssh_{name}'
         return json.loads((r.taken/'kernel.json').read_text()) if not got.returncode else None

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from gateway_provisioners_ssh.spec_import import ImportedSpec, read_kernel
 from gateway_provisioners_ssh.specs import PACKAGE
+from forks import ssh_spec
 from kernels import BIN, interrupt
 from pace import within
 from installed import remote_kernel, run
@@ -74,8 +75,7 @@ class Bench:
 
     def take(self, d, *options, ok=True):
         "Import the kernelspec in `d`; kernel.json"
-        got = subprocess.run([BIN/'jupyter-ssh-spec', 'import', d, '--prefix', self.prefix, *options], env=self.env,
-            capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        got = ssh_spec('import', d, '--prefix', self.prefix, *options, env=self.env)
         self.said = got.stderr + got.stdout
         assert (got.returncode == 0) == ok and 'Traceback' not in self.said, self.said
         if ok: return json.loads((self.where()/'kernel.json').read_text())
@@ -247,7 +247,7 @@ def test_refused(bench, kernel, words):
 def test_refused_arguments(bench):
     for argv, words in ([], 'which kernelspec'), ([bench.tmp/'none'], 'not a kernelspec'), ([bench.tmp, bench.tmp],
             'repeat the option'), ([bench.tmp, '--spark'], 'no option --spark'):
-        got = subprocess.run([BIN/'jupyter-ssh-spec', 'import', *argv], env=bench.env, capture_output=True, text=True)
+        got = ssh_spec('import', *argv, env=bench.env)
         assert got.returncode == 1 and words in got.stderr and 'Traceback' not in got.stderr
 
 def test_unknown_options_of_a_launcher_are_pointed_out(bench):

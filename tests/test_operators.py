@@ -9,6 +9,7 @@ from gateway_provisioners_ssh.operators import check, drain, site
 from gateway_provisioners_ssh.provisioner import HostApplication, shared
 from gateway_provisioners_ssh.remote import spawn
 from gateway_provisioners_ssh.errors import LaunchError
+from forks import ssh_spec
 from test_impersonation import kernel_of, remote as impersonated
 from kernels import BIN, client_of, taken_ports, value
 from pace import Timer, until
@@ -21,8 +22,7 @@ def remote(remote, tmp_path, monkeypatch):
 
 def sh(*argv, status=0, **env):
     "What a command says on standard output; standard error is in `sh.err`"
-    r = subprocess.run([BIN/'jupyter-ssh-spec', *map(str, argv)], env=os.environ | env, capture_output=True, text=True,
-                       stdin=subprocess.DEVNULL, timeout=120)
+    r = ssh_spec(*argv, env=os.environ | env, timeout=120)
     assert r.returncode == status and 'Traceback' not in r.stderr, (r.returncode, r.stdout, r.stderr)
     sh.err = r.stderr
     return r.stdout

@@ -9,6 +9,7 @@ from gateway_provisioners_ssh import balance
 from gateway_provisioners_ssh.provisioner import DistributedProvisioner, shared
 from gateway_provisioners_ssh.errors import LaunchError
 from gateway_provisioners_ssh.settings import settings
+from forks import ssh_spec
 from kernels import HABITS, LEGACY, forget, interrupt, value
 from pace import Timer, until
 import kernels
@@ -19,8 +20,8 @@ def spec(hosts, tmp_path, monkeypatch):
     monkeypatch.setenv('KERNEL_USERNAME', 'ada')
     monkeypatch.setenv('GP_SSH_CONFIG', str(hosts.client.config))
     def make(env={}, remote_hosts=None, **config):
-        subprocess.run([f'{sys.prefix}/bin/jupyter-ssh-spec', 'install', '--prefix', str(tmp_path), '--replace',
-            *(f'--remote-hosts={h}' for h in remote_hosts or hosts.names)], check=True, capture_output=True)
+        ssh_spec('install', '--prefix', tmp_path, '--replace',
+            *(f'--remote-hosts={h}' for h in remote_hosts or hosts.names)).check_returncode()
         path = tmp_path/'share/jupyter/kernels/ssh_python/kernel.json'
         kernel = json.loads(path.read_text())
         if remote_hosts == []: del kernel['metadata']['kernel_provisioner']['config']['remote_hosts']

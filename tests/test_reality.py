@@ -6,10 +6,10 @@ where the real thing runs. A test without a file is one of this file.
 
 | redirected | by | the real thing |
 |---|---|---|
-| HOME | conftest.py, test.sh | a fresh home is all that every test here has; that of another user: test_an_ordinary_user_who_sets_nothing |
+| HOME | conftest.py, test_notebooks.py | a fresh home is all that every test here has; that of another user: test_an_ordinary_user_who_sets_nothing |
 | JUPYTER_RUNTIME_DIR, JUPYTER_DATA_DIR, JUPYTER_CONFIG_DIR, JUPYTER_PATH, JUPYTER_PREFER_ENV_PATH, `--prefix` | kernels.py, howto.py, notebooks, demo | test_jupyter_server: `install --user`, and Jupyter's defaults on both sides |
 | IPYTHONDIR | kernels.py | test_jupyter_server |
-| XDG_CACHE_HOME, MPLBACKEND | test.sh, for notebooks | unset in all tests with pytest |
+| XDG_CACHE_HOME, MPLBACKEND | test_notebooks.py | unset in all tests with pytest |
 | KERNEL_USERNAME | kernels.py, howto.py, notebooks, demo | unset: test_an_ordinary_user_who_sets_nothing |
 | PATH, with the environment's Python first | kernels.py, howto.py, notebooks | without it: test_jupyter_server[by its path]; on the host: test_ssh_without_any_configuration |
 | token, port and address of the server | test_server.py | test_jupyter_server: those that the server chooses itself |
@@ -29,7 +29,8 @@ where the real thing runs. A test without a file is one of this file.
 | methods of ours wrapped to come in at a certain moment (`_adopt`, `_retarget_forwards`, `_judge`, `ticket`) | test_lifecycle.py, test_faults.py, redact.py | the wrapped method runs, too |
 | `post_launch`, cells and kernelspec of the demo, `os.rename`, Toree's jars: made to fail | test_given_up.py, test_demo.py, test_specs_cli.py | unchanged in every other test |
 | system directories of Jupyter and SSH (`SYSTEM_JUPYTER_PATH`, `SYSTEM_CONFIG`) | test_specs_cli.py, test_hosts_balance.py | those of this machine: test_jupyter_server, test_ssh_without_any_configuration |
-| `java` that optimizes less | test.sh | `pytest tests/test_scala.py` in another environment than that of test.sh |
+| `java` that optimizes less, and has its classes from a file | test.sh | `pytest tests/test_scala.py` in another environment than that of test.sh |
+| `jupyter ssh-spec` in a process that is forked and has imported packages of others | forks.py | a new process: all tests here, test_matrix.py, test_page.py |
 | SIGINT with its default effect | hosts.py (`interruptible`) | a terminal's: nothing else can be interrupted |
 """
 import json, os, pwd, re, shutil, signal, subprocess, sys

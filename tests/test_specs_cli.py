@@ -7,6 +7,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from gateway_provisioners_ssh import cli, specs
 from gateway_provisioners_ssh.specs import PACKAGE, Spec, cluster, place
 from gateway_provisioners_ssh.toree import find_spark
+from forks import ssh_spec
 from hosts import interruptible
 from pace import wait
 
@@ -27,8 +28,10 @@ class Bench:
             PATH=f'{BIN}:{os.environ["PATH"]}')
 
     def run(self, *argv, command=COMMAND, **env):
-        return subprocess.run([*command, *map(str, argv)], env=self.env | env, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, timeout=300)
+        argv = [*command, *map(str, argv)]
+        if argv[0] == COMMAND[0]: return ssh_spec(*argv[1:], env=self.env | env)
+        return subprocess.run(argv, env=self.env | env, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+            timeout=300)
 
     def install(self, *argv, name=None, **env):
         "Install below the prefix; kernel.json"
