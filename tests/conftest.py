@@ -1,5 +1,5 @@
 "Fixtures: real SSH hosts, and a home of the tests' own for the host application."
-import os
+import os, shutil
 from pathlib import Path
 import pytest
 from gateway_provisioners_ssh import balance
@@ -106,3 +106,16 @@ async def server():
     s = ResponseServer()
     yield s
     await s.close()
+
+def machines_of(kind, client):
+    "`matrix.Machines`, or machines derived from them; for a fixture"
+    need(NetLab.missing() or (None if shutil.which('chromium') else 'chromium is not installed'))
+    with kind(client) as m:
+        need(m.unreadable())
+        yield m
+
+@pytest.fixture(scope='module')
+def machines(client):
+    "Machines on which people start applications, with a browser"
+    from matrix import Machines
+    yield from machines_of(Machines, client)

@@ -4,8 +4,7 @@ import asyncio, contextlib, json, os, re, shutil, signal, sys
 import pytest
 from playwright.async_api import async_playwright, expect
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest
-from conftest import need
-from hosts import NetLab, REPO
+from hosts import REPO
 from kernels import gone
 from pace import Timer, until, within
 import matrix
@@ -13,13 +12,6 @@ import matrix
 SHARED, FOREIGN = 'node2', 'grace@node3'   # hosts, as the kernelspecs `shared` and `foreign` name them
 IMAGES = REPO/'nbs/images'
 expect.set_options(timeout=90_000)   # what is promised in time is measured by `within`
-
-@pytest.fixture(scope='module')
-def machines(client):
-    need(NetLab.missing() or (None if shutil.which('chromium') else 'chromium is not installed'))
-    with matrix.Machines(client) as m:
-        need(m.unreadable())
-        yield m
 
 class Gateway(matrix.KernelGateway):
     "A Kernel Gateway with the page, and a token, without which it has no users"

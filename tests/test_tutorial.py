@@ -3,7 +3,7 @@ interrupt, a kernel that dies, a start that fails. With `GP_SCREENSHOTS=1` the p
 import os, shutil, signal, sys
 import pytest
 from playwright.async_api import async_playwright
-from conftest import need
+from conftest import machines_of
 from hosts import NetLab, REPO, sh
 import matrix
 
@@ -106,11 +106,7 @@ class Tutorial(matrix.Lab):
         await failed.locator('.jp-mod-accept').click()
 
 @pytest.fixture(scope='module')
-def machines(client):
-    need(NetLab.missing() or (None if shutil.which('chromium') else 'chromium is not installed'))
-    with Machines(client) as m:
-        need(m.unreadable())
-        yield m
+def machines(client): yield from machines_of(Machines, client)
 
 async def test_the_steps_of_the_tutorial(machines):
     machines.fresh('ada')
