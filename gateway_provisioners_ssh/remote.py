@@ -102,7 +102,8 @@ def close(self:AgentSession, why:str=''):
     self.error = kind(what + ''.join(f': {o}' for o in (why, said) if o))
     for f in [self.greeted, *(f for f,_ in self.pending.values())]: _fail(f, self.error)
     self.pending.clear()
-    if not self.over.done(): self.over.set_result(None)
+    _resolve(self.over, None)
+    for p in list(self.processes.values()): p.on_agent_end()
     self._close()
 
 # %% ../nbs/09_remote.ipynb #d10c9722
@@ -306,7 +307,7 @@ class RemoteProcess:
         self.stopped = False # By an operator, so that it is not to be started again
         self.cold = '' # Why it was not forked from a template although one was wanted
         self.exited,self.report = (asyncio.get_running_loop().create_future() for _ in range(2))
-        self._agent_ended,self._follower = asyncio.Event(),None
+        self._news,self._follower = asyncio.Event(),None # `_news`: it has ended, or its agent has
 
     def __repr__(self): return f'RemoteProcess(pid={self.pid}, returncode={self.returncode})'
 
@@ -320,13 +321,11 @@ class RemoteProcess:
 async def _follow(self:RemoteProcess):
     while self.returncode is None:
         session = await self.sessions()
-        self._agent_ended.clear()
+        self._news.clear()
         session.processes[self.user, self.id] = self
         try:
             self.on_event('watched', await session.request('watch', user=self.user, id=self.id, pgid=self.pgid))
-            agent_ended = asyncio.ensure_future(self._agent_ended.wait())
-            try: await asyncio.wait({session.over, agent_ended, self.exited}, return_when=asyncio.FIRST_COMPLETED)
-            finally: agent_ended.cancel()
+            await self._news.wait()
         except AgentClosed: await asyncio.sleep(0)
         except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # it cannot be watched now
         finally: session.processes.pop((self.user, self.id), None)
@@ -335,7 +334,7 @@ async def _follow(self:RemoteProcess):
 @patch
 def on_agent_end(self:RemoteProcess):
     "The agent that had it is gone: ask the next one"
-    self._agent_ended.set()
+    self._news.set()
 
 @patch
 def on_event(self:RemoteProcess, event:str, m:dict):
@@ -352,6 +351,7 @@ def end(self:RemoteProcess, code:int):
     if self.returncode is not None: return
     self.returncode = code
     _resolve(self.exited, code)
+    self._news.set()
 
 @patch
 def mark_lost(self:RemoteProcess):
@@ -393,7 +393,7 @@ async def release(self:RemoteProcess,
 ):
     "End the process, if it runs, and have the agent remove what is left of it"
     await self._request('forget', id=self.id, log=self.log, keep_log=bool(keep_log))
-    if self._follower: self._follower.cancel()
+    self.forget()
 
 # %% ../nbs/09_remote.ipynb #87ba27bd
 async def spawn(
@@ -406,14 +406,13 @@ async def spawn(
     "Start a process that outlives the session; raises `Refusal`, or `AgentClosed`"
     p = RemoteProcess(sessions, secrets.token_hex(8), log, user)
     session.processes[user, p.id] = p
-    try: answer = await session.request('start', user=user, id=p.id, log=log, **request)
+    try:
+        answer = await session.request('start', user=user, id=p.id, log=log, **request)
+        if type(pid := answer.get('pid')) is not int or not 1 < pid < 2**31:
+            raise ValueError(f'{session.name} answered {str(answer)[:200]!r} where the number of a process was due')
     except BaseException as e:
         session.processes.pop((user, p.id), None)
         if not isinstance(e, Refusal): spawn_task(p.release(False))
-        raise
-    if type(pid := answer.get('pid')) is not int or not 1 < pid < 2**31:
-        session.processes.pop((user, p.id), None)
-        spawn_task(p.release(False))
-        raise Refusal(f'{session.name} answered {str(answer)[:200]!r} where the number of a process was due')
+        raise Refusal(str(e)) if isinstance(e, ValueError) else e
     p.pid,p.cold = pid,str(answer.get('cold', ''))[:2000]
     return p.follow()
