@@ -403,50 +403,45 @@ class LineServer:
                 self.loop.on(self.server.fileno())
                 self.loop.call_later(.1, lambda: self.loop.on(self.server.fileno(), self.accept))
             return
-        if len(self.connections) >= self.max_connections: self._drop(self.connections[0])
-        sock.setblocking(False)
-        c = LineConnection(sock)
-        self.connections.append(c)
-        self.loop.on(sock.fileno(), lambda: self._read(c))
-        c.timer = self.loop.call_later(self.timeout, lambda: self._drop(c))
-        with suppress(OSError): sock.send(self.greeting(c))
+        if len(self.connections) >= self.max_connections: self.connections[0].close()
+        self.connections.append(LineConnection(self, sock))
 
     def close(self):
-        for o in list(self.connections): self._drop(o)
+        for o in list(self.connections): o.close()
         self.loop.on(self.server.fileno())
         self.server.close()
 
 # %% ../../nbs/08_agent.ipynb #f3809e8d
 class LineConnection:
     "One connection of a `LineServer`: what it sent, descriptors it passed, its nonce"
-    def __init__(self, sock): self.sock,self.received,self.fds,self.nonce = sock,bytearray(),[],os.urandom(32)
+    def __init__(self, server, sock):
+        self.server,self.sock,self.received,self.fds,self.nonce = server,sock,bytearray(),[],os.urandom(32)
+        sock.setblocking(False)
+        server.loop.on(sock.fileno(), self._read)
+        self.timer = server.loop.call_later(server.timeout, self.close)
+        with suppress(OSError): sock.send(server.greeting(self))
 
-    def receive(self): # bytes
-        data,ancillary,_,_ = self.sock.recvmsg(65536, socket.CMSG_SPACE(16))
+    def _read(self):
+        try: data,ancillary,_,_ = self.sock.recvmsg(65536, socket.CMSG_SPACE(16))
+        except BlockingIOError: return
+        except OSError: data,ancillary = b'',[]
         for _,_,fds in ancillary: self.fds += struct.unpack('%di' % (len(fds)//4), fds[:len(fds)//4*4])
         for o in self.fds: os.set_inheritable(o, False)
-        return data
+        self.received += data
+        line,end,_ = bytes(self.received).partition(b'\n')
+        if not end and data and len(self.received) <= self.server.max_line and len(self.fds) < 4: return
+        try:
+            answer = self.server.answer(self, line) if end and len(line) <= self.server.max_line else b''
+            with suppress(OSError): self.sock.send(answer)
+        finally: self.close()
 
-@patch
-def _read(self:LineServer, c):
-    try: part = c.receive()
-    except BlockingIOError: return
-    except OSError: part = b''
-    c.received += part
-    line,end,_ = bytes(c.received).partition(b'\n')
-    if not end and part and len(c.received) <= self.max_line and len(c.fds) < 4: return
-    try:
-        with suppress(OSError): end and len(line) <= self.max_line and c.sock.send(self.answer(c, line))
-    finally: self._drop(c)
-
-@patch
-def _drop(self:LineServer, c):
-    if c not in self.connections: return
-    self.connections.remove(c)
-    self.loop.cancel(c.timer)
-    self.loop.on(c.sock.fileno())
-    c.sock.close()
-    self.loop.close(*c.fds)
+    def close(self):
+        if self not in self.server.connections: return
+        self.server.connections.remove(self)
+        self.server.loop.cancel(self.timer)
+        self.server.loop.on(self.sock.fileno())
+        self.sock.close()
+        self.server.loop.close(*self.fds)
 
 # %% ../../nbs/08_agent.ipynb #37f2f751
 OPERATIONS = {}
@@ -788,10 +783,11 @@ def socket_line(self:Agent, c, line): # bytes: the answer
     except (ValueError, RecursionError): return b''
     if not isinstance(m, dict): return b''
     if len(c.fds) == 2 and isinstance(m.get('env'), dict):
-        fds,c.fds = c.fds,[]
-        self.add_client(*fds, m['env'], os.dup(c.sock.fileno()), bool(m.get('is_peer')))
+        waiter = os.dup(c.sock.fileno())
+        (reader,writer),c.fds = c.fds,[]
+        self.add_client(reader, writer, m['env'], waiter, bool(m.get('is_peer')))
     elif isinstance(m.get('token'), str) and len(line) <= 2**16: # what is passed on has to fit in a frame
-        for k in self.running():
+        for k in self.kernels.values():
             if k.token == m['token']: return json.dumps(k.take_report(m)).encode() + b'\n'
     return b''
 
