@@ -45,7 +45,7 @@ class AgentSession:
     ):
         self._write,self._close,self.name,self.idle_timeout = write,close,name,idle_timeout
         self.token = 'gp'+secrets.token_hex(8) # The line that comes before the agent's first frame
-        self.last_number,self.pending = 0,{} # Of a request; `(future, user)` of those under way by their number
+        self.last_number,self.pending = 0,{} # Of a request; futures of those under way by user and number
         self.processes = {} # `RemoteProcess`es by user and id
         self.greetings,self.transfers = {},{} # Tasks by user; by user and tree
         self.decoder,self.login_output,self.closed,self.hello = None,b'',False,None
@@ -100,7 +100,7 @@ def close(self:AgentSession, why:str=''):
     kind = NoPython if 'no Python 3.6 or newer' in said else AgentClosed
     what = f'the agent on {self.name} ended' if self.hello else f'no agent could be started on {self.name}'
     self.error = kind(what + ''.join(f': {o}' for o in (why, said) if o))
-    for f in [self.greeted, *(f for f,_ in self.pending.values())]: _fail(f, self.error)
+    for f in (self.greeted, *self.pending.values()): _fail(f, self.error)
     self.pending.clear()
     _resolve(self.over, None)
     for p in list(self.processes.values()): p.on_agent_end()
@@ -111,9 +111,8 @@ def close(self:AgentSession, why:str=''):
 def _received(self:AgentSession, m, data=b''):
     "One frame from the agent"
     if 'event' in m: return self._event(m['event'], m)
-    fut,user = self.pending.get(m['n'], (None, None)) if type(m['n']) is int else (None, None)
-    if fut is None or user != m.get('as', ''): return
-    del self.pending[m['n']]
+    fut = self.pending.pop((m.get('as', ''), m['n']), None) if type(m['n']) is int else None
+    if fut is None: return
     if isinstance(m.get('ok'), dict): _resolve(fut, m['ok'])
     else: _fail(fut, Refusal(str(m.get('error'))[:65536]))
 
@@ -126,7 +125,7 @@ def _event(self:AgentSession, event, m):
     elif event == 'left':
         self.greetings.pop(user, None)
         error = AgentClosed(f'the agent of {user} on {self.name} ended: {str(m.get("why"))[:2000]}')
-        for f,of in list(self.pending.values()): of == user and _fail(f, error)
+        for (of,_),f in self.pending.items(): of == user and _fail(f, error)
         for (of,_),p in list(self.processes.items()): of == user and p.on_agent_end()
     elif p := self.processes.get((user, m.get('id'))): p.on_event(event, m)
 
@@ -160,11 +159,11 @@ async def _request(self:AgentSession, op, data, user, arguments):
     n,fut = self.last_number,asyncio.get_running_loop().create_future()
     frame = encode(dict({'n': n, 'op': op, **({'as': user} if user else {})}, **arguments), data)
     if len(frame) - len(data) > MAX_LINE: raise Refusal(f'the request is too long ({len(frame)} bytes)')
-    self.pending[n] = fut,user
+    self.pending[user, n] = fut
     try:
         self._write(frame)
         return await fut
-    finally: self.pending.pop(n, None)
+    finally: self.pending.pop((user, n), None)
 
 @patch
 async def greeting(self:AgentSession,

@@ -297,17 +297,17 @@ class Loop:
         self.stopped,self.on_error = False,on_error
 
     def on(self, fd, read=None, write=None):
-        "Call `read` when `fd` can be read, `write` when it can be written; neither: stop"
+        "Call `read` when `fd`, a descriptor or socket, can be read, `write` when it can be written; neither: stop"
         want = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
         try: had = self.selector.get_key(fd)
         except (KeyError, ValueError): had = None
         if not want: return self.selector.unregister(fd) if had else None
         (self.selector.modify if had else self.selector.register)(fd, want, (read, write))
 
-    def close(self, *fds):
-        "Close descriptors, watched or not; None is none"
-        for o in fds:
-            if o is not None: self.on(o); os.close(o)
+    def close(self, *files):
+        "Close descriptors and sockets, watched or not; None is none"
+        for o in files:
+            if o is not None: self.on(o); os.close(o) if isinstance(o, int) else o.close()
 
     def call_later(self, seconds, call):
         "Call `call` once; returns what `cancel` takes"
@@ -394,22 +394,21 @@ class LineServer:
         self.loop,self.server,self.answer,self.greeting = loop,server,answer,greeting
         self.max_line,self.timeout,self.connections = max_line,timeout,[]
         server.setblocking(False)
-        loop.on(server.fileno(), self.accept)
+        loop.on(server, self.accept)
 
     def accept(self):
         try: sock,_ = self.server.accept()
         except OSError as e:
             if e.errno in (errno.EMFILE, errno.ENFILE): # no descriptor is free: wait, as the loop would only try again
-                self.loop.on(self.server.fileno())
-                self.loop.call_later(.1, lambda: self.loop.on(self.server.fileno(), self.accept))
+                self.loop.on(self.server)
+                self.loop.call_later(.1, lambda: self.loop.on(self.server, self.accept))
             return
         if len(self.connections) >= self.max_connections: self.connections[0].close()
         self.connections.append(LineConnection(self, sock))
 
     def close(self):
         for o in list(self.connections): o.close()
-        self.loop.on(self.server.fileno())
-        self.server.close()
+        self.loop.close(self.server)
 
 # %% ../../nbs/08_agent.ipynb #f3809e8d
 class LineConnection:
@@ -417,7 +416,7 @@ class LineConnection:
     def __init__(self, server, sock):
         self.server,self.sock,self.received,self.fds,self.nonce = server,sock,bytearray(),[],os.urandom(32)
         sock.setblocking(False)
-        server.loop.on(sock.fileno(), self._read)
+        server.loop.on(sock, self._read)
         self.timer = server.loop.call_later(server.timeout, self.close)
         with suppress(OSError): sock.send(server.greeting(self))
 
@@ -439,9 +438,7 @@ class LineConnection:
         if self not in self.server.connections: return
         self.server.connections.remove(self)
         self.server.loop.cancel(self.timer)
-        self.server.loop.on(self.sock.fileno())
-        self.sock.close()
-        self.server.loop.close(*self.fds)
+        self.server.loop.close(self.sock, *self.fds)
 
 # %% ../../nbs/08_agent.ipynb #37f2f751
 OPERATIONS = {}
@@ -2268,7 +2265,7 @@ class Template:
                 fds,env = (theirs.fileno(), out.fileno(), out.fileno()),dict(self.env, GPSSH_ROOM=' '*4096)
                 self.pid = spawn(argv + [blanks]*bool(blanks), env, fds)
         except (Refused, OSError) as e: return self.end(str(e), isinstance(e, OSError))
-        self.agent.loop.on(self.sock.fileno(), self._read_greeting)
+        self.agent.loop.on(self.sock, self._read_greeting)
         too_slow = 'its imports take more than %d s' % IMPORT_TIMEOUT
         self.timer = self.agent.loop.call_later(IMPORT_TIMEOUT, lambda: self.end(too_slow))
 
@@ -2281,7 +2278,7 @@ def _read_greeting(self:Template):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         reason,transient = 'it ended while it imported',False
     self.agent.loop.cancel(self.timer)
-    self.agent.loop.on(self.sock.fileno())
+    self.agent.loop.on(self.sock)
     if transient is True: return self._retry(reason)
     if reason: return self.end(reason)
     self.ready,self.size = True,self.pages()
@@ -2325,7 +2322,7 @@ def end(self:Template, reason='', transient=False):
 @patch
 def stop(self:Template):
     "End the process"
-    if self.sock: self.agent.loop.on(self.sock.fileno()); self.sock.close()
+    self.agent.loop.close(self.sock)
     with suppress(OSError): self.pid and os.killpg(self.pid, signal.SIGKILL)
     self.sock,self.pid = None,0
 
@@ -2361,7 +2358,7 @@ class Fork:
             fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('2i', self.out, theirs.fileno()))]
             with theirs: self.template.sock.sendmsg([b'f'], fds, socket.MSG_DONTWAIT)
         except OSError as e: return self.fail('its template cannot be asked (%s)' % e.strerror)
-        self.agent.loop.on(self.sock.fileno(), self._read)
+        self.agent.loop.on(self.sock, self._read)
 
     def _read(self):
         try: part = self.sock.recv(4096)
@@ -2388,7 +2385,7 @@ def _forked(self:Fork, line):
     if not self._is_fork(pid): return self.fail('its template does not fork as it should')
     self.pid = pid
     self.agent.early_exits.pop(pid, None) # of a process that had the number before
-    self.agent.loop.on(self.sock.fileno(), self._read, self._send)
+    self.agent.loop.on(self.sock, self._read, self._send)
     self._release_template()
 
 @patch
@@ -2416,7 +2413,7 @@ def _send(self:Fork):
     try: self.request = self.request[self.sock.send(self.request):]
     except BlockingIOError: pass
     except OSError: return self.fail('the fork ended')
-    if not self.request: self.agent.loop.on(self.sock.fileno(), self._read)
+    if not self.request: self.agent.loop.on(self.sock, self._read)
 
 @patch
 def _release_template(self:Fork):
@@ -2429,8 +2426,7 @@ def _close(self:Fork):
     self.agent.loop.cancel(self.timer)
     self.agent.forks.discard(self)
     self._release_template()
-    if self.sock: self.agent.loop.on(self.sock.fileno()); self.sock.close()
-    os.close(self.out)
+    self.agent.loop.close(self.sock, self.out)
     self.sock = None
 
 # %% ../../nbs/16_templates.ipynb #00c51089
