@@ -496,7 +496,6 @@ async def follow_log(
     conn = await site.pool.connection(Host.parse(log.host), site.login)
     session,name,heard = await conn.session(),'follow-'+secrets.token_hex(8),_Heard()
     session.processes[log.runs_as, name] = heard
-    session.over.add_done_callback(lambda _: heard.on_agent_end())
     try:
         which = dict(id=log.key) if log.key else dict(path=log.path)
         await ask(site, conn, 'follow', user=log.runs_as, name=name, **which)

@@ -45,7 +45,7 @@ class AgentSession:
     ):
         self._write,self._close,self.name,self.idle_timeout = write,close,name,idle_timeout
         self.token = 'gp'+secrets.token_hex(8) # The line that comes before the agent's first frame
-        self.last_number,self.pending = 0,{} # Of a request; `(future, user)` of those under way by their number
+        self.last_number,self.pending = 0,{} # Of a request; futures of those under way by user and number
         self.processes = {} # `RemoteProcess`es by user and id
         self.greetings,self.transfers = {},{} # Tasks by user; by user and tree
         self.decoder,self.login_output,self.closed,self.hello = None,b'',False,None
@@ -100,9 +100,10 @@ def close(self:AgentSession, why:str=''):
     kind = NoPython if 'no Python 3.6 or newer' in said else AgentClosed
     what = f'the agent on {self.name} ended' if self.hello else f'no agent could be started on {self.name}'
     self.error = kind(what + ''.join(f': {o}' for o in (why, said) if o))
-    for f in [self.greeted, *(f for f,_ in self.pending.values())]: _fail(f, self.error)
+    for f in (self.greeted, *self.pending.values()): _fail(f, self.error)
     self.pending.clear()
-    if not self.over.done(): self.over.set_result(None)
+    _resolve(self.over, None)
+    for p in list(self.processes.values()): p.on_agent_end()
     self._close()
 
 # %% ../nbs/09_remote.ipynb #d10c9722
@@ -110,9 +111,8 @@ def close(self:AgentSession, why:str=''):
 def _received(self:AgentSession, m, data=b''):
     "One frame from the agent"
     if 'event' in m: return self._event(m['event'], m)
-    fut,user = self.pending.get(m['n'], (None, None)) if type(m['n']) is int else (None, None)
-    if fut is None or user != m.get('as', ''): return
-    del self.pending[m['n']]
+    fut = self.pending.pop((m.get('as', ''), m['n']), None) if type(m['n']) is int else None
+    if fut is None: return
     if isinstance(m.get('ok'), dict): _resolve(fut, m['ok'])
     else: _fail(fut, Refusal(str(m.get('error'))[:65536]))
 
@@ -125,7 +125,7 @@ def _event(self:AgentSession, event, m):
     elif event == 'left':
         self.greetings.pop(user, None)
         error = AgentClosed(f'the agent of {user} on {self.name} ended: {str(m.get("why"))[:2000]}')
-        for f,of in list(self.pending.values()): of == user and _fail(f, error)
+        for (of,_),f in self.pending.items(): of == user and _fail(f, error)
         for (of,_),p in list(self.processes.items()): of == user and p.on_agent_end()
     elif p := self.processes.get((user, m.get('id'))): p.on_event(event, m)
 
@@ -159,11 +159,11 @@ async def _request(self:AgentSession, op, data, user, arguments):
     n,fut = self.last_number,asyncio.get_running_loop().create_future()
     frame = encode(dict({'n': n, 'op': op, **({'as': user} if user else {})}, **arguments), data)
     if len(frame) - len(data) > MAX_LINE: raise Refusal(f'the request is too long ({len(frame)} bytes)')
-    self.pending[n] = fut,user
+    self.pending[user, n] = fut
     try:
         self._write(frame)
         return await fut
-    finally: self.pending.pop(n, None)
+    finally: self.pending.pop((user, n), None)
 
 @patch
 async def greeting(self:AgentSession,
@@ -306,7 +306,7 @@ class RemoteProcess:
         self.stopped = False # By an operator, so that it is not to be started again
         self.cold = '' # Why it was not forked from a template although one was wanted
         self.exited,self.report = (asyncio.get_running_loop().create_future() for _ in range(2))
-        self._agent_ended,self._follower = asyncio.Event(),None
+        self._news,self._follower = asyncio.Event(),None # `_news`: it has ended, or its agent has
 
     def __repr__(self): return f'RemoteProcess(pid={self.pid}, returncode={self.returncode})'
 
@@ -320,13 +320,11 @@ class RemoteProcess:
 async def _follow(self:RemoteProcess):
     while self.returncode is None:
         session = await self.sessions()
-        self._agent_ended.clear()
+        self._news.clear()
         session.processes[self.user, self.id] = self
         try:
             self.on_event('watched', await session.request('watch', user=self.user, id=self.id, pgid=self.pgid))
-            agent_ended = asyncio.ensure_future(self._agent_ended.wait())
-            try: await asyncio.wait({session.over, agent_ended, self.exited}, return_when=asyncio.FIRST_COMPLETED)
-            finally: agent_ended.cancel()
+            await self._news.wait()
         except AgentClosed: await asyncio.sleep(0)
         except Refusal: await asyncio.wait({session.over, self.exited}, timeout=1) # it cannot be watched now
         finally: session.processes.pop((self.user, self.id), None)
@@ -335,7 +333,7 @@ async def _follow(self:RemoteProcess):
 @patch
 def on_agent_end(self:RemoteProcess):
     "The agent that had it is gone: ask the next one"
-    self._agent_ended.set()
+    self._news.set()
 
 @patch
 def on_event(self:RemoteProcess, event:str, m:dict):
@@ -352,6 +350,7 @@ def end(self:RemoteProcess, code:int):
     if self.returncode is not None: return
     self.returncode = code
     _resolve(self.exited, code)
+    self._news.set()
 
 @patch
 def mark_lost(self:RemoteProcess):
@@ -393,7 +392,7 @@ async def release(self:RemoteProcess,
 ):
     "End the process, if it runs, and have the agent remove what is left of it"
     await self._request('forget', id=self.id, log=self.log, keep_log=bool(keep_log))
-    if self._follower: self._follower.cancel()
+    self.forget()
 
 # %% ../nbs/09_remote.ipynb #87ba27bd
 async def spawn(
@@ -406,14 +405,13 @@ async def spawn(
     "Start a process that outlives the session; raises `Refusal`, or `AgentClosed`"
     p = RemoteProcess(sessions, secrets.token_hex(8), log, user)
     session.processes[user, p.id] = p
-    try: answer = await session.request('start', user=user, id=p.id, log=log, **request)
+    try:
+        answer = await session.request('start', user=user, id=p.id, log=log, **request)
+        if type(pid := answer.get('pid')) is not int or not 1 < pid < 2**31:
+            raise ValueError(f'{session.name} answered {str(answer)[:200]!r} where the number of a process was due')
     except BaseException as e:
         session.processes.pop((user, p.id), None)
         if not isinstance(e, Refusal): spawn_task(p.release(False))
-        raise
-    if type(pid := answer.get('pid')) is not int or not 1 < pid < 2**31:
-        session.processes.pop((user, p.id), None)
-        spawn_task(p.release(False))
-        raise Refusal(f'{session.name} answered {str(answer)[:200]!r} where the number of a process was due')
+        raise Refusal(str(e)) if isinstance(e, ValueError) else e
     p.pid,p.cold = pid,str(answer.get('cold', ''))[:2000]
     return p.follow()

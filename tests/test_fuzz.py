@@ -350,12 +350,10 @@ def test_bytes_from_a_client(place, parts):
 def handed_over(place, line=b'{"env": {}}\n'):
     "A connection that speaks frames, handed over as another login does"
     ours, theirs = socket.socketpair()
-    r, w = os.pipe()
     with ours, theirs, socket.socket(socket.AF_UNIX) as c:
         c.connect(place.socket)
         c.sendmsg([line],
-                  [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('3i', theirs.fileno(), theirs.fileno(), w))])
-        for o in r, w: os.close(o)
+                  [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack('2i', theirs.fileno(), theirs.fileno()))])
         theirs.close()
         ours.settimeout(30)
         yield ours
