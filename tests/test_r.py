@@ -100,8 +100,8 @@ async def test_encrypted(server, scripts):
         assert k.fields['curve_publickey'] and (await run(k, 'cat(1 + 1)')).text=='2'
         plain = AsyncKernelClient()
         plain.load_connection_info({n: v for n,v in connection_info(k.fields).items() if not n.startswith('curve_')})
-        plain.start_channels()
         # without a peer that accepts it, it could wait for ever to send
+        plain.start_channels(hb=False)
         plain.shell_channel.socket.setsockopt(zmq.SNDTIMEO, 500)
         with pytest.raises((RuntimeError, zmq.Again)): await plain.wait_for_ready(timeout=2)
         plain.stop_channels()
