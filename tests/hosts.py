@@ -545,8 +545,12 @@ class Lab:
         for h in getattr(self, 'hosts', ()):
             if h.proc: h.proc.wait()
     def repair(self):
-        "Make all hosts reachable and default again"
+        "Make all hosts reachable and default again, and end agents that keep templates, which are made again later"
         for h in self.hosts: h.repair()
+        for pid in _pids():
+            if _read(pid, 'comm') == b'gpssh-standby\n' and _environ(pid).get('GP_TEST_LAB') == str(self.base):
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    for o in int(_stat(pid)[1]), pid: os.kill(o, signal.SIGKILL)
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
