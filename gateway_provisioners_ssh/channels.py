@@ -31,12 +31,20 @@ HOOKS = {
     'Transport._channel_handler_table': 'what paramiko does with a message for a channel',
     'Packetizer._Packetizer__aead_in': 'whether the cipher leaves the length of a packet readable',
     'Packetizer._Packetizer__etm_in': 'the same, for a separate MAC',
+    'Packetizer._Packetizer__block_engine_in': 'the cipher of what comes',
+    'Packetizer._Packetizer__iv_in': 'its nonce for the next packet',
+    'Packetizer._Packetizer__compress_engine_in': 'whether what comes is compressed',
+    'Packetizer._Packetizer__sequence_number_in': 'the number of the next packet',
+    'Packetizer._Packetizer__received_packets': 'how many came since the last key exchange, and',
+    'Packetizer._Packetizer__received_bytes': 'how many bytes, as there must be another in time',
+    'Packetizer._inc_iv_counter': 'the nonce that follows',
     'Channel.transport': 'the connection of a channel',
     'Channel.remote_chanid': 'the number in messages that paramiko cannot make, such as `exit-signal`',
     'Channel.lock': 'the lock of the condition below',
     'Channel.out_buffer_cv': 'the condition that is notified when the window opens',
     'Channel.in_buffer': 'the buffer of what arrives, which copies all of it twice; it is replaced',
     'Channel.eof_received': 'whether the peer has said that no more comes',
+    'Channel._feed': 'it takes the data of a channel',
     'Agent._connect': 'it connects to an SSH agent at a given socket',
     'SSHClient._agent': 'the agent whose keys are offered',
     'transport._join_lingering_threads': 'this exit handler ends connections before their users can close them',
@@ -126,9 +134,13 @@ def recv(self:NonblockingSocket, n):
 def take(self:NonblockingSocket, n):
     "The next `n` bytes, which must be there"
     data = bytes(self.buffer[self.start:self.start+n])
+    self.skip(n)
+    return data
+
+@patch
+def skip(self:NonblockingSocket, n):
     self.start += n
     if self.stopped: self.call_in_loop(self._read_on); self.stopped = False
-    return data
 
 @patch
 def _read_on(self:NonblockingSocket): self.ended or self.loop.add_reader(self.fd, self._read)
@@ -204,6 +216,8 @@ def _close_socket(self:NonblockingSocket):
     self.on_read()
 
 # %% ../nbs/05_channels.ipynb #f0778b22
+_DATA,_EXTENDED_DATA,_WINDOW_ADJUST = 94,95,93 # https://www.rfc-editor.org/rfc/rfc4250#section-4.1.2
+
 class Packetizer(paramiko.packet.Packetizer):
     "Reads messages in the event loop, once `readable` says that it can see where they end"
     transport = None # The `Transport` that handles the messages
@@ -240,11 +254,10 @@ def _ask(self:Packetizer):
 @patch
 def _take(self:Packetizer):
     "Handle the messages that are there, until one is for paramiko's thread"
-    read = super(Packetizer, self).read_message
     try:
-        while self.asked and self._is_complete():
-            message = read()
-            if not self.transport.handle(*message): self._answer(message)
+        while self.asked and (size := self._complete()):
+            message = self._open(size) if self._is_usual() else super(Packetizer, self).read_message()
+            if message and not self.transport.handle(*message): self._answer(message)
         if self.asked and self.need_rekey() and not self.transport.in_kex: self._answer(NeedRekeyException())
         if self.asked and self.sock.ended: self._answer(self.sock.error or EOFError())
     except Exception as e: self._answer(e)
@@ -255,13 +268,38 @@ def _answer(self:Packetizer, message):
     self.messages.put(message)
 
 @patch
-def _is_complete(self:Packetizer):
-    "Whether the next packet is there; raises `SSHException`"
+def _complete(self:Packetizer): # int: 0 if it is not
+    "The size of the next packet, if it is there; raises `SSHException`"
     sock = self.sock
-    if (held := sock.end - sock.start) < 4: return False
+    if (held := sock.end - sock.start) < 4: return 0
     size = 4 + int.from_bytes(sock.buffer[sock.start:sock.start+4], 'big') + self.get_mac_size_in()
     if size > len(sock.buffer): raise SSHException(f'a packet of {size} bytes is too long')
-    return held >= size
+    return size if held >= size else 0
+
+# %% ../nbs/05_channels.ipynb #f0778b2b
+@patch
+def _is_usual(self:Packetizer): # bool
+    "Whether the next packet is sealed with AES-GCM, and neither compressed nor one after which new keys are due"
+    if not self._Packetizer__aead_in or self._Packetizer__compress_engine_in or self.need_rekey(): return False
+    packets,size = self._Packetizer__received_packets+1,self._Packetizer__received_bytes+len(self.sock.buffer)
+    return packets < self.REKEY_PACKETS and size < self.REKEY_BYTES
+
+@patch
+def _open(self:Packetizer, size): # None if it was data of a channel, else as of `read_message`
+    "Decrypt the packet of `size` bytes that is there; raises `InvalidTag`"
+    start,number = self.sock.start,self._Packetizer__sequence_number_in
+    with self.sock.buffer[start:start+4] as length, self.sock.buffer[start+4:start+size] as sealed:
+        packet = self._Packetizer__block_engine_in.decrypt(self._Packetizer__iv_in, sealed, length)
+    self.sock.skip(size)
+    self._Packetizer__iv_in = self._inc_iv_counter(self._Packetizer__iv_in)
+    self._Packetizer__sequence_number_in = (number+1) & 0xffffffff
+    self._Packetizer__received_packets += 1
+    self._Packetizer__received_bytes += size
+    end = len(packet) - packet[0] # the padding
+    if packet[1] == _DATA and self.transport.feed(packet, end): return
+    message = paramiko.Message(packet[2:end])
+    message.seqno = number
+    return packet[1],message
 
 # %% ../nbs/05_channels.ipynb #f0778b24
 class _KeysSettled(threading.Event):
@@ -272,8 +310,6 @@ class _KeysSettled(threading.Event):
     def set(self):
         super().set()
         self.then()
-
-_IN_LOOP = tuple(ord(getattr(paramiko.common, f'cMSG_CHANNEL_{o}')) for o in ('DATA', 'EXTENDED_DATA', 'WINDOW_ADJUST'))
 
 class Transport(paramiko.Transport):
     "A paramiko transport over a `NonblockingSocket`, whose senders never wait"
@@ -303,10 +339,17 @@ class Transport(paramiko.Transport):
 
     def handle(self, kind, message):
         "Handle a message with what an open channel carries; returns whether it is one"
-        if kind not in _IN_LOOP or self._expected_packet: return False
+        if kind not in (_DATA, _EXTENDED_DATA, _WINDOW_ADJUST) or self._expected_packet: return False
         chan = self._channels.get(message.get_int())
         if chan is None: message.rewind(); return False
         self._channel_handler_table[kind](chan, message)
+        return True
+
+    def feed(self, packet, end):
+        "Give a channel the data in `packet`, which ends before `end`; returns whether there is that channel"
+        chan = self._channels.get(int.from_bytes(packet[2:6], 'big'))
+        if chan is None or self._expected_packet or 10+int.from_bytes(packet[6:10], 'big') != end: return False
+        chan._feed(packet[10:end])
         return True
 
 # %% ../nbs/05_channels.ipynb #f0778b26
