@@ -29,12 +29,13 @@ def test_session(lab):
         home, where, python = ssh(lab, h.name, 'echo $HOME; echo $GP_TEST_HOST; command -v python').split()
         assert where == h.name and python == f'{sys.prefix}/bin/python'
         ssh(lab, h.name, f'touch {home}/mark-{h.name}; python -c "import ipykernel, Cryptodome"')
-        assert [Path(o).name for o in h.files() if 'mark' in o] == [f'mark-{h.name}']
+        assert [n for o in h.files() if (n := Path(o).name).startswith('mark-')] == [f'mark-{h.name}']
     conf = lab[0].conf.read_text()
     assert 'MaxS' not in conf
 
 def test_inventory(lab):
     h = lab[1]
+    wait(lambda: not h.processes(), 20, 'processes of other tests ended')
     before = h.inventory()
     server = ('import socket,sys; s=socket.socket(); s.bind(("127.0.0.1",0)); s.listen(); '
               'print(s.getsockname()[1],flush=True); s.accept()')
