@@ -454,15 +454,16 @@ def index(tmp_path, monkeypatch):
 
 def test_setup_offline(remote, index):
     "On two hosts, whose environment is made and checked; nothing else stays there"
-    out = sh('setup', 'host1', 'host2', '--offline', '--package', 'extra', '--venv', '~/k')
-    assert "--remote-hosts host1,host2 --python '~/k/bin/python'" in out and out.count('ipykernel 6.99') == 2
+    out = sh('setup', 'host1', 'host2', '--offline', '--package', 'extra', '--venv', '~/off')
+    assert "--remote-hosts host1,host2 --python '~/off/bin/python'" in out and out.count('ipykernel 6.99') == 2
     for o in 'host1', 'host2':
         h = remote.lab[o]
-        assert subprocess.run([h.home/'k/bin/python', '-c', 'import ipykernel, extra'], env={}).returncode == 0
-        assert (not [f for f in h.files() if f.endswith('.whl') and '/k/' not in f]
+        assert subprocess.run([h.home/'off/bin/python', '-c', 'import ipykernel, extra'], env={}).returncode == 0
+        assert (not [f for f in h.files() if f.endswith('.whl') and '/off/' not in f]
                 and not list((h.home/'.cache').rglob('*.whl')))
-    assert 'ipykernel 6.99' in sh('setup', 'host1', '--offline')   # again, in the environment that is there
-    sh('setup', 'host1', '--offline', '--package', 'nowhere', status=1)
+    # again, in the environment that is there
+    assert 'ipykernel 6.99' in sh('setup', 'host1', '--offline', '--venv', '~/off')
+    sh('setup', 'host1', '--offline', '--venv', '~/off', '--package', 'nowhere', status=1)
     assert 'pip here cannot download ipykernel nowhere' in sh.err and 'wheel' in sh.err
 
 def test_setup_where_the_host_has_no_index(remote):
