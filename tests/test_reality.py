@@ -201,7 +201,7 @@ def test_ssh_without_any_configuration(home, hosts):
         f'[{h.address}]:{h.port} {" ".join(h.host_key.with_suffix(".pub").read_text().split()[:2])}\n')
     home.install('--remote-hosts', f'{h.user}@{h.address}:{h.port}', '--python', sys.executable)
     nb = notebook(home.path/'a.ipynb', 'import os; print(os.environ["GP_TEST_HOST"], os.environ["HOME"])')
-    with h.nothing_left(30, HABITS):   # a template, too, if it is made before the application ends
+    with h.nothing_left(20, HABITS):   # a template, too, if it is made before the application ends
         home.run(BIN/'jupyter', 'execute', '--inplace', '--kernel_name=mine', str(nb), KERNEL_USERNAME='me',
                  GP_STANDBY_TIMEOUT='5')
         assert printed(nb) == f'host1 {h.home}\n'
